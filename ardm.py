@@ -1,0 +1,210 @@
+"""Autoregressive diffusion models: the algorithms of Hoogeboom et al. (ICLR 2022, arXiv 2110.02037).
+
+An ARDM writes the D variables of x in any order sigma. One network, shown the variables that are
+known so far, predicts all the others at once; training asks it about one random step of one random
+order (Algorithm 2), generation walks through the steps (Algorithm 1).
+
+Symbols, as in the paper (everything is counted from 1):
+
+    B, D, K        datapoints in a batch, variables in a datapoint, values a variable can take
+    x              (B, D) integers 0..K-1, flat; only the network and the data know a shape
+    sigma          (B, D) rows are permutations of 1..D; sigma[:, i] is the step that writes variable i
+    t              (B,)   step, 1..D.  t - 1 variables are known at step t, D - t + 1 are not
+    m = sigma < t  (B, D) True where x is known
+    s, S           stage 1..S, number of stages (order-agnostic model: S = 1)
+    x^(s)          x at the end of stage s: x^(0) says nothing, x^(S) = x
+    a, A           symbol that a stage writes, 0..A-1 (order-agnostic model: the value itself, A = K)
+    L_t            loss component of step t: what one variable costs that is predicted at step t
+    plan           [(s, t, k), ...]: in stage s, show what sigma < t has written, write the k variables
+                   with t <= sigma < t + k together. One entry is one network call (Sec. 3.1)
+
+Likelihoods and losses are in nats per datapoint; `bits_per_dim` converts. This file needs torch alone
+and never builds a network: any net(x, m, t, s) -> (B, D, A) logits will do.
+"""
+import math
+
+import torch
+from torch import nn
+
+
+def bits_per_dim(nats, D):
+    """Nats per datapoint of D variables -> bits per variable. The one place where units change."""
+    return nats / (D * math.log(2))
+
+
+def uniform(*shape, device=None, generator=None):
+    """Uniform numbers in [0, 1) on `device`, drawn where the generator lives (a CPU generator gives
+    the same numbers whatever the device of the model)."""
+    where = device if generator is None else generator.device
+    return torch.rand(shape, device=where, generator=generator).to(device)
+
+
+def sample_sigma(B, D, device=None, generator=None):
+    """sigma ~ U(S_D), one order a row: (B, D), each row a permutation of 1..D.
+
+    The ranks of D independent uniform numbers are a uniform permutation.
+    """
+    return uniform(B, D, device=device, generator=generator).argsort(dim=1) + 1
+
+
+def known_first(sigma, known):
+    """Moves the variables marked in `known` (B, D, bool) before the first step: sigma = 0 there.
+
+    The n others keep their order at D-n+1..D. No plan can write a variable with sigma = 0 and every
+    mask shows it, so in-filling needs no code of its own.
+    """
+    behind = torch.where(known, 0, sigma)
+    rank = behind.argsort(dim=1, stable=True).argsort(dim=1) + 1
+    return torch.where(known, 0, rank)
+
+
+def stratified_steps(B, S, D, device=None, generator=None):
+    """(t, s): (B,) each, every pair uniform on {1..D} x {1..S}, spread evenly over the batch.
+
+    With one u ~ U(0, 1) a batch, step number floor(S D ((u + i/B) mod 1)), i = 0..B-1, in shuffled
+    order. Each datapoint alone sees a uniform step, so the bound stays unbiased, while a batch
+    covers early and late steps alike: most of the noise that t brings is gone.
+    """
+    u = uniform(1, device=device, generator=generator)
+    i = uniform(B, device=device, generator=generator).argsort()       # 0..B-1, shuffled
+    step = (S * D * ((u + i / B) % 1)).long().clamp(max=S * D - 1)     # rounding may reach S * D
+    return step % D + 1, step // D + 1
+
+
+class ARDM(nn.Module):
+    """Order-agnostic ARDM (Sec. 3): one stage, whose symbols are the values themselves.
+
+    net: net(x, m, t, s) -> (B, D, K) logits, with x (B, D) int64, m (B, D) bool, t and s (B,) int64.
+    Data may be shorter than D where the network allows it (text: the last chunk of a file).
+    """
+
+    def __init__(self, net, D, K):
+        super().__init__()
+        self.net, self.D, self.K, self.S, self.A = net, D, K, 1, K
+
+    # -- What a stage does. An upscale model overrides these four and nothing else. -----------------
+
+    def coarse(self, x, s):
+        """x^(s), (B, D): what is known of x at the end of stage s (int or (B,)); x^(0) is all 0."""
+        s = torch.as_tensor(s, device=x.device).view(-1, 1)
+        return torch.where(s > 0, x, 0)
+
+    def symbol(self, x, s):
+        """a, (B, D) in 0..A-1: what stage s writes, given full data x."""
+        return x
+
+    def write(self, x, a, s):
+        """x^(s) from x^(s-1) and the symbols a of stage s: inverse of `symbol`."""
+        return a
+
+    def log_probs(self, x, m, t, s):
+        """log p(a | what step t of stage s may see): (B, D, A) in nats, normalised over A.
+
+        x: (B, D), full data or any state on the way to it; m: (B, D) bool; t, s: (B,).
+        Full data cannot leak: the network is shown `state(x, m, s)`, nothing finer.
+        """
+        logits = self.net(self.state(x, m, s), m, t, s)                # (B, D, K)
+        assert logits.shape == (*x.shape, self.A), f"net gave {tuple(logits.shape)}"
+        return log_softmax(logits)
+
+    # -- What all of them share. --------------------------------------------------------------------
+
+    def state(self, x, m, s):
+        """m * x^(s) + (1 - m) * x^(s-1), (B, D): x as it stands within stage s."""
+        return torch.where(m, self.coarse(x, s), self.coarse(x, s - 1))
+
+    def loss(self, x, t=None, s=None, sigma=None, generator=None):
+        """Algorithm 2 (and 4): one-step estimate of the bound on -log p(x), in nats, (B,).
+
+        Unbiased for Eq. 2 over t, s and sigma, which are drawn where they are not given.
+        loss / (S * D) is a sample of the loss component L_t of stage s, in nats.
+        """
+        B, D = x.shape
+        t_drawn, s_drawn = stratified_steps(B, self.S, D, x.device, generator)
+        t = t_drawn if t is None else t                                # t ~ U(1, ..., D)
+        s = s_drawn if s is None else s                                # s ~ U(1, ..., S)
+        if sigma is None:
+            sigma = sample_sigma(B, D, x.device, generator)            # sigma ~ U(S_D)
+        m = sigma < t[:, None]                                         # (B, D) already known
+        log_p = self.log_probs(x, m, t, s)                             # (B, D, A) all at once
+        log_p = pick(log_p, self.symbol(x, s))                         # (B, D) of the true symbols
+        calL_t = torch.where(m, 0, log_p).sum(dim=1) / (D - t + 1)     # (B,) mean over the unknown
+        return -self.S * D * calL_t
+
+    @torch.no_grad()
+    def walk(self, x, plan, sigma, choose):
+        """Algorithm 1 (and 3) for any plan: the generative process, one network call per entry.
+
+        x: (B, D) where the walk begins, x^(0) but for what is known beforehand (sigma = 0);
+        sigma: (B, D), or (S, B, D) for one order a stage.
+        choose(log_p, where, s) -> (B, D) gives the symbols for the variables in `where` (B, D bool);
+        the rest of what it returns is ignored. Sampling draws them, likelihood reads them from the
+        data, an encoder reads and stores them, a decoder recovers them.
+        """
+        sigma = sigma.expand(self.S, *x.shape)
+        for s, t, k in plan:
+            m = sigma[s - 1] < t                                       # (B, D) known
+            where = ~m & (sigma[s - 1] < t + k)                        # (B, D) written in this call
+            t, s = x.new_full((len(x),), t), x.new_full((len(x),), s)  # (B,)
+            a = choose(self.log_probs(x, m, t, s), where, s)           # (B, D) symbols
+            x = torch.where(where, self.write(x, a, s), x)
+        return x
+
+    def every_step(self, D=None):
+        """The plan of Algorithm 1: one variable a call, S * D calls."""
+        return [(s, t, 1) for s in range(1, self.S + 1) for t in range(1, (D or self.D) + 1)]
+
+    def sample(self, B, plan=None, sigma=None, x=None, known=None, generator=None, temperature=1.0):
+        """Draws (B, D) datapoints, one variable a call where no plan is given.
+
+        x, known: (B, D) values and a bool mask of those that are given and stay as they are. They
+        count as written first, so plan entries for steps before the first unknown one are not run.
+        temperature: draws from p^(1/temperature), renormalised.
+        """
+        device = next(self.parameters()).device
+        x = torch.zeros(B, self.D, dtype=torch.long, device=device) if x is None else x
+        sigma = sample_sigma(self.S * B, self.D, device, generator).view(self.S, B, self.D) \
+            if sigma is None else sigma.expand(self.S, B, self.D)
+        plan = self.every_step() if plan is None else plan
+        if known is not None:
+            sigma = torch.stack([known_first(order, known) for order in sigma])
+            first = int(known.sum(dim=1).min())                        # no row needs earlier steps
+            plan = [(s, t, k) for s, t, k in plan if t + k - 1 > first]
+            x = torch.where(known, x, self.coarse(x, 0))
+        else:
+            x = self.coarse(x, 0)
+
+        def draw(log_p, where, s):
+            p = torch.softmax(log_p[where] / temperature, dim=-1)      # (n, A) float32 or better
+            a = torch.zeros_like(x)
+            a[where] = torch.multinomial(p, 1, generator=generator)[:, 0]
+            return a
+
+        return self.walk(x, plan, sigma, draw)
+
+    def nll(self, x, plan=None, sigma=None):
+        """-log p(x | sigma) in nats, (B,) float64: exact for the process that `plan` describes.
+
+        Variables written in one call are independent given what was known before it.
+        """
+        plan = self.every_step(x.shape[1]) if plan is None else plan
+        sigma = sample_sigma(*x.shape, x.device) if sigma is None else sigma
+        nats = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+
+        def read(log_p, where, s):
+            a = self.symbol(x, s)
+            nats.sub_(torch.where(where, pick(log_p, a), 0).sum(dim=1))
+            return a
+
+        self.walk(self.coarse(x, 0), plan, sigma, read)
+        return nats
+
+
+def log_softmax(logits):
+    """Over the last dimension, in float32 or better: bfloat16 logits would not sum to 1."""
+    return torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
+
+
+def pick(log_p, a):
+    """(B, D, A), (B, D) -> (B, D): the log-probability of each given symbol."""
+    return log_p.gather(-1, a[..., None])[..., 0]

@@ -1,0 +1,183 @@
+"""rANS: integers to bytes and back, at the length that the model's probabilities promise (Sec. 5).
+
+A message is one integer, the state x. A symbol with frequency f out of 2^P owns the interval
+[start, start + f) of every 2^P numbers:
+
+        0          start       start + f                    2^P
+        |------------|#############|--------------------------|        cdf, a row of `quantize`
+        :  cdf[sym] _|  cdf[sym+1]_|                          :
+
+    push:  x  ->  (x // f) * 2^P + start + x % f         x grows by log2(2^P / f) bits
+    pop:   slot = x % 2^P lies in the symbol's interval: that tells the symbol, and
+           x  ->  f * (x // 2^P) + slot - start          undoes the push exactly
+
+What is pushed last is popped first. The encoder therefore starts with the last symbol, and the decoder
+reads forward: callers give everything in reading order and never see this.
+
+The state is kept below 2^64. A push that would pass that moves the low 32 bits out to a list of words
+first; a pop that leaves x < 2^32 takes a word back. Both sides decide by x alone:
+
+    push:  x >= f * 2^(64-P)  <=>  the push would give x >= 2^64          (before the push)
+    pop:   x <  2^32          <=>  the push had moved a word out          (after the pop)
+
+The state starts at 0, which nothing needs to tell, and is written in as few bytes as hold it, so a
+message costs at most about P bits and a part of a byte more than its symbols; no symbols, no bytes. A right decode ends at state 0
+with no word left. A message is the state (big-endian), then the words in the order of reading; the state
+has over 4 bytes where there are words, so the length alone tells them apart.
+
+Frequencies are integers: both sides compute them by `quantize`, from the same probabilities to the last
+bit, or decoding goes wrong without a sign. This file needs NumPy alone.
+"""
+from array import array
+from bisect import bisect_right
+
+import numpy as np
+
+WORD = (1 << 32) - 1
+
+
+def quantize(probs, precision=22):
+    """Probabilities (N, A) float64 -> cdf (N, A + 1) int64, strictly increasing from 0 to 2^precision.
+
+    f = floor(p * (2^P - A)) + 1, so that every symbol can be coded; what rounding leaves goes to the
+    last one. At P = 22 this costs below 1e-4 bits a symbol for A = 256. ValueError for values that are
+    no probabilities and for rows whose sum is further than 1e-6 from 1.
+    """
+    probs = np.asarray(probs, dtype=np.float64)
+    if probs.ndim != 2 or not 1 <= probs.shape[1] < 1 << precision:
+        raise ValueError(f"probs of shape {probs.shape}: expected (N, A) with 1 <= A < 2^{precision}")
+    sums = probs.sum(axis=1, keepdims=True)
+    if not (np.abs(sums - 1) <= 1e-6).all() or probs.min(initial=0) < 0:
+        raise ValueError("probabilities must be finite, not negative, and sum to 1 in each row")
+    N, A = probs.shape
+    cdf = np.empty((N, A + 1), dtype=np.int64)
+    cdf[:, 0] = 0
+    freqs = (probs[:, :-1] * (((1 << precision) - A) / sums)).astype(np.int64)   # floor: none is < 0
+    freqs += 1
+    np.cumsum(freqs, axis=1, out=cdf[:, 1:A])
+    cdf[:, A] = 1 << precision
+    return cdf
+
+
+def intervals(cdf, symbols):
+    """cdf (N, A + 1), symbols (N,) -> starts, freqs, (N,) each: what the encoder needs of them."""
+    rows = np.arange(len(cdf))
+    starts = cdf[rows, symbols]
+    return starts, cdf[rows, symbols + 1] - starts
+
+
+def encode(starts, freqs, precision=22):
+    """One stream: (N,) starts and freqs in reading order -> bytes. ValueError for an empty interval."""
+    starts, freqs = _check_intervals(starts, freqs, precision)
+    room, total = 64 - precision, 1 << precision
+    x, words = 0, []
+    for start, f in zip(reversed(starts.tolist()), reversed(freqs.tolist())):
+        if x >> room >= f:
+            words.append(x & WORD)
+            x >>= 32
+        x += x // f * (total - f) + start                # = (x // f) * 2^P + start + x % f
+    return _message(x, words[::-1])
+
+
+class Decoder:
+    """Reads one stream. Any bytes decode to something: `done` and a checksum tell whether it is right."""
+
+    def __init__(self, data, precision=22):
+        self.x, words = _parse(data)
+        self.words = words[::-1].tolist()                # popped from the end
+        self.precision = precision
+
+    def pop(self, cdf):
+        """cdf (n, A + 1) from `quantize` -> (n,) int64, the next n symbols, one per row."""
+        x, words, P = self.x, self.words, self.precision
+        width, mask = cdf.shape[1], (1 << P) - 1
+        table = array("q", np.ascontiguousarray(cdf, dtype=np.int64).tobytes())
+        symbols = []
+        for row in range(0, len(table), width):
+            slot = x & mask
+            i = bisect_right(table, slot, row, row + width) - 1          # cdf[sym] <= slot
+            start = table[i]
+            x = (table[i + 1] - start) * (x >> P) + slot - start
+            if x <= WORD and words:
+                x = x << 32 | words.pop()
+            symbols.append(i - row)
+        self.x = x
+        return np.array(symbols, dtype=np.int64)
+
+    @property
+    def done(self):
+        """True at a clean end: everything was read and the state is back where it started."""
+        return self.x == 0 and not self.words
+
+
+def encode_streams(starts, freqs, precision=22):
+    """M streams at once: (T, M) starts and freqs, in reading order down each column -> M bytes."""
+    starts, freqs = (a.astype(np.uint64) for a in _check_intervals(starts, freqs, precision))
+    (T, M), room = starts.shape, np.uint64(64 - precision)
+    rest = np.uint64(1 << precision) - freqs
+    x = np.zeros(M, dtype=np.uint64)
+    words = np.empty((T, M), dtype=np.uint32)
+    moved = np.empty((T, M), dtype=bool)
+    for step in reversed(range(T)):
+        f = freqs[step]
+        words[step] = x & np.uint64(WORD)
+        moved[step] = full = x >> room >= f
+        x = np.where(full, x >> np.uint64(32), x)
+        x += x // f * rest[step] + starts[step]
+    return [_message(int(x[lane]), words[moved[:, lane], lane]) for lane in range(M)]
+
+
+class DecoderStreams:
+    """Reads M streams from a list of M bytes, in NumPy lanes."""
+
+    def __init__(self, streams, precision=22):
+        states, words = zip(*map(_parse, streams)) if streams else ((), ())
+        self.x = np.array(states, dtype=np.uint64)
+        self.words = np.concatenate(words + (np.zeros(1, np.uint32),)).astype(np.uint64)
+        self.ends = np.cumsum([len(w) for w in words], dtype=np.int64)
+        self.next = self.ends - [len(w) for w in words]
+        self.precision = precision
+
+    def pop(self, cdf):
+        """cdf (T, M, A + 1) -> (T, M) int64, the next T symbols of each stream."""
+        P, mask = np.uint64(self.precision), np.uint64((1 << self.precision) - 1)
+        x, lanes = self.x, np.arange(len(self.x))
+        symbols = np.empty(cdf.shape[:2], dtype=np.int64)
+        for step, table in enumerate(cdf):
+            slot = x & mask
+            symbols[step] = sym = (table[:, 1:] > slot.astype(np.int64)[:, None]).argmax(axis=1)
+            start = table[lanes, sym]
+            f = (table[lanes, sym + 1] - start).astype(np.uint64)
+            x = f * (x >> P) + slot - start.astype(np.uint64)
+            refill = (x <= np.uint64(WORD)) & (self.next < self.ends)
+            x = np.where(refill, x << np.uint64(32) | self.words[np.where(refill, self.next, 0)], x)
+            self.next += refill
+        self.x = x
+        return symbols
+
+    @property
+    def done(self):
+        """True when every stream is at a clean end."""
+        return bool((self.x == 0).all() and (self.next == self.ends).all())
+
+
+def _check_intervals(starts, freqs, precision):
+    """Both as int64 arrays, after a look at what would make a stream that cannot be read."""
+    starts, freqs = np.asarray(starts, dtype=np.int64), np.asarray(freqs, dtype=np.int64)
+    if starts.shape != freqs.shape:
+        raise ValueError(f"{starts.shape} starts and {freqs.shape} freqs")
+    if starts.size and (freqs.min() < 1 or starts.min() < 0 or (starts + freqs).max() > 1 << precision):
+        raise ValueError(f"an interval is empty or lies outside 0..2^{precision}")
+    return starts, freqs
+
+
+def _message(x, words):
+    """Final state and the words in reading order -> bytes."""
+    assert 0 <= x < 1 << 64 and (x > WORD or len(words) == 0), "the state left its interval"
+    return x.to_bytes((x.bit_length() + 7) // 8, "big") + np.array(words, dtype=">u4").tobytes()
+
+
+def _parse(data):
+    """bytes -> (state, words in reading order): inverse of `_message`."""
+    head = len(data) if len(data) <= 8 else 5 + (len(data) - 5) % 4
+    return int.from_bytes(data[:head], "big"), np.frombuffer(data[head:], dtype=">u4")

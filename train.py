@@ -1,0 +1,624 @@
+"""Training, evaluation and checkpoints.
+
+    python train.py                                     about three minutes on a laptop, no download
+    python train.py --data text8                        the paper's text, for one CUDA GPU
+    python train.py --data FILE --minutes 10            any text file, or any bytes
+    python train.py --resume                            goes on where an interrupted run stopped
+    python train.py --evaluate out/pydoc/ckpt.pt        the number, its standard error, the protocol
+
+A run writes OUT/ckpt.pt, log.csv, test.txt (or test.bin: a piece of the test split, for compress.py)
+and, last, results.json.
+"""
+import argparse
+import bz2
+import collections
+import copy
+import csv
+import dataclasses
+import importlib.util
+import json
+import lzma
+import math
+import os
+import platform
+import signal
+import sys
+import time
+import zlib
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import data as datasets
+import planner
+from ardm import ARDM, bits_per_dim, sample_sigma, stratified_steps
+from data import UserError
+from nets import Transformer
+
+
+def setting(default, help):
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclasses.dataclass
+class Settings:
+    """All that decides a run; every field is a flag. What --size leaves open is None here."""
+    data: str = setting("pydoc", f"{', '.join(datasets.NAMES)}, or a file")
+    data_dir: str = setting("data", "where downloaded data sets are looked for and kept")
+    size: str = setting(None, "tiny, small or paper; the default is small on CUDA, else tiny")
+    length: int = setting(None, "D: characters in a datapoint")
+    dim: int = setting(None, "width of the network")
+    depth: int = setting(None, "blocks of the network")
+    heads: int = setting(None, "attention heads")
+    mlp: int = setting(None, "width of the hidden layer in each block")
+    positions: str = setting("rotary", "rotary or sinusoidal")
+    conv: int = setting(5, "width of the depthwise convolution before attention, odd; 0: none")
+    qk_norm: bool = setting(True, "normalise queries and keys")
+    zero_init: bool = setting(True, "every block begins as the identity")
+    time: bool = setting(False, "show the step t to the network")
+    batch: int = setting(None, "datapoints in a training step")
+    steps: int = setting(None, "length of the run in training steps")
+    minutes: float = setting(None, "length of the run in minutes of training, where --steps is not given")
+    optimizer: str = setting("muon", "muon (AdamW for all but the matrices of the blocks) or adam")
+    lr: float = setting(None, "learning rate of Adam")
+    muon_lr: float = setting(0.02, "learning rate of Muon")
+    weight_decay: float = setting(0.1, "of the matrices under Muon")
+    warmup: int = setting(None, "steps of linear warm-up")
+    decay: float = setting(1.0, "part of the run, at its end, over which the rate falls to 0 in a line")
+    clip: float = setting(1.0, "largest norm of the gradient")
+    ema: float = setting(0.99, "decay of the average of the weights; early on it looks back over a tenth of the steps")
+    bf16: bool = setting(None, "bfloat16 where it is safe; the default is yes where the processor has it")
+    compile: bool = setting(None, "torch.compile; the default is yes on CUDA (it needs a compiler)")
+    device: str = setting(None, "cuda, mps or cpu; the default is the first of them that is there")
+    seed: int = setting(0, "of the weights and of every draw")
+    passes: int = setting(None, "passes over the test split; the default is 64 draws of every step t")
+    report: int = setting(100, "training steps between rows of log.csv")
+    out: str = setting(None, "folder for the results; the default is out/<data>")
+
+
+SIZES = {
+    "tiny": dict(length=64, dim=128, depth=4, heads=2, mlp=512, batch=64, minutes=2.75, lr=3e-3, warmup=50),
+    "small": dict(length=250, dim=512, depth=8, heads=8, mlp=2048, batch=64, minutes=30.0, lr=2e-3,
+                  warmup=200, ema=0.998),
+    "paper": dict(length=250, dim=768, depth=12, heads=12, mlp=3072, positions="sinusoidal", conv=0,
+                  qk_norm=False, zero_init=False, batch=512, steps=3_000_000, optimizer="adam", lr=5e-4,
+                  warmup=5000, decay=0.0, clip=0.25, ema=0.995),
+}
+RESUMABLE = {"steps", "minutes", "device", "passes", "report", "out", "data_dir", "compile"}
+
+
+# -- Settings, models, checkpoints -------------------------------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are one line, as all others are."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (--help lists everything)\n")
+
+
+def command_line(main):
+    """Runs a script; what the user can mend is one line on stderr and exit code 2."""
+    name = Path(sys.argv[0]).name
+    try:
+        main()
+    except UserError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"\n{name}: stopped", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:                              # as in: python sample.py ... | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def add_settings(parser):
+    """One flag for each field of Settings; those that are not given stay out of the result."""
+    for field in dataclasses.fields(Settings):
+        flag, text = "--" + field.name.replace("_", "-"), field.metadata["help"]
+        if field.default is not None:
+            text += f" (default {field.default})"
+        kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(type=field.type)
+        parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **kind)
+
+
+def complete(given):
+    """Settings from the flags that were given: what they leave open comes from the size."""
+    device = pick_device(given.get("device"))
+    size = given.get("size") or ("small" if device.type == "cuda" else "tiny")
+    if size not in SIZES:
+        raise UserError(f"--size {size}: choose {', '.join(SIZES)}")
+    preset = dict(SIZES[size])
+    if "minutes" in given:
+        preset.pop("steps", None)
+    c = Settings(**{**preset, **given, "size": size, "device": str(device)})
+    c.bf16 = has_bf16(device) if c.bf16 is None else c.bf16
+    c.compile = device.type == "cuda" if c.compile is None else c.compile
+    c.out = c.out or f"out/{Path(c.data).stem}"
+    checks = [(c.positions in ("rotary", "sinusoidal"), "--positions: choose rotary or sinusoidal"),
+              (c.optimizer in ("muon", "adam"), "--optimizer: choose muon or adam"),
+              (min(c.length, c.dim, c.depth, c.heads, c.mlp, c.batch, c.report) > 0, "sizes must be positive"),
+              (c.dim % (2 * c.heads) == 0, f"--dim {c.dim} must be a multiple of 2 * heads = {2 * c.heads}"),
+              (c.conv == 0 or c.conv > 0 and c.conv % 2 == 1, "--conv must be odd, or 0"),
+              (c.passes is None or c.passes > 0, "--passes must be at least 1"),
+              ((c.steps or 0) > 0 or c.steps is None and (c.minutes or 0) > 0, "--steps or --minutes must be positive")]
+    for holds, message in checks:
+        if not holds:
+            raise UserError(message)
+    return c
+
+
+def pick_device(name=None):
+    """The device of that name; where none is given, the fastest kind there is."""
+    found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name or found).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}")
+
+
+def has_bf16(device):
+    """True where the processor multiplies bfloat16 itself: elsewhere it is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return device.type == "cpu" and bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def build_model(c, K):
+    """An untrained ARDM with the network of these settings."""
+    net = Transformer(K, c.length, dim=c.dim, depth=c.depth, heads=c.heads, mlp=c.mlp, positions=c.positions,
+                      conv=c.conv, qk_norm=c.qk_norm, zero_init=c.zero_init, time=c.time)
+    return ARDM(net, D=c.length, K=K)
+
+
+def load_data(c, device):
+    return datasets.load(c.data, c.length, c.data_dir, device)
+
+
+def read_checkpoint(path):
+    """The dict that `Run.save` wrote. It holds tensors and plain values alone: nothing is unpickled."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        assert checkpoint["format"] == "ardm checkpoint 1"
+        checkpoint["settings"] = Settings(**checkpoint["settings"])
+        return checkpoint
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint; python train.py writes one")
+    except Exception as error:                           # whatever a damaged or foreign file brings up
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path} is no checkpoint of train.py, or a damaged one ({reason[:80]})")
+
+
+def load_model(path, device=None):
+    """(model with the averaged weights, its checkpoint), ready to sample, to score and to code."""
+    checkpoint = read_checkpoint(path)
+    model = build_model(checkpoint["settings"], checkpoint["K"])
+    try:
+        model.load_state_dict(checkpoint["ema"])
+    except RuntimeError as error:
+        raise UserError(f"{path}: the weights do not fit the settings ({str(error).splitlines()[0]})")
+    return model.eval().to(pick_device(device)), checkpoint
+
+
+@contextmanager
+def replacing(path, mode="wb"):
+    """A file that appears under its name only once it is complete; until then, and after an error, the
+    old one stays as it was."""
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, mode) as file:
+            yield file
+        os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}")
+    finally:
+        part.unlink(missing_ok=True)
+
+
+class Run:
+    """Everything that training changes, and nothing else: what a checkpoint holds."""
+
+    def __init__(self, c, K, kind):
+        torch.manual_seed(c.seed)
+        self.c, self.K, self.kind, self.device = c, K, kind, torch.device(c.device)
+        self.model = build_model(c, K).to(self.device)
+        self.ema = copy.deepcopy(self.model).eval()
+        self.optimizers = make_optimizers(self.model.net, c)
+        self.generator = torch.Generator(self.device).manual_seed(c.seed)
+        self.step, self.seconds, self.L = 0, 0.0, None
+        if c.compile:
+            self.model.net.compile()
+
+    @property
+    def progress(self):
+        """The part of the run that is done, 0..1: of its steps, or of its time."""
+        return self.step / self.c.steps if self.c.steps else self.seconds / (60 * self.c.minutes)
+
+    def save(self, path):
+        state = dict(format="ardm checkpoint 1", settings=dataclasses.asdict(self.c), K=self.K, kind=self.kind,
+                     model=self.model.state_dict(), ema=self.ema.state_dict(),
+                     optimizers=[optimizer.state_dict() for optimizer in self.optimizers],
+                     step=self.step, seconds=self.seconds, generator=self.generator.get_state(),
+                     L=None if self.L is None else torch.from_numpy(self.L))
+        with replacing(path) as file:
+            torch.save(state, file)
+
+    def restore(self, checkpoint):
+        self.model.load_state_dict(checkpoint["model"])
+        self.ema.load_state_dict(checkpoint["ema"])
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizers"]):
+            optimizer.load_state_dict(state)
+        self.step, self.seconds = checkpoint["step"], checkpoint["seconds"]
+        self.generator.set_state(checkpoint["generator"])
+
+
+# -- Training ----------------------------------------------------------------------------------------
+
+def make_optimizers(net, c):
+    """Muon for the matrices of the blocks and AdamW for all the rest, or Adam for everything."""
+    matrices = [p for p in net.blocks.parameters() if p.ndim == 2] if c.optimizer == "muon" else []
+    chosen = set(map(id, matrices))
+    rest = [p for p in net.parameters() if id(p) not in chosen]
+    optimizers = [torch.optim.AdamW(rest, lr=c.lr, betas=(0.9, 0.95 if matrices else 0.999), weight_decay=0.0)]
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, lr=c.muon_lr, weight_decay=c.weight_decay))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["full_lr"] = group["lr"]
+    return optimizers
+
+
+def learning_rate(c, step, progress):
+    """The factor on the full rate: up in a line, flat, and down to zero over the last part of the run."""
+    up = (step + 1) / c.warmup if c.warmup else 1.0
+    down = (1 - progress) / c.decay if c.decay else 1.0
+    return min(1.0, up, max(down, 0.0))
+
+
+def train_step(run, x):
+    """Algorithm 2 on x (B, D), one step of the optimisers, the average. Returns the loss, bits/dim, a tensor."""
+    c, net = run.c, run.model.net
+    rate = learning_rate(c, run.step, run.progress)
+    for optimizer in run.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["full_lr"]
+        optimizer.zero_grad(set_to_none=True)
+    with torch.autocast(run.device.type, torch.bfloat16, enabled=c.bf16):
+        loss = bits_per_dim(run.model.loss(x, generator=run.generator), x.shape[1]).mean()
+    loss.backward()
+    nn.utils.clip_grad_norm_(net.parameters(), c.clip)
+    for optimizer in run.optimizers:
+        optimizer.step()
+    run.step += 1
+    decay = min(c.ema, 1 - 1 / (1 + 0.1 * run.step))     # early on, the beginning is soon forgotten
+    with torch.no_grad():
+        for average, p in zip(run.ema.parameters(), run.model.parameters()):
+            average.lerp_(p, 1 - decay)
+    return loss.detach()
+
+
+def train(run, data, folder):
+    """Steps until the run is over or Ctrl-C; saves as it goes. True where the run was completed."""
+    c, saved, losses, recent = run.c, time.monotonic(), [], collections.deque(maxlen=50)
+    begin, mark = saved - run.seconds, (run.step, run.seconds)
+    log = Log(folder / "log.csv", run.step)
+    bar = tqdm(total=1.0, initial=min(run.progress, 1.0), mininterval=0.5,
+               bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}")
+    with bar, caught_signals() as stop:
+        while run.progress < 1 and not stop:
+            losses.append(train_step(run, data.batch(c.batch, generator=run.generator)))
+            recent.append(losses[-1])
+            run.seconds = time.monotonic() - begin
+            speed = (run.step - mark[0]) * c.batch * c.length / (run.seconds - mark[1])
+            if run.step % 10 == 0:                       # seldom: reading the loss waits for the device
+                bar.set_postfix_str(f"step {run.step}, {torch.stack([*recent]).mean():.3f} bits/char, "
+                                    f"{speed:,.0f} chars/s", refresh=False)
+                bar.update(min(run.progress, 1.0) - bar.n)
+            if run.step % c.report == 0:
+                valid = bound(run.ema, data, "valid", passes=1, most=64)["bits"]
+                log.add(run.step, run.seconds, torch.stack(losses).mean().item(), valid, speed)
+                losses, mark = [], (run.step, time.monotonic() - begin)
+            if time.monotonic() - saved > 120:
+                run.save(folder / "ckpt.pt")
+                saved = time.monotonic()
+    run.save(folder / "ckpt.pt")
+    return run.progress >= 1
+
+
+@contextmanager
+def caught_signals():
+    """Ctrl-C, or the end of a job's time, lets the loop finish its step: yields a list that is empty
+    until then. A second one stops at once."""
+    asked, old = [], {}
+
+    def ask(number, frame):
+        asked.append(number)
+        signal.signal(number, old[number])
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        old[number] = signal.signal(number, ask)
+    try:
+        yield asked
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+class Log:
+    """log.csv, one row a report; rows behind the step that a run is resumed from are cut off."""
+    COLUMNS = ("step", "seconds", "train_bits_per_dim", "valid_bits_per_dim", "dims_per_second")
+
+    def __init__(self, path, step):
+        self.path = path
+        rows = [row for row in read_log(path) if row["step"] <= step] if step else []
+        with replacing(path, "w") as file:
+            file.write("".join(",".join(row) + "\n" for row in [self.COLUMNS] + [
+                [str(row[name]) for name in self.COLUMNS] for row in rows]))
+
+    def add(self, step, *numbers):
+        with open(self.path, "a") as file:
+            file.write(",".join([str(step)] + [f"{number:.6g}" for number in numbers]) + "\n")
+
+
+def read_log(path):
+    """log.csv -> a list of dicts of numbers; empty where there is none."""
+    if not path.is_file():
+        return []
+    with open(path, newline="") as file:
+        return [{name: float(value) if name != "step" else int(value) for name, value in row.items()}
+                for row in csv.DictReader(file)]
+
+
+# -- Evaluation --------------------------------------------------------------------------------------
+
+def spread(N, most):
+    """(min(N, most),) indices of datapoints, evenly spread over all N."""
+    return torch.arange(min(N, most)) * N // min(N, most)
+
+
+@torch.no_grad()
+def bound(model, data, split, passes=None, most=None, seed=1, progress=False):
+    """The bound of Eq. 2 on a split, by one step t for each datapoint and pass.
+
+    t and s are stratified over each batch. passes None: as many as give every step 16 datapoints.
+    most: that many chunks, spread over the split, without the shorter rest. Returns a dict: bits (per
+    dim), stderr (over the chunks), L (S, D) in bits, passes, chunks, rest (characters in the last one).
+    """
+    chunks, rest = data.chunks(split)
+    chunks, rest = (chunks, rest) if most is None else (chunks[spread(len(chunks), most)], rest[:0])
+    (N, D), device = chunks.shape, chunks.device
+    passes = passes or -(-16 * model.S * D // N)
+    generator = torch.Generator(device).manual_seed(seed)
+    nats, rest_nats = torch.zeros(N, device=device), 0.0
+    sums, counts = torch.zeros(2, model.S * D, device=device)
+    for _ in tqdm(range(passes), desc=f"bound on {split}", unit="pass", disable=not progress, leave=False):
+        for rows in torch.arange(N, device=device).split(max(1, 32768 // D)):
+            t, s = stratified_steps(len(rows), model.S, D, device, generator)
+            loss = model.loss(chunks[rows].long(), t, s, generator=generator)            # (B,)
+            nats[rows] += loss / passes
+            sums.index_add_(0, (s - 1) * D + t - 1, loss / (model.S * D))
+            counts.index_add_(0, (s - 1) * D + t - 1, torch.ones_like(loss))
+        if len(rest):
+            rest_nats += model.loss(rest[None].long(), generator=generator).item() / passes
+    total = nats.double().sum().item() + rest_nats
+    return dict(bits=bits_per_dim(total, N * D + len(rest)), L=components(sums, counts, model.S),
+                stderr=bits_per_dim(nats, D).std(correction=min(1, N - 1)).item() / N ** 0.5,
+                passes=passes, chunks=N, rest=len(rest))
+
+
+def components(sums, counts, S):
+    """Sums of samples of L_t in nats, (S*D,), and their counts -> L (S, D) float64 in bits; a step that
+    no datapoint has met takes the value between its neighbours."""
+    sums, counts = sums.double().cpu().numpy().reshape(S, -1), counts.cpu().numpy().reshape(S, -1)
+    L = np.empty_like(sums)
+    for row, total, count in zip(L, sums, counts):
+        met = np.flatnonzero(count)
+        row[:] = np.interp(np.arange(len(row)), met, total[met] / count[met]) if len(met) else np.nan
+    return bits_per_dim(L, 1)
+
+
+def measure_plans(model, data, plans, most, seed=1):
+    """Exact bits/dim of test chunks under each plan, every chunk in a random order of its own: [dict].
+
+    The prediction beside it is the plan's cost by the L_t of the same chunks.
+    """
+    chunks = data.chunks("test")[0]
+    chunks = chunks[spread(len(chunks), most)].long()
+    (N, D), generator = chunks.shape, torch.Generator(chunks.device).manual_seed(seed)
+    sigma = sample_sigma(N, D, chunks.device, generator)
+    L = planner.smooth(bound(model, data, "test", most=most, progress=True)["L"])
+    rows = []
+    for plan in tqdm(plans, desc="exact nll under each plan", unit="plan", leave=False):
+        parts = zip(chunks.split(max(1, 32768 // D)), sigma.split(max(1, 32768 // D)))
+        bits = bits_per_dim(torch.cat([model.nll(x, plan, order) for x, order in parts]), D)
+        rows.append(dict(calls=len(plan), predicted=planner.plan_cost(L, plan) / D, measured=bits.mean().item(),
+                         stderr=bits.std(correction=min(1, N - 1)).item() / N ** 0.5, chunks=N))
+    return rows
+
+
+def references(stream, D):
+    """What simple means reach on the same bytes, in bits/char: {name: number}.
+
+    The general-purpose compressors see the whole text, or each chunk of D by itself as the model does.
+    """
+    share = np.bincount(np.frombuffer(stream, np.uint8)) / len(stream)
+    share = share[share > 0]
+    packers = {"bz2": bz2.compress, "lzma": lzma.compress, "zlib": lambda part: zlib.compress(part, 9)}
+    chunks = [stream[i:i + D] for i in range(0, min(len(stream), 1000 * D), D)]
+    bits = {name: 8 * len(pack(stream)) / len(stream) for name, pack in packers.items()}
+    bits |= {f"{name} in chunks": 8 * sum(len(pack(part)) for part in chunks) / sum(map(len, chunks))
+             for name, pack in packers.items()}
+    return {"uniform": math.log2(27 if datasets.is_text(stream) else 256),
+            "single letters": float(-(share * np.log2(share)).sum())} | bits
+
+
+def evaluate(model, data, passes=None, budgets=(5, 10, 20, 50)):
+    """All that a run reports: see `describe` for it in words. L (S, D), for plans, is from validation."""
+    D, calls = model.D, model.S * model.D
+    begin = time.monotonic()
+    L = bound(model, data, "valid", progress=True)["L"]
+    test = bound(model, data, "test", passes, progress=True)
+    plans = [planner.plan(L, budget) for budget in budgets if model.S <= budget < calls]
+    plans.append(planner.full_plan(model.S, D))
+    stream = datasets.to_bytes(torch.cat([part.flatten() for part in data.chunks("test")]).cpu(), model.K)
+    return dict(bits_per_dim=test["bits"], stderr=test["stderr"], passes=test["passes"], chunks=test["chunks"],
+                length=D, rest=test["rest"], L_valid=L.tolist(), L_test=test["L"].tolist(),
+                calls=measure_plans(model, data, plans, most=max(1, 20000 // D)),
+                references=references(stream, D), evaluation_seconds=time.monotonic() - begin)
+
+
+def describe(results):
+    """The results of `evaluate` in words and tables, to be read on a terminal."""
+    r, L = results, np.array(results["L_test"]).mean(axis=0)
+    rest = f", and the last {r['rest']} characters as a shorter chunk" if r["rest"] else ""
+    lines = [f"test: {r['bits_per_dim']:.3f} bits/char, standard error {r['stderr']:.3f} over chunks",
+             f"  the bound of Eq. 2 with averaged weights: {r['passes']} passes over {r['chunks']} chunks of {r['length']} "
+             f"without context{rest};", "  in each pass every chunk has a new random order and one step t, stratified",
+             f"for comparison, bits/char: " + ", ".join(f"{k} {v:.2f}" for k, v in r["references"].items()),
+             f"loss components L_t, bits a character, t = 1..{len(L)}:", f"  {L[0]:.2f} {bars(L)} {L[-1]:.2f}",
+             "network calls -> bits/char   predicted from L_t   measured"]
+    for row in r["calls"]:
+        lines.append(f"  {row['calls']:>22}   {row['predicted']:>18.3f}   {row['measured']:.3f}")
+    row = r["calls"][-1]
+    lines.append(f"  (exact, on {row['chunks']} test chunks, each in one random order; standard error {row['stderr']:.3f})")
+    return "\n".join(lines)
+
+
+def bars(numbers, width=48):
+    """Numbers as a line of little bars from 0 to the largest."""
+    means = [part.mean() for part in np.array_split(numbers, min(width, len(numbers)))]
+    return "".join(" ▁▂▃▄▅▆▇█"[round(8 * max(0.0, mean) / max(*means, 1e-9))] for mean in means)
+
+
+def plot(folder, results):
+    """folder/results.png: the loss over time, L_t, and the price of few calls (the paper's Fig. 3)."""
+    from matplotlib import pyplot
+    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(15, 4))
+    log = read_log(folder / "log.csv")
+    for name in ("train", "valid"):
+        left.plot([row["seconds"] for row in log], [row[f"{name}_bits_per_dim"] for row in log], label=name)
+    left.set(title="loss", xlabel="seconds", ylabel="bits/char")
+    left.legend()
+    L = np.array(results["L_test"])
+    for s, (row, smooth) in enumerate(zip(L, planner.smooth(L)), start=1):
+        steps = np.arange(1, len(row) + 1)
+        middle.plot(steps, row, ".", alpha=0.4, label=f"$L_t$, stage {s}")
+        middle.plot(steps, smooth, label="smoothed")
+    plan = planner.plan(results["L_valid"], min(20, L.size))
+    height = [planner.smooth(L)[s - 1, t - 1] for s, t, k in plan if s == 1]
+    middle.stairs(height, [t for s, t, k in plan if s == 1] + [L.shape[1] + 1], color="black",
+                  label=f"plan of {len(plan)} calls")
+    middle.set(title="loss components and a plan", xlabel="t", ylabel="bits", ylim=0)
+    middle.legend()
+    curve = planner.costs(L)
+    right.plot(list(curve), [cost / L.shape[1] for cost in curve.values()], label="predicted")
+    right.plot(*zip(*((row["calls"], row["measured"]) for row in results["calls"])), "o", label="measured")
+    right.set(title="bits under a budget", xlabel="network calls", ylabel="bits/char", xscale="log")
+    right.legend()
+    figure.tight_layout()
+    with replacing(folder / "results.png") as file:
+        figure.savefig(file, format="png", dpi=100)
+    pyplot.close(figure)
+
+
+# -- The command -------------------------------------------------------------------------------------
+
+def conditions(c):
+    """What a figure depends on beside the settings."""
+    cpu = platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name(c.device) if c.device.startswith("cuda") else f"{cpu}, {torch.get_num_threads()} threads"
+    return dict(device=c.device, machine=name, versions=dict(
+        python=platform.python_version(), torch=torch.__version__, numpy=np.__version__))
+
+
+def finish(run, data, folder, with_plot):
+    """Evaluates a completed run, writes what it found, and says what to type next."""
+    c, checkpoint = run.c, folder / "ckpt.pt"
+    results = evaluate(run.ema, data, c.passes)
+    run.L = np.array(results["L_valid"])
+    run.save(checkpoint)
+    results |= dict(data=data.name, seed=c.seed, steps=run.step, seconds=run.seconds,
+                    params=sum(p.numel() for p in run.model.parameters()),
+                    settings=dataclasses.asdict(c), **conditions(c))
+    with replacing(folder / "results.json", "w") as file:
+        json.dump(results, file, indent=1)
+    piece = folder / ("test.txt" if data.kind == "text" else "test.bin")
+    with replacing(piece) as file:
+        file.write(datasets.to_bytes(data.splits["test"][:20000].cpu(), data.K))
+    if with_plot:
+        plot(folder, results)
+    print(describe(results))
+    x = run.ema.sample(2, planner.plan(run.L, min(50, run.L.size)), generator=run.generator)
+    print("samples:", *(f"  {datasets.show(row.cpu(), data.K)}" for row in x), sep="\n")
+    blanks = [f'python sample.py --ckpt {checkpoint} --prompt "the ____ of"'] if data.kind == "text" else []
+    print("what to run next:", f"python sample.py --ckpt {checkpoint} --calls 20 --frames", *blanks,
+          f"python compress.py encode --ckpt {checkpoint} {piece} {folder / 'test.ardm'}",
+          f"python compress.py bench --ckpt {checkpoint}", sep="\n  ")
+
+
+def resumed(given):
+    """(settings, checkpoint) of the run to go on with; flags may lengthen it, not change it."""
+    folder = given.get("out") or f"out/{Path(given.get('data', 'pydoc')).stem}"
+    checkpoint = read_checkpoint(Path(folder) / "ckpt.pt")
+    c = checkpoint["settings"]
+    for name, value in given.items():
+        if name not in RESUMABLE and getattr(c, name) != value:
+            raise UserError(f"--{name.replace('_', '-')} {value}: the run in {folder} has {getattr(c, name)}, "
+                            "and cannot be resumed with another")
+    if "minutes" in given and "steps" not in given:
+        c.steps = None
+    return dataclasses.replace(c, **given, out=folder), checkpoint
+
+
+def main():
+    parser = Parser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    parser.add_argument("--evaluate", metavar="CKPT", help="only evaluate this checkpoint")
+    parser.add_argument("--plot", action="store_true", help="also draw results.png (needs matplotlib)")
+    add_settings(parser)
+    given = vars(parser.parse_args())
+    resume, path, with_plot = given.pop("resume"), given.pop("evaluate"), given.pop("plot")
+    if with_plot and importlib.util.find_spec("matplotlib") is None:
+        raise UserError("--plot needs matplotlib: pip install matplotlib")
+    if path:
+        return evaluate_only(Path(path), given, with_plot)
+    c, checkpoint = resumed(given) if resume else (complete(given), None)
+    data, folder = load_data(c, pick_device(c.device)), Path(c.out)
+    run = Run(c, data.K, data.kind)
+    if resume:
+        run.restore(checkpoint)
+    elif (folder / "ckpt.pt").exists():
+        os.replace(folder / "ckpt.pt", folder / "ckpt.old.pt")
+        print(f"the run that was in {folder} is kept as ckpt.old.pt")
+    folder.mkdir(parents=True, exist_ok=True)
+    sizes = ", ".join(f"{name} {len(part):,}" for name, part in data.splits.items())
+    print(f"{data.name}: K = {data.K}, D = {c.length}, {sizes} characters; {sum(p.numel() for p in run.model.parameters()):,} "
+          f"weights on {c.device}{', bfloat16' if c.bf16 else ''}; results go to {folder}")
+    if train(run, data, folder):
+        finish(run, data, folder, with_plot)
+    else:
+        print(f"stopped at step {run.step} and saved; go on with: python train.py --resume --out {folder}")
+        sys.exit(130)
+
+
+def evaluate_only(path, given, with_plot):
+    """--evaluate: prints, and writes nothing but the picture that --plot asks for."""
+    model, checkpoint = load_model(path, given.get("device"))
+    c = dataclasses.replace(checkpoint["settings"], **given)
+    data = load_data(c, next(model.parameters()).device)
+    if (data.kind, data.K) != (checkpoint["kind"], checkpoint["K"]):
+        raise UserError(f"{data.name} has K = {data.K}, the checkpoint was trained on K = {checkpoint['K']}")
+    results = evaluate(model, data, c.passes)
+    if with_plot:
+        plot(path.parent, results)
+    print(f"{path} on {data.name}, step {checkpoint['step']}", describe(results), sep="\n")
+
+
+if __name__ == "__main__":
+    command_line(main)
