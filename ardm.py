@@ -9,6 +9,7 @@ Symbols, as in the paper (everything is counted from 1):
     B, D, K        datapoints in a batch, variables in a datapoint, values a variable can take
     x              (B, D) integers 0..K-1, flat; only the network and the data know a shape
     sigma          (B, D) rows are permutations of 1..D; sigma[:, i] is the step that writes variable i
+                   (0: known beforehand, D + 1: never written; see `rerank`)
     t              (B,)   step, 1..D.  t - 1 variables are known at step t, D - t + 1 are not
     m = sigma < t  (B, D) True where x is known
     s, S           stage 1..S, number of stages (order-agnostic model: S = 1)
@@ -32,30 +33,26 @@ def bits_per_dim(nats, D):
     return nats / (D * math.log(2))
 
 
-def uniform(*shape, device=None, generator=None):
-    """Uniform numbers in [0, 1) on `device`, drawn where the generator lives (a CPU generator gives
-    the same numbers whatever the device of the model)."""
-    where = device if generator is None else generator.device
-    return torch.rand(shape, device=where, generator=generator).to(device)
-
-
 def sample_sigma(B, D, device=None, generator=None):
     """sigma ~ U(S_D), one order a row: (B, D), each row a permutation of 1..D.
 
     The ranks of D independent uniform numbers are a uniform permutation.
     """
-    return uniform(B, D, device=device, generator=generator).argsort(dim=1) + 1
+    return torch.rand(B, D, device=device, generator=generator).argsort(dim=1) + 1
 
 
-def known_first(sigma, known):
-    """Moves the variables marked in `known` (B, D, bool) before the first step: sigma = 0 there.
+def rerank(sigma, known=None, absent=None):
+    """Takes variables out of the walk: sigma = 0 where `known`, D + 1 where `absent` ((B, D) bool).
 
-    The n others keep their order at D-n+1..D. No plan can write a variable with sigma = 0 and every
-    mask shows it, so in-filling needs no code of its own.
+    Known ones are written before the first step: every mask shows them, no plan can write them. Absent
+    ones (what a short text lacks) come after the last step: never shown, never written. The others keep
+    their order, right behind the known ones. So in-filling and short data need no code of their own.
     """
-    behind = torch.where(known, 0, sigma)
-    rank = behind.argsort(dim=1, stable=True).argsort(dim=1) + 1
-    return torch.where(known, 0, rank)
+    D = sigma.shape[-1]
+    sigma = sigma if known is None else torch.where(known, 0, sigma)
+    sigma = sigma if absent is None else torch.where(absent, D + 1, sigma)
+    rank = sigma.argsort(dim=-1, stable=True).argsort(dim=-1) + 1
+    return torch.where((sigma == 0) | (sigma == D + 1), sigma, rank)
 
 
 def stratified_steps(B, S, D, device=None, generator=None):
@@ -65,8 +62,8 @@ def stratified_steps(B, S, D, device=None, generator=None):
     order. Each datapoint alone sees a uniform step, so the bound stays unbiased, while a batch
     covers early and late steps alike: most of the noise that t brings is gone.
     """
-    u = uniform(1, device=device, generator=generator)
-    i = uniform(B, device=device, generator=generator).argsort()       # 0..B-1, shuffled
+    u = torch.rand(1, device=device, generator=generator)
+    i = torch.rand(B, device=device, generator=generator).argsort()    # 0..B-1, shuffled
     step = (S * D * ((u + i / B) % 1)).long().clamp(max=S * D - 1)     # rounding may reach S * D
     return step % D + 1, step // D + 1
 
@@ -163,16 +160,15 @@ class ARDM(nn.Module):
         """
         device = next(self.parameters()).device
         x = torch.zeros(B, self.D, dtype=torch.long, device=device) if x is None else x
-        sigma = sample_sigma(self.S * B, self.D, device, generator).view(self.S, B, self.D) \
-            if sigma is None else sigma.expand(self.S, B, self.D)
         plan = self.every_step() if plan is None else plan
+        if sigma is None:                                              # sigma ~ U(S_D), one a stage
+            sigma = sample_sigma(self.S * B, self.D, device, generator).view(self.S, B, self.D)
+        sigma = sigma.expand(self.S, B, self.D)
         if known is not None:
-            sigma = torch.stack([known_first(order, known) for order in sigma])
-            first = int(known.sum(dim=1).min())                        # no row needs earlier steps
-            plan = [(s, t, k) for s, t, k in plan if t + k - 1 > first]
-            x = torch.where(known, x, self.coarse(x, 0))
-        else:
-            x = self.coarse(x, 0)
+            sigma = rerank(sigma, known, absent=sigma > self.D)
+        known = sigma[0] == 0
+        first = int(known.sum(dim=1).min())                            # nothing to write before that
+        plan = (entry for entry in plan if entry[1] + entry[2] - 1 > first)
 
         def draw(log_p, where, s):
             p = torch.softmax(log_p[where] / temperature, dim=-1)      # (n, A) float32 or better
@@ -180,7 +176,7 @@ class ARDM(nn.Module):
             a[where] = torch.multinomial(p, 1, generator=generator)[:, 0]
             return a
 
-        return self.walk(x, plan, sigma, draw)
+        return self.walk(torch.where(known, x, self.coarse(x, 0)), plan, sigma, draw)
 
     def nll(self, x, plan=None, sigma=None):
         """-log p(x | sigma) in nats, (B,) float64: exact for the process that `plan` describes.

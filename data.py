@@ -58,10 +58,14 @@ class Text:
         return stream[starts + torch.arange(length, device=stream.device)].long()
 
     def chunks(self, split):
-        """(N, D) uint8, the split cut into chunks, and (n,) uint8, the n < D characters left over."""
-        stream, D = self.splits[split], self.shape[0]
-        whole = len(stream) // D * D
-        return stream[:whole].view(-1, D), stream[whole:]
+        """`cut` of that split."""
+        return cut(self.splits[split], self.shape[0])
+
+
+def cut(stream, D):
+    """(n,) -> whole chunks (N, D), and the n mod D characters that are left over."""
+    whole = len(stream) // D * D
+    return stream[:whole].view(-1, D), stream[whole:]
 
 
 def load(name, length, data_dir="data", device="cpu"):

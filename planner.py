@@ -46,12 +46,13 @@ def smooth(L):
     return np.repeat(np.array(sums) / counts, counts)
 
 
-def plan(L, budget):
+def plan(L, budget, first=1, last=None):
     """The cheapest plan with exactly `budget` network calls in all: [(s, t, k), ...].
 
     S..S*D calls; they are split over the stages as pays best. ValueError for any other budget.
+    first, last: the steps that are to be planned, where some variables are known or absent.
     """
-    L = np.atleast_2d(smooth(L))
+    L = np.atleast_2d(smooth(L))[:, first - 1:last]
     S, D = L.shape
     _check_budget(budget, S, D)
     starts = [[] for _ in range(S)]                          # (D+1,) for each call of each stage
@@ -62,7 +63,7 @@ def plan(L, budget):
         j = D
         for start in reversed(starts[s]):
             i = int(start[j])
-            calls.append((s + 1, i + 1, j - i))
+            calls.append((s + 1, first + i, j - i))
             j = i
     return calls[::-1]
 

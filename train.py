@@ -307,7 +307,7 @@ def train(run, data, folder):
     """Steps until the run is over or Ctrl-C; saves as it goes. True where the run was completed."""
     c, saved, losses, recent = run.c, time.monotonic(), [], collections.deque(maxlen=50)
     begin, mark = saved - run.seconds, (run.step, run.seconds)
-    log = Log(folder / "log.csv", run.step)
+    log, some = Log(folder / "log.csv", run.step), spread(data.chunks("valid")[0], 64)
     bar = tqdm(total=1.0, initial=min(run.progress, 1.0), mininterval=0.5,
                bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}")
     with bar, caught_signals() as stop:
@@ -321,7 +321,7 @@ def train(run, data, folder):
                                     f"{speed:,.0f} chars/s", refresh=False)
                 bar.update(min(run.progress, 1.0) - bar.n)
             if run.step % c.report == 0:
-                valid = bound(run.ema, data, "valid", passes=1, most=64)["bits"]
+                valid = bound(run.ema, some, passes=1)["bits"]
                 log.add(run.step, run.seconds, torch.stack(losses).mean().item(), valid, speed)
                 losses, mark = [], (run.step, time.monotonic() - begin)
             if time.monotonic() - saved > 120:
@@ -377,27 +377,25 @@ def read_log(path):
 
 # -- Evaluation --------------------------------------------------------------------------------------
 
-def spread(N, most):
-    """(min(N, most),) indices of datapoints, evenly spread over all N."""
-    return torch.arange(min(N, most)) * N // min(N, most)
+def spread(chunks, most):
+    """At most that many of the chunks (N, D), evenly spread over all of them."""
+    n = min(len(chunks), most)
+    return chunks[torch.arange(n) * len(chunks) // n]
 
 
 @torch.no_grad()
-def bound(model, data, split, passes=None, most=None, seed=1, progress=False):
-    """The bound of Eq. 2 on a split, by one step t for each datapoint and pass.
+def bound(model, chunks, rest=(), passes=None, seed=1, progress=False):
+    """The bound of Eq. 2 on chunks (N, D) and a shorter rest, by one step t for each chunk and pass.
 
-    t and s are stratified over each batch. passes None: as many as give every step 16 datapoints.
-    most: that many chunks, spread over the split, without the shorter rest. Returns a dict: bits (per
-    dim), stderr (over the chunks), L (S, D) in bits, passes, chunks, rest (characters in the last one).
+    t and s are stratified over each batch. passes None: as many as give every step 16 chunks.
+    Returns a dict: bits (per dim), stderr (over the chunks), L (S, D) in bits, passes, chunks, rest.
     """
-    chunks, rest = data.chunks(split)
-    chunks, rest = (chunks, rest) if most is None else (chunks[spread(len(chunks), most)], rest[:0])
     (N, D), device = chunks.shape, chunks.device
     passes = passes or -(-16 * model.S * D // N)
     generator = torch.Generator(device).manual_seed(seed)
     nats, rest_nats = torch.zeros(N, device=device), 0.0
     sums, counts = torch.zeros(2, model.S * D, device=device)
-    for _ in tqdm(range(passes), desc=f"bound on {split}", unit="pass", disable=not progress, leave=False):
+    for _ in tqdm(range(passes), desc="bound", unit="pass", disable=not progress, leave=False):
         for rows in torch.arange(N, device=device).split(max(1, 32768 // D)):
             t, s = stratified_steps(len(rows), model.S, D, device, generator)
             loss = model.loss(chunks[rows].long(), t, s, generator=generator)            # (B,)
@@ -423,20 +421,18 @@ def components(sums, counts, S):
     return bits_per_dim(L, 1)
 
 
-def measure_plans(model, data, plans, most, seed=1):
-    """Exact bits/dim of test chunks under each plan, every chunk in a random order of its own: [dict].
+def measure_plans(model, chunks, plans, seed=1):
+    """Exact bits/dim of chunks (N, D) under each plan, every chunk in a random order of its own: [dict].
 
     The prediction beside it is the plan's cost by the L_t of the same chunks.
     """
-    chunks = data.chunks("test")[0]
-    chunks = chunks[spread(len(chunks), most)].long()
     (N, D), generator = chunks.shape, torch.Generator(chunks.device).manual_seed(seed)
     sigma = sample_sigma(N, D, chunks.device, generator)
-    L = planner.smooth(bound(model, data, "test", most=most, progress=True)["L"])
+    L = planner.smooth(bound(model, chunks, progress=True)["L"])
     rows = []
     for plan in tqdm(plans, desc="exact nll under each plan", unit="plan", leave=False):
         parts = zip(chunks.split(max(1, 32768 // D)), sigma.split(max(1, 32768 // D)))
-        bits = bits_per_dim(torch.cat([model.nll(x, plan, order) for x, order in parts]), D)
+        bits = bits_per_dim(torch.cat([model.nll(x.long(), plan, order) for x, order in parts]), D)
         rows.append(dict(calls=len(plan), predicted=planner.plan_cost(L, plan) / D, measured=bits.mean().item(),
                          stderr=bits.std(correction=min(1, N - 1)).item() / N ** 0.5, chunks=N))
     return rows
@@ -462,14 +458,14 @@ def evaluate(model, data, passes=None, budgets=(5, 10, 20, 50)):
     """All that a run reports: see `describe` for it in words. L (S, D), for plans, is from validation."""
     D, calls = model.D, model.S * model.D
     begin = time.monotonic()
-    L = bound(model, data, "valid", progress=True)["L"]
-    test = bound(model, data, "test", passes, progress=True)
+    L = bound(model, *data.chunks("valid"), progress=True)["L"]
+    test = bound(model, *data.chunks("test"), passes, progress=True)
     plans = [planner.plan(L, budget) for budget in budgets if model.S <= budget < calls]
     plans.append(planner.full_plan(model.S, D))
-    stream = datasets.to_bytes(torch.cat([part.flatten() for part in data.chunks("test")]).cpu(), model.K)
+    stream = datasets.to_bytes(data.splits["test"].cpu(), model.K)
     return dict(bits_per_dim=test["bits"], stderr=test["stderr"], passes=test["passes"], chunks=test["chunks"],
                 length=D, rest=test["rest"], L_valid=L.tolist(), L_test=test["L"].tolist(),
-                calls=measure_plans(model, data, plans, most=max(1, 20000 // D)),
+                calls=measure_plans(model, spread(data.chunks("test")[0], max(1, 20000 // D)), plans),
                 references=references(stream, D), evaluation_seconds=time.monotonic() - begin)
 
 

@@ -1,0 +1,356 @@
+"""Files to archives and back, without loss (Sec. 5): rANS, driven by the conditionals of one order.
+
+    python compress.py encode --ckpt out/pydoc/ckpt.pt IN OUT
+    python compress.py decode --ckpt out/pydoc/ckpt.pt IN OUT
+    python compress.py bench --ckpt out/pydoc/ckpt.pt [FILE]         bits/char, beside bz2, lzma and zlib
+
+The file is cut into chunks of D symbols, and `batch` chunks together are a block: one walk over the plan,
+one rANS stream. The encoder makes the decoder's very calls, in the same batches: the last block is
+filled up with absent variables. An archive, all numbers big-endian:
+
+    offset      bytes   what
+    0           4       "ARDM"
+    4           1       format version, 1
+    5           2       h, length of the header
+    7           h       header: JSON, see `make_header`
+    7 + h       4       CRC-32 of all before it
+    then for each block
+                4       p, length of the payload
+                4       CRC-32 of the symbols that it decodes to, one byte each
+                p       payload: coder.py
+
+The network runs in float32, whose last bits depend on the machine and the library. The header carries a
+fingerprint of what the network says about a fixed input: a machine on which it says something else would
+decode garbage, and refuses first. Within one machine the encoder proves each block by decoding it.
+"""
+import hashlib
+import itertools
+import json
+import os
+import struct
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import coder
+import data as datasets
+import planner
+from ardm import bits_per_dim, rerank
+from data import UserError
+from train import Parser, bound, command_line, load_data, load_model, references, replacing, spread
+
+MAGIC, VERSION, PRECISION = b"ARDM", 1, 22
+BLOCK = 1 << 15                                      # symbols in a block, about
+
+
+class Codec:
+    """Blocks to payloads and back: a model, an order, a plan and a batch size.
+
+    A block has 1..batch * D symbols; what it lacks to the full number is absent.
+    """
+
+    def __init__(self, model, order, plan, batch):
+        self.model, self.plan, self.batch = model, plan, batch
+        self.device = next(model.parameters()).device
+        self.sigma = torch.from_numpy(planner.order(order, model.D)).to(self.device)
+
+    def encode(self, symbols):
+        """(n,) symbols -> payload, and its ideal length in bits: -log2 p under this order and plan."""
+        pushed, bits = [], [0.0]
+
+        def push(log_p, where, s):
+            a = self.model.symbol(x, s)
+            cdf, written = tables(log_p[where]), a[where]
+            pushed.append(coder.intervals(cdf, written.cpu().numpy()))
+            bits[0] -= log_p[where].gather(1, written[:, None]).double().sum().item() / np.log(2)
+            return a
+
+        x = self._blank()
+        x.view(-1)[:len(symbols)] = symbols.to(x)
+        self._walk(x, len(symbols), push)
+        return coder.encode(*map(np.concatenate, zip(*pushed)), PRECISION), bits[0]
+
+    def decode(self, payload, n):
+        """Payload -> (n,) uint8 symbols, and whether the stream came to a clean end."""
+        decoder = coder.Decoder(payload, PRECISION)
+
+        def pop(log_p, where, s):
+            a = self._blank()
+            a[where] = torch.from_numpy(decoder.pop(tables(log_p[where]))).to(a)
+            return a
+
+        x = self._walk(self._blank(), n, pop)
+        return x.view(-1)[:n].to("cpu", torch.uint8), decoder.done
+
+    def fingerprint(self):
+        """CRC-32 of the integer tables for a fixed input of the very shape that coding uses."""
+        B, D = self.batch, self.model.D
+        x = torch.arange(B * D, device=self.device).view(B, D) % self.model.K
+        half = torch.full((B,), D // 2 + 1, device=self.device)
+        with torch.no_grad():
+            log_p = self.model.log_probs(x, self.sigma.expand(B, D) < half[0], half, torch.ones_like(half))
+        return zlib.crc32(tables(log_p.flatten(0, 1)).tobytes())
+
+    def _blank(self):
+        return torch.zeros(self.batch, self.model.D, dtype=torch.long, device=self.device)
+
+    def _walk(self, x, n, choose):
+        """One walk over the plan, as far as a block of n symbols needs it."""
+        absent = torch.arange(x.numel(), device=self.device).view(x.shape) >= n
+        sigma = rerank(self.sigma.expand(x.shape), absent=absent)
+        plan = [(s, t, k) for s, t, k in self.plan if t <= n]
+        return self.model.walk(self.model.coarse(x, 0), plan, sigma, choose)
+
+
+def tables(log_p):
+    """(n, A) log-probabilities -> (n, A + 1) integer tables."""
+    return coder.quantize(torch.softmax(log_p.double(), dim=-1).cpu().numpy(), PRECISION)
+
+
+# -- The archive -------------------------------------------------------------------------------------
+
+def make_header(model, codec, kind, length, order):
+    """All that decoding needs beside the checkpoint. The plan is written as runs [s, k, how many]."""
+    runs = [[*key, len(list(run))] for key, run in itertools.groupby((s, k) for s, _, k in codec.plan)]
+    return dict(kind=kind, length=length, D=model.D, K=model.K, order=order, plan=runs, batch=codec.batch,
+                weights=digest(model), probe=codec.fingerprint(), device=codec.device.type,
+                threads=torch.get_num_threads(), torch=torch.__version__)
+
+
+def digest(model):
+    """A hash of the weights, by which an archive knows its checkpoint."""
+    total = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        total.update(name.encode() + value.cpu().numpy().tobytes())
+    return total.hexdigest()[:16]
+
+
+def pack(header, blocks):
+    """Header dict and [(crc, payload)] -> the bytes of an archive."""
+    text = json.dumps(header, separators=(",", ":")).encode()
+    head = MAGIC + struct.pack(">BH", VERSION, len(text)) + text
+    body = b"".join(struct.pack(">II", len(payload), crc) + payload for crc, payload in blocks)
+    return head + struct.pack(">I", zlib.crc32(head)) + body
+
+
+def unpack(archive, name):
+    """The bytes of an archive -> header dict and [(crc, payload)], checked as far as can be without the
+    model. UserError says what is wrong."""
+    if archive[:4] != MAGIC:
+        raise UserError(f"{name} is no archive of compress.py")
+    if archive[4:5] != bytes([VERSION]):
+        raise UserError(f"{name} has format version {archive[4] if len(archive) > 4 else '?'}, this program reads {VERSION}")
+    end = 7 + int.from_bytes(archive[5:7], "big")
+    if zlib.crc32(archive[:end]) != int.from_bytes(archive[end:end + 4], "big") or len(archive) < end + 4:
+        raise UserError(f"{name} is damaged: the header does not match its checksum, or is cut off")
+    try:
+        header, blocks, at = json.loads(archive[7:end]), [], end + 4
+        symbols = header["batch"] * header["D"]
+        assert 0 <= header["length"] and 0 < symbols <= 1 << 24 and type(header["length"]) is int
+    except (ValueError, KeyError, TypeError, AssertionError):
+        raise UserError(f"{name} is damaged: its header makes no sense")
+    for number in range(1, -(-header["length"] // symbols) + 1):
+        size, crc = struct.unpack(">II", archive[at:at + 8].rjust(8, b"\xff"))
+        if len(archive) < at + 8 + size:
+            raise UserError(f"{name} is cut off: block {number} is not there, or not whole")
+        blocks.append((crc, archive[at + 8:at + 8 + size]))
+        at += 8 + size
+    if at != len(archive):
+        raise UserError(f"{name} is damaged: {len(archive) - at} bytes follow the last block")
+    return header, blocks
+
+
+def open_codec(header, model, name):
+    """The codec that wrote this archive, or a UserError where it would decode to something else."""
+    if (header.get("weights"), header["D"], header.get("K")) != (digest(model), model.D, model.K):
+        raise UserError(f"{name} was written with another checkpoint")
+    try:
+        torch.set_num_threads(header["threads"])
+        steps, plan = {}, []
+        for s, k, times in header["plan"]:
+            for _ in range(times):
+                plan.append((s, t := steps.get(s, 1), k))
+                steps[s] = t + k
+        assert steps == {s: model.D + 1 for s in range(1, model.S + 1)} and all(k > 0 for _, _, k in plan)
+        codec = Codec(model, header["order"], plan, header["batch"])
+    except (KeyError, TypeError, ValueError, AssertionError, RuntimeError):
+        raise UserError(f"{name} is damaged: its header makes no sense")
+    if codec.fingerprint() != header["probe"]:
+        raise UserError(f"{name} cannot be decoded here: this machine computes other probabilities than the one that "
+                        f"wrote it (torch {header['torch']}, {header['threads']} threads, {header['device']})")
+    return codec
+
+
+def encode(model, kind, stream, order, plan, verify=True):
+    """bytes -> archive, and its ideal length in bits: -log2 p under this order and plan.
+
+    verify: decode each block at once, and compare.
+    """
+    symbols = torch.from_numpy(datasets.to_symbols(stream, model.K))
+    chunks = max(1, -(-len(symbols) // model.D))
+    codec = Codec(model, order, plan, batch=-(-chunks // -(-chunks // max(1, BLOCK // model.D))))
+    blocks, bits = [], 0.0
+    for block in tqdm(symbols.split(codec.batch * model.D) if len(symbols) else (), desc="encoding", unit="block"):
+        payload, ideal = codec.encode(block)
+        if verify and not torch.equal(codec.decode(payload, len(block))[0], block):
+            raise UserError("a block does not decode to what went in: this machine does not compute the same "
+                            "probabilities twice, and nothing was written")
+        blocks.append((zlib.crc32(block.numpy().tobytes()), payload))
+        bits += ideal
+    return pack(make_header(model, codec, kind, len(symbols), order), blocks), bits
+
+
+def decode(model, archive, name):
+    """Archive -> bytes; UserError where anything does not match."""
+    header, blocks = unpack(archive, name)
+    codec, left, parts = open_codec(header, model, name), header["length"], []
+    for number, (crc, payload) in enumerate(tqdm(blocks, desc="decoding", unit="block"), start=1):
+        symbols, done = codec.decode(payload, n := min(left, codec.batch * model.D))
+        if not done or zlib.crc32(symbols.numpy().tobytes()) != crc:
+            raise UserError(f"{name} is damaged: block {number} of {len(blocks)} does not decode to its checksum")
+        parts.append(datasets.to_bytes(symbols, model.K))
+        left -= n
+    return b"".join(parts)
+
+
+# -- Which order and plan ----------------------------------------------------------------------------
+
+def candidates(model, L, calls):
+    """[(order, plan)] to try: the cheapest plan by L, and for fewer calls than steps an even one, whose
+    calls of k variables suit k readers that march together."""
+    full = model.S * model.D
+    if not model.S <= calls <= full:
+        raise UserError(f"--calls {calls}: choose {model.S} to {full}")
+    if calls == full:
+        plans = [planner.full_plan(model.S, model.D)]
+    elif L is None:
+        raise UserError("this checkpoint has no L_t yet, which --calls needs: let train.py --resume finish the run")
+    else:
+        plans = [planner.plan(L, calls), planner.uniform_plan(model.S, model.D, calls)]
+    widest = sorted({max(k for _, _, k in plan) for plan in plans} - {1}) or [2]
+    rules = ["forward", "backward", "random:1", "random:2"] + [f"spaced:{k}" for k in widest]
+    return list(itertools.product(rules, plans))
+
+
+def search(model, checkpoint, pairs):
+    """The best of several (order, plan), by the exact nll of some training chunks under each (App. D)."""
+    try:
+        data = load_data(checkpoint["settings"], next(model.parameters()).device)
+    except UserError as error:
+        print(f"no search for an order, {pairs[0][0]} is taken: the training data is not there ({error})")
+        return pairs[0]
+    x, scores = spread(data.chunks("train")[0], max(1, 4096 // model.D)).long(), []
+    for rule, plan in tqdm(pairs, desc="searching an order (--order skips this)", unit="order", leave=False):
+        sigma = torch.from_numpy(planner.order(rule, model.D)).to(x.device).expand(x.shape)
+        scores.append(bits_per_dim(model.nll(x, plan, sigma).mean().item(), model.D))
+    table = sorted(zip(scores, range(len(pairs))))
+    print("orders, bits/char of training text: " + ", ".join(
+        f"{pairs[i][0]}{'' if pairs[i][1] == pairs[0][1] else ' (even plan)'} {score:.3f}" for score, i in table))
+    return pairs[table[0][1]]
+
+
+# -- The commands ------------------------------------------------------------------------------------
+
+def read(path):
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}")
+
+
+def settle(args):
+    """(model, checkpoint, order, plan) that a command line asks for."""
+    model, checkpoint = load_model(args.ckpt, args.device)
+    pairs = candidates(model, checkpoint["L"], model.S * model.D if args.calls is None else args.calls)
+    if args.order != "auto":
+        try:
+            planner.order(args.order, model.D)
+        except ValueError as error:
+            raise UserError(f"--order: {error}")
+        pairs = [(args.order, pairs[0][1])]
+    return model, checkpoint, pairs
+
+
+def run_encode(args):
+    model, checkpoint, pairs = settle(args)
+    stream = read(args.input)
+    datasets.to_symbols(stream, model.K)                 # what cannot be coded is said before the search
+    order, plan = pairs[0] if len(pairs) == 1 else search(model, checkpoint, pairs)
+    archive, bits = encode(model, checkpoint["kind"], stream, order, plan, args.verify)
+    with replacing(args.output) as file:
+        file.write(archive)
+    print(f"{args.input}: {len(stream):,} characters -> {len(archive):,} bytes, {8 * len(archive) / max(1, len(stream)):.3f} "
+          f"bits/char; order {order}, {len(plan)} network calls a block{', decoded and compared' if args.verify else ''}")
+    print(f"back again: python compress.py decode --ckpt {args.ckpt} {args.output} FILE")
+
+
+def run_decode(args):
+    model, _ = load_model(args.ckpt, args.device)
+    stream = decode(model, read(args.input), args.input)
+    with replacing(args.output) as file:
+        file.write(stream)
+    print(f"{args.output}: {len(stream):,} characters, checksums match")
+
+
+def run_bench(args):
+    """Everything in bits/char, on one file or on the beginning of the test split."""
+    model, checkpoint, pairs = settle(args)
+    if args.input:
+        stream = read(args.input)
+    else:
+        data = load_data(checkpoint["settings"], "cpu")
+        stream = datasets.to_bytes(data.splits["test"][:20000], model.K)
+    symbols = torch.from_numpy(datasets.to_symbols(stream, model.K)).to(next(model.parameters()).device)
+    chunks, rest = datasets.cut(symbols, model.D)
+    if not len(chunks):
+        raise UserError(f"{args.input} is shorter than a chunk of {model.D}")
+    order, plan = pairs[0] if len(pairs) == 1 else search(model, checkpoint, pairs)
+    test = bound(model, chunks, rest, progress=True)
+    begin = time.monotonic()
+    archive, bits = encode(model, checkpoint["kind"], stream, order, plan, verify=False)
+    encoded = time.monotonic()
+    same = decode(model, archive, "the archive") == stream
+    decoded = time.monotonic()
+    n, payload = len(stream), sum(len(payload) for _, payload in unpack(archive, "the archive")[1])
+    print(f"{n:,} characters, chunks of {model.D}, order {order}, {len(plan)} network calls a block; bits/char:")
+    rows = {"bound, mean over all orders": f"{test['bits']:.4f} (standard error {test['stderr']:.4f})",
+            "exact nll of this order and plan": f"{bits / n:.4f}",
+            "archive, payload": f"{8 * payload / n:.4f} ({payload:,} bytes, {100 * (8 * payload / bits - 1):+.3f}% of the nll)",
+            "archive, whole file": f"{8 * len(archive) / n:.4f} ({len(archive):,} bytes)"}
+    rows |= {name: f"{value:.4f}" for name, value in references(stream, model.D).items()}
+    for name, text in rows.items():
+        print(f"  {name:34} {text}")
+    print(f"encoded in {encoded - begin:.1f} s, decoded in {decoded - encoded:.1f} s, {'identical' if same else 'DIFFERENT'}; the "
+          f"weights, {4 * sum(p.numel() for p in model.parameters()):,} bytes, are in none of these numbers")
+
+
+def main():
+    parser = Parser(description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True, metavar="encode | decode | bench")
+    for name, run in (("encode", run_encode), ("decode", run_decode), ("bench", run_bench)):
+        command = commands.add_parser(name, help=run.__doc__)
+        command.set_defaults(run=run)
+        command.add_argument("--ckpt", required=True, help="a checkpoint of train.py")
+        command.add_argument("--device", help="cuda, mps or cpu")
+        command.add_argument("input", nargs="?" if name == "bench" else None, help="the file to read")
+        if name != "bench":
+            command.add_argument("output", help="the file to write")
+        if name != "decode":
+            command.add_argument("--calls", type=int, help="network calls a block (default: one for each step)")
+            command.add_argument("--order", default="auto", help="forward, backward, random:SEED, spaced:G, or auto: "
+                                 "the best of several on training text")
+        if name == "encode":
+            command.add_argument("--no-verify", dest="verify", action="store_false", help="skip the decoding that proves it")
+    args = parser.parse_args()
+    if args.command != "bench" and Path(args.input).exists() and Path(args.output).exists() \
+            and os.path.samefile(args.input, args.output):
+        raise UserError("IN and OUT are the same file")
+    args.run(args)
+
+
+if __name__ == "__main__":
+    command_line(main)
