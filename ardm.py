@@ -55,17 +55,36 @@ def rerank(sigma, known=None, absent=None):
     return torch.where((sigma == 0) | (sigma == D + 1), sigma, rank)
 
 
-def stratified_steps(B, S, D, device=None, generator=None):
-    """(t, s): (B,) each, every pair uniform on {1..D} x {1..S}, spread evenly over the batch.
-
-    With one u ~ U(0, 1) a batch, step number floor(S D ((u + i/B) mod 1)), i = 0..B-1, in shuffled
-    order. Each datapoint alone sees a uniform step, so the bound stays unbiased, while a batch
-    covers early and late steps alike: most of the noise that t brings is gone.
-    """
+def strata(B, device=None, generator=None):
+    """(B,) numbers in [0, 1), each uniform by itself, together evenly spread: (u + i/B) mod 1 with one
+    u ~ U(0, 1), i = 0..B-1 in shuffled order."""
     u = torch.rand(1, device=device, generator=generator)
     i = torch.rand(B, device=device, generator=generator).argsort()    # 0..B-1, shuffled
-    step = (S * D * ((u + i / B) % 1)).long().clamp(max=S * D - 1)     # rounding may reach S * D
+    return (u + i / B) % 1
+
+
+def stratified_steps(B, S, D, device=None, generator=None):
+    """(t, s), (B,) each: every pair uniform on {1..D} x {1..S}, evenly spread over the batch.
+
+    Each datapoint alone sees a uniform step, so the bound stays unbiased, while a batch covers early
+    and late steps alike: most of the noise that t brings is gone.
+    """
+    step = (S * D * strata(B, device, generator)).long().clamp(max=S * D - 1)    # rounding may reach S * D
     return step % D + 1, step // D + 1
+
+
+def late_steps(B, S, D, device=None, generator=None):
+    """(t, s, weight), (B,) each: as `stratified_steps`, with late steps drawn more often. For training.
+
+    The loss at step t is D times a mean over the n = D - t + 1 unknown variables, so its noise falls as
+    the root of n, and the gradient is least noisy where t is drawn in proportion to that noise:
+    n = ceil(D v^2) with v ~ U(0, 1) has probability q(n) = sqrt(n/D) - sqrt((n-1)/D). Times the weight
+    1 / (D q(n)) the loss is unbiased as before.
+    """
+    part = S * strata(B, device, generator)                            # (B,) in [0, S)
+    s = part.long().clamp(max=S - 1)
+    n = (D * (part - s) ** 2).ceil().clamp(1, D)
+    return D - n.long() + 1, s + 1, (n.sqrt() + (n - 1).sqrt()) / D ** 0.5
 
 
 class ARDM(nn.Module):

@@ -17,7 +17,7 @@ class Transformer(nn.Module):
     positions   rotary: queries and keys are turned by an angle that grows with the position, so that
                 attention knows distances from the first step on
     conv        width of a depthwise convolution before attention, which mixes neighbours; 0: none
-    qk_norm     queries and keys are scaled to unit variance
+    qk_norm     queries and keys are brought to mean 0 and variance 1
     zero_init   every block begins as the identity and the output as the uniform distribution
     time        show the network t as well (Sec. 3: optional; the mask tells how much is known)
     """
@@ -73,7 +73,7 @@ class Block(nn.Module):
             h = self.conv(h.transpose(1, 2)).transpose(1, 2)
         q, k, v = self.qkv(h).view(B, D, 3, self.heads, -1).unbind(dim=2)        # (B, D, heads, d)
         if self.qk_norm:
-            q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])
+            q, k = F.layer_norm(q, q.shape[-1:]), F.layer_norm(k, k.shape[-1:])
         if cos is not None:
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         h = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))   # (B, heads, D, d)

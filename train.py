@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import data as datasets
 import planner
-from ardm import ARDM, bits_per_dim, sample_sigma, stratified_steps
+from ardm import ARDM, bits_per_dim, late_steps, sample_sigma, stratified_steps
 from data import UserError
 from nets import Transformer
 
@@ -60,6 +60,7 @@ class Settings:
     qk_norm: bool = setting(True, "normalise queries and keys")
     zero_init: bool = setting(True, "every block begins as the identity")
     time: bool = setting(False, "show the step t to the network")
+    late: bool = setting(True, "draw late steps t more often, with a weight that keeps the loss unbiased")
     batch: int = setting(None, "datapoints in a training step")
     steps: int = setting(None, "length of the run in training steps")
     minutes: float = setting(None, "length of the run in minutes of training, where --steps is not given")
@@ -81,11 +82,11 @@ class Settings:
 
 
 SIZES = {
-    "tiny": dict(length=64, dim=128, depth=4, heads=2, mlp=512, batch=64, minutes=2.75, lr=3e-3, warmup=50),
+    "tiny": dict(length=64, dim=128, depth=4, heads=2, mlp=512, batch=64, minutes=2.75, lr=6e-3, warmup=50),
     "small": dict(length=250, dim=512, depth=8, heads=8, mlp=2048, batch=64, minutes=30.0, lr=2e-3,
                   warmup=200, ema=0.998),
     "paper": dict(length=250, dim=768, depth=12, heads=12, mlp=3072, positions="sinusoidal", conv=0,
-                  qk_norm=False, zero_init=False, batch=512, steps=3_000_000, optimizer="adam", lr=5e-4,
+                  qk_norm=False, zero_init=False, late=False, batch=512, steps=3_000_000, optimizer="adam", lr=5e-4,
                   warmup=5000, decay=0.0, clip=0.25, ema=0.995),
 }
 RESUMABLE = {"steps", "minutes", "device", "passes", "report", "out", "data_dir", "compile"}
@@ -289,8 +290,10 @@ def train_step(run, x):
         for group in optimizer.param_groups:
             group["lr"] = rate * group["full_lr"]
         optimizer.zero_grad(set_to_none=True)
+    (B, D), draw = x.shape, dict(device=x.device, generator=run.generator)
+    t, s, weight = late_steps(B, run.model.S, D, **draw) if c.late else (*stratified_steps(B, run.model.S, D, **draw), 1.0)
     with torch.autocast(run.device.type, torch.bfloat16, enabled=c.bf16):
-        loss = bits_per_dim(run.model.loss(x, generator=run.generator), x.shape[1]).mean()
+        loss = (weight * bits_per_dim(run.model.loss(x, t, s, generator=run.generator), D)).mean()
     loss.backward()
     nn.utils.clip_grad_norm_(net.parameters(), c.clip)
     for optimizer in run.optimizers:
@@ -465,7 +468,7 @@ def evaluate(model, data, passes=None, budgets=(5, 10, 20, 50)):
     stream = datasets.to_bytes(data.splits["test"].cpu(), model.K)
     return dict(bits_per_dim=test["bits"], stderr=test["stderr"], passes=test["passes"], chunks=test["chunks"],
                 length=D, rest=test["rest"], L_valid=L.tolist(), L_test=test["L"].tolist(),
-                calls=measure_plans(model, spread(data.chunks("test")[0], max(1, 20000 // D)), plans),
+                calls=measure_plans(model, spread(data.chunks("test")[0], max(1, 10000 // D)), plans),
                 references=references(stream, D), evaluation_seconds=time.monotonic() - begin)
 
 

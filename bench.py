@@ -1,0 +1,247 @@
+"""Every figure that the README quotes, measured: python bench.py SECTION ... [--quick]
+
+    planner     seconds for a plan, with the plain O(D^2) programme beside it
+    coder       million symbols a second, with constriction beside it where that is installed
+    speed       training steps a second at the size for which the released code was timed (also: --size paper)
+    ablation    each ingredient of the recipe taken away alone, in equal time, on pydoc
+    text8       our recipe against the paper's at the same size, in equal time (ARDM_DATA: folder with the data)
+    curriculum  short windows first, or not (ARDM_DATA)
+
+Prints tables, and keeps the numbers with machine and versions in --out (assets/bench.json). Run it alone: a
+rival on the same cores halves every speed. --quick shrinks everything to seconds, to see that it runs.
+"""
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import coder
+import data as datasets
+import planner
+import train
+from ardm import ARDM
+
+
+def median_seconds(function, repeats=5):
+    """Median wall time of a call, after one that does not count."""
+    function()
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+
+# -- planner -----------------------------------------------------------------------------------------
+
+def plain_programme(L, budget):
+    """The cheapest cost by O(D^2) work for each call: what a straightforward version does."""
+    D = len(L)
+    i, j = np.arange(D)[:, None], np.arange(1, D + 1)[None]
+    edge = np.where(i < j, (j - i) * L[:, None], np.inf)
+    E = np.r_[0.0, np.full(D, np.inf)]
+    for _ in range(budget):
+        E = np.r_[np.inf, (E[:-1, None] + edge).min(axis=0)]
+    return E[-1]
+
+
+def bench_planner(args):
+    rows = []
+    for S, D, budget in [(1, 250, 20), (1, 1000, 50), (1, 3072, 50), (1, 16000, 50), (8, 16000, 400)]:
+        if args.quick and D > 1000:
+            continue
+        t = np.arange(1, D + 1)
+        L = np.stack([8 / s * (1 - (t / (D + 1)) ** 0.5) for s in range(1, S + 1)])
+        row = dict(stages=S, D=D, calls=budget, seconds=median_seconds(lambda: planner.plan(L, budget), 3))
+        if D in (1000, 3072):
+            row["plain_seconds"] = median_seconds(lambda: plain_programme(L[0], budget), 1)
+            assert np.isclose(plain_programme(L[0], budget), planner.plan_cost(L, planner.plan(L, budget)))
+        rows.append(row)
+        print("  " + "  ".join(f"{k} {v:.4g}" for k, v in row.items()))
+    return rows
+
+
+# -- coder -------------------------------------------------------------------------------------------
+
+def coder_message(K, n):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(n, K)) * 2
+    probs = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    symbols = (probs.cumsum(axis=1) < rng.random((n, 1))).sum(axis=1).clip(0, K - 1)
+    return probs, symbols
+
+
+def one_stream(probs, symbols):
+    data = coder.encode(*coder.intervals(coder.quantize(probs), symbols))
+    return data, (lambda: coder.encode(*coder.intervals(coder.quantize(probs), symbols)),
+                  lambda: coder.Decoder(data).pop(coder.quantize(probs)))
+
+
+def many_streams(probs, symbols, M=512):
+    T, A = len(symbols) // M, probs.shape[1]
+    probs, symbols = probs[:T * M], symbols[:T * M]
+
+    def push():
+        starts, freqs = coder.intervals(coder.quantize(probs), symbols)
+        return coder.encode_streams(starts.reshape(T, M), freqs.reshape(T, M))
+    streams = push()
+    return b"".join(streams), (push, lambda: coder.DecoderStreams(streams).pop(
+        coder.quantize(probs).reshape(T, M, A + 1)))
+
+
+def with_constriction(probs, symbols):
+    from constriction.stream import model, stack
+    family, values = model.Categorical(perfect=False), symbols.astype(np.int32)
+
+    def push():
+        ans = stack.AnsCoder()
+        ans.encode_reverse(values, family, probs)
+        return ans.get_compressed()
+    words = push()
+    return words.tobytes(), (push, lambda: stack.AnsCoder(words).decode(family, probs))
+
+
+def bench_coder(args):
+    rows, coders = [], {"one stream": one_stream, "512 streams": many_streams}
+    try:
+        import constriction                                            # noqa: F401
+        coders["constriction"] = with_constriction
+    except ImportError:
+        print("  (constriction is not installed)")
+    for K in (4, 27, 256):
+        probs, symbols = coder_message(K, 512 * (4 if args.quick else 100 if K == 256 else 400))
+        ideal = -np.log2(probs[np.arange(len(symbols)), symbols]).sum() / 8
+        for name, make in coders.items():
+            data, (push, pop) = make(probs, symbols)
+            assert np.array_equal(np.asarray(pop()).reshape(-1), symbols)
+            rows.append(dict(coder=name, K=K, encode=len(symbols) / median_seconds(push) / 1e6,
+                             decode=len(symbols) / median_seconds(pop) / 1e6, extra_bytes=len(data) - ideal))
+            print("  {coder:12} K = {K:3}  encode {encode:6.2f}  decode {decode:6.2f} Msym/s  "
+                  "{extra_bytes:+.1f} bytes over the ideal".format(**rows[-1]))
+    return rows
+
+
+# -- training ----------------------------------------------------------------------------------------
+
+def timed_training(data, **given):
+    """Trains with these settings: dict of bits/char on the test split, steps, characters a second."""
+    c = train.complete(dict(given, report=10 ** 9))
+    data = data(c) if callable(data) else data
+    run = train.Run(c, data.K, data.kind)
+    with tempfile.TemporaryDirectory() as folder:
+        train.train(run, data, Path(folder))
+    bits = train.bound(run.ema, *data.chunks("test"), passes=4)["bits"]
+    return dict(bits=bits, steps=run.step, chars_per_second=run.step * c.batch * c.length / run.seconds,
+                params=sum(p.numel() for p in run.model.parameters()), minutes=run.seconds / 60)
+
+
+def text8_prefix(c):
+    """The shared prefix of text8, its last 200,000 characters held out for the test."""
+    folder = os.environ.get("ARDM_DATA")
+    if not folder:
+        raise train.UserError("this section needs ARDM_DATA, a folder that holds text8/text8_prefix.zip")
+    data = datasets.load(f"{folder}/text8/text8_prefix.zip", c.length)
+    stream = torch.cat(list(data.splits.values()))
+    data.splits = dict(train=stream[:-220_000], valid=stream[-220_000:-200_000], test=stream[-200_000:])
+    return data
+
+
+def table(variants, data, minutes, **common):
+    rows = []
+    for name, change in variants.items():
+        rows.append(dict(name=name, **timed_training(data, minutes=minutes, **{**common, **change})))
+        print("  {name:34} {bits:.3f} bits/char  {steps:5} steps  {chars_per_second:8,.0f} chars/s".format(**rows[-1]))
+    return rows
+
+
+def bench_ablation(args):
+    variants = {"the recipe": {}, "the recipe, another seed": dict(seed=1),
+                "sinusoidal positions": dict(positions="sinusoidal"), "no depthwise convolution": dict(conv=0),
+                "no QK-norm": dict(qk_norm=False), "no zero initialisation": dict(zero_init=False),
+                "Adam alone, no Muon": dict(optimizer="adam"), "no decay of the rate": dict(decay=0.0),
+                "no average of the weights": dict(ema=0.0), "float32": dict(bf16=False)}
+    return table(variants, lambda c: train.load_data(c, "cpu"), 0.02 if args.quick else args.minutes or 1.0, device="cpu")
+
+
+PAPER = dict(positions="sinusoidal", conv=0, qk_norm=False, zero_init=False, late=False, optimizer="adam", lr=5e-4, decay=0.0,
+             clip=0.25, ema=0.995)
+
+
+def bench_text8(args):
+    """4 layers of 128 and chunks of 250 for both."""
+    minutes = 0.02 if args.quick else args.minutes or 10.0
+    ours = dict(length=250, batch=16)
+    return table({"our tiny recipe": ours, "the paper's recipe, the same size": {**ours, **PAPER, "warmup": 100}},
+                 text8_prefix, minutes, size="tiny", device="cpu")
+
+
+def bench_speed(args):
+    """Full training steps on random symbols, the optimiser included."""
+    given = dict(length=250, batch=32, dim=256, depth=4, heads=4, mlp=1024)
+    variants = {"our network": {}, "the paper's network": PAPER, "the paper's network, float32": dict(PAPER, bf16=False)}
+    if args.size:
+        given, variants = dict(size=args.size, batch=args.batch or train.SIZES[args.size]["batch"]), {args.size: {}}
+    if args.quick:
+        given |= dict(length=32, batch=4)
+    rows = []
+    for name, change in variants.items():
+        c = train.complete(dict(given, steps=10 ** 6, **change))
+        run = train.Run(c, 27, "text")
+        x = torch.randint(27, (c.batch, c.length), device=c.device)
+        seconds = median_seconds(lambda: train.train_step(run, x).item(), 3 if args.quick else 15)
+        params = sum(p.numel() for p in run.model.parameters())
+        row = dict(name=name, samples_per_second=c.batch / seconds, chars_per_second=c.batch * c.length / seconds,
+                   params=params, tflops=6 * params * c.batch * c.length / seconds / 1e12)
+        if c.device.startswith("cuda"):
+            row |= dict(share_of_bf16_peak=row["tflops"] / matmul_tflops(c.device),
+                        gigabytes=torch.cuda.max_memory_allocated() / 1e9)
+        rows.append(row)
+        print("  " + "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+    return rows
+
+
+def matmul_tflops(device, n=8192):
+    """What the device reaches on one large bfloat16 product: the peak that shares are given of."""
+    a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
+
+    def product():
+        a @ a
+        torch.cuda.synchronize()
+    return 2 * n ** 3 / median_seconds(product) / 1e12
+
+
+def bench_curriculum(args):
+    raise NotImplementedError
+
+
+SECTIONS = {name[6:]: value for name, value in list(globals().items()) if name.startswith("bench_")}
+
+
+def main():
+    parser = train.Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("sections", nargs="+", metavar="SECTION", choices=list(SECTIONS), help=", ".join(SECTIONS))
+    parser.add_argument("--quick", action="store_true", help="only see that it runs")
+    parser.add_argument("--minutes", type=float, help="of each training run")
+    parser.add_argument("--size", choices=list(train.SIZES), help="for speed: this size instead")
+    parser.add_argument("--batch", type=int, help="for speed with --size")
+    parser.add_argument("--out", default="assets/bench.json", help="where the numbers are kept")
+    args = parser.parse_args()
+    path = Path(args.out)
+    kept = json.loads(path.read_text()) if path.is_file() else {}
+    for name in args.sections:
+        print(name)
+        rows = SECTIONS[name](args)
+        kept[name] = dict(rows=rows, **train.conditions(train.complete({})))
+        if not args.quick:
+            with train.replacing(path, "w") as file:
+                json.dump(kept, file, indent=1)
+
+
+if __name__ == "__main__":
+    train.command_line(main)

@@ -1,0 +1,955 @@
+"""The paper's claims as oracles, then every script end to end. Run with: python -m pytest -q
+
+ARDM_DATA names a folder with real data (text8/text8_prefix.zip); tests that need it skip without.
+"""
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import coder
+import compress
+import data as datasets
+import nets
+import planner
+import sample
+import train
+from ardm import ARDM, bits_per_dim, late_steps, rerank, sample_sigma, stratified_steps
+from data import UserError
+
+HERE = Path(__file__).parent
+
+
+class Table(nn.Module):
+    """A network with a logit table of its own for every input it can be shown: D and K tiny."""
+
+    def __init__(self, D, K, seed=0, dtype=torch.float32):
+        super().__init__()
+        self.D, self.K = D, K
+        generator = torch.Generator().manual_seed(seed)
+        self.logits = nn.Parameter(torch.randn((K + 1) ** D, D, K, generator=generator).to(dtype))
+
+    def forward(self, x, m, t, s):
+        seen = torch.where(m, x, self.K)
+        index = (seen * (self.K + 1) ** torch.arange(self.D)).sum(dim=1)
+        return self.logits[index]
+
+
+class Spy(nn.Module):
+    """Uniform predictions; remembers what it was shown."""
+
+    def __init__(self, K):
+        super().__init__()
+        self.K, self.seen = K, []
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x, m, t, s):
+        self.seen.append((x.clone(), m.clone(), t.clone()))
+        return torch.zeros(*x.shape, self.K) + self.weight
+
+
+def all_x(D, K):
+    return torch.tensor(list(itertools.product(range(K), repeat=D)))
+
+
+def all_sigma(D):
+    return torch.tensor(list(itertools.permutations(range(1, D + 1))))
+
+
+def by_hand(net, x, sigma, plan):
+    """-log p(x | sigma) in nats, one datapoint, with plain loops: the chain rule over the calls of a plan."""
+    nats = 0.0
+    for _, t, k in plan:
+        m = torch.tensor([[step < t for step in sigma]])
+        log_p = torch.log_softmax(net(torch.tensor([x]), m, None, None)[0].double(), dim=-1)
+        nats -= sum(log_p[i, x[i]].item() for i, step in enumerate(sigma) if t <= step < t + k)
+    return nats
+
+
+# -- ardm.py -----------------------------------------------------------------------------------------
+
+def test_sigma_is_a_uniform_permutation():
+    sigma = sample_sigma(6000, 3, generator=torch.Generator().manual_seed(0))
+    orders, counts = sigma.unique(dim=0, return_counts=True)
+    assert len(orders) == 6 and (sigma.sort(dim=1).values == torch.arange(1, 4)).all()
+    assert counts.min() > 850 and counts.max() < 1150                  # 1000 +- 5 standard deviations
+
+
+def test_t_reaches_1_and_D_and_every_batch_covers_all_steps():
+    for seed in range(20):
+        t, s = stratified_steps(24, 2, 6, generator=torch.Generator().manual_seed(seed))
+        pairs = sorted(zip(s.tolist(), t.tolist()))
+        assert pairs == sorted(2 * list(itertools.product(range(1, 3), range(1, 7))))
+    first = torch.stack([stratified_steps(3, 1, 5)[0] for _ in range(2000)])
+    for column in first.T:                                             # each datapoint alone: uniform
+        assert (column.bincount(minlength=6)[1:] - 400).abs().max() < 100
+
+
+def test_late_steps_are_weighted_back_to_uniform():
+    t, s, weight = (torch.cat(parts) for parts in zip(*(
+        late_steps(50, 2, 5, generator=torch.Generator().manual_seed(i)) for i in range(2000))))
+    for stage, step in itertools.product((1, 2), range(1, 6)):
+        n = 5 - step + 1
+        here = (t == step) & (s == stage)
+        q = math.sqrt(n / 5) - math.sqrt((n - 1) / 5)
+        assert abs(here.float().mean().item() - q / 2) < 0.005
+        assert torch.allclose(weight[here], torch.tensor(1 / (5 * q)), rtol=1e-4)
+
+
+def test_exactly_D_minus_t_plus_1_variables_are_masked():
+    model = ARDM(Spy(5), D=7, K=5)
+    model.loss(torch.randint(5, (100, 7)))
+    _, m, t = model.net.seen[0]
+    assert ((~m).sum(dim=1) == 7 - t + 1).all() and set(t.tolist()) == set(range(1, 8))
+
+
+@pytest.mark.parametrize("D, K", [(1, 2), (7, 5), (64, 27)])
+def test_uniform_network_costs_exactly_D_log_K_on_every_draw(D, K):
+    model = ARDM(Spy(K), D, K)
+    loss = model.loss(torch.randint(K, (50, D)))
+    assert torch.allclose(loss, torch.full((50,), D * math.log(K)), rtol=1e-6)
+    assert math.isclose(bits_per_dim(loss[0].item(), D), math.log2(K), rel_tol=1e-6)
+
+
+def test_masked_values_never_reach_the_network():
+    model, x = ARDM(Spy(4), 6, 4), torch.randint(1, 4, (8, 6))
+    m = torch.rand(8, 6) < 0.5
+    t = s = torch.ones(8, dtype=torch.long)
+    model.log_probs(x, m, t, s), model.log_probs(torch.where(m, x, 3 - x + 1), m, t, s)
+    (one, _, _), (two, _, _) = model.net.seen
+    assert torch.equal(one, two) and (one[~m] == 0).all() and torch.equal(one[m], x[m])
+
+
+def test_mean_loss_over_all_orders_and_steps_is_the_bound_of_eq_2():
+    D, K = 3, 2
+    model = ARDM(Table(D, K, dtype=torch.float64), D, K)
+    for x in all_x(D, K):
+        losses = [model.loss(x[None], t=torch.tensor([t]), sigma=sigma[None]).item()
+                  for sigma in all_sigma(D) for t in range(1, D + 1)]
+        chain = [by_hand(model.net, x.tolist(), sigma.tolist(), planner.full_plan(1, D)) for sigma in all_sigma(D)]
+        assert math.isclose(np.mean(losses), np.mean(chain), rel_tol=1e-12)
+
+
+def test_random_draws_of_the_loss_average_to_the_bound():
+    model = ARDM(Table(3, 2, dtype=torch.float64), 3, 2)
+    x = torch.tensor([[1, 0, 1]])
+    exact = np.mean([by_hand(model.net, [1, 0, 1], s.tolist(), planner.full_plan(1, 3)) for s in all_sigma(3)])
+    draws = model.loss(x.expand(40000, 3), generator=torch.Generator().manual_seed(0))
+    assert abs(draws.mean().item() - exact) < 5 * draws.std().item() / 200
+
+
+@pytest.mark.parametrize("plan", [[(1, 1, 1), (1, 2, 1), (1, 3, 1)], [(1, 1, 1), (1, 2, 2)], [(1, 1, 3)]])
+def test_nll_is_the_chain_rule_and_sums_to_one(plan):
+    D, K = 3, 3
+    model, x = ARDM(Table(D, K, dtype=torch.float64), D, K), all_x(3, 3)
+    for sigma in all_sigma(D):
+        nll = model.nll(x, plan, sigma.expand(len(x), D))
+        assert math.isclose((-nll).exp().sum().item(), 1.0, rel_tol=1e-12)
+        hand = [by_hand(model.net, row.tolist(), sigma.tolist(), plan) for row in x]
+        assert torch.allclose(nll, torch.tensor(hand, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("plan", [None, [(1, 1, 2), (1, 3, 1)]])
+def test_samples_have_the_probabilities_that_nll_says(plan):
+    D, K, n = 3, 2, 40000
+    model, x = ARDM(Table(D, K), D, K), all_x(3, 2)
+    sigma = all_sigma(D)
+    p = torch.stack([(-model.nll(x, plan, order.expand(len(x), D))).exp() for order in sigma]).mean(dim=0)
+    drawn = model.sample(n, plan, generator=torch.Generator().manual_seed(0))
+    share = (drawn * torch.tensor([4, 2, 1])).sum(dim=1).bincount(minlength=8) / n
+    assert (share - p).abs().max() < 5 * math.sqrt(0.25 / n)
+
+
+def test_expected_nll_under_a_plan_is_its_cost_by_L():
+    """Eq. 3: over random orders, k variables written together at step t cost k L_t."""
+    D, K = 4, 2
+    model, x = ARDM(Table(D, K, dtype=torch.float64), D, K), torch.tensor([[1, 0, 0, 1]])
+    sigma = all_sigma(D)
+    L = [np.mean([model.loss(x, t=torch.tensor([t]), sigma=order[None]).item() / D for order in sigma])
+         for t in range(1, D + 1)]
+    for plan in ([(1, 1, 1), (1, 2, 3)], [(1, 1, 2), (1, 3, 2)], planner.full_plan(1, D)):
+        nll = model.nll(x.expand(len(sigma), D), plan, sigma).mean().item()
+        assert math.isclose(nll, planner.plan_cost(L, plan), rel_tol=1e-12)
+
+
+def test_walk_writes_every_variable_once_with_one_call_an_entry():
+    model = ARDM(Spy(3), 10, 3)
+    plan, written = [(1, 1, 4), (1, 5, 1), (1, 6, 5)], torch.zeros(5, 10)
+
+    def choose(log_p, where, s):
+        written.add_(where)
+        return torch.full((5, 10), 2)
+    x = model.walk(torch.zeros(5, 10, dtype=torch.long), plan, sample_sigma(5, 10), choose)
+    assert (written == 1).all() and (x == 2).all() and len(model.net.seen) == 3
+    assert [m.sum(dim=1).unique().tolist() for _, m, _ in model.net.seen] == [[0], [4], [5]]
+
+
+def test_known_variables_stay_and_absent_ones_are_never_touched():
+    model, D = ARDM(Table(6, 2, seed=1), 6, 2), 6
+    x = torch.tensor([[1, 1, 0, 1, 0, 0], [0, 1, 1, 0, 1, 1]])
+    known = torch.tensor([[True, False, False, True, False, False], [True] * 5 + [False]])
+    drawn = model.sample(2, x=x, known=known)
+    assert (drawn[known] == x[known]).all()
+    absent = torch.tensor([False] * 4 + [True] * 2).expand(2, D)
+    sigma = rerank(sample_sigma(2, D), known & ~absent, absent)
+    assert (sigma[known & ~absent] == 0).all() and (sigma[absent] == D + 1).all()
+    model.net = Spy(2)
+    drawn = model.sample(2, sigma=sigma, x=x)
+    assert (drawn[absent] == 0).all() and (drawn[known & ~absent] == x[known & ~absent]).all()
+    assert not any((m & absent).any() for _, m, _ in model.net.seen)
+
+
+def test_rerank_keeps_the_order_of_the_others():
+    sigma = torch.tensor([[5, 3, 1, 4, 2]])
+    known = torch.tensor([[False, True, False, False, False]])
+    absent = torch.tensor([[False, False, True, False, False]])
+    assert rerank(sigma, known, absent).tolist() == [[4, 0, 6, 3, 2]]
+
+
+def test_infilling_runs_no_call_for_what_is_known():
+    model = ARDM(Spy(3), 8, 3)
+    known = torch.arange(8) < 5
+    model.sample(4, x=torch.ones(4, 8, dtype=torch.long), known=known.expand(4, 8))
+    assert len(model.net.seen) == 3
+
+
+def test_infilling_has_the_conditional_distribution_of_the_model():
+    model, n = ARDM(Table(2, 2), 2, 2), 20000
+    known = torch.tensor([False, True]).expand(n, 2)
+    drawn = model.sample(n, x=torch.ones(n, 2, dtype=torch.long), known=known)
+    m = torch.tensor([[False, True]])
+    p = torch.softmax(model.net(torch.tensor([[0, 1]]), m, None, None)[0, 0], dim=-1)
+    assert abs(drawn[:, 0].float().mean() - p[1]) < 5 * math.sqrt(0.25 / n)
+
+
+def test_low_temperature_takes_the_likeliest_value():
+    model = ARDM(Table(3, 4), 3, 4)
+    plan, sigma = [(1, 1, 3)], sample_sigma(5, 3)
+    best = model.log_probs(torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, 3, dtype=torch.bool), *torch.ones(2, 1).long())
+    assert (model.sample(5, plan, sigma, temperature=1e-4) == best.argmax(dim=-1)).all()
+
+
+def test_bfloat16_logits_still_give_probabilities_that_sum_to_one():
+    model = ARDM(Spy(256).to(torch.bfloat16), 3, 256)
+    x = torch.zeros(2, 3, dtype=torch.long)
+    log_p = model.log_probs(x, x == 0, *torch.ones(2, 2).long())
+    assert log_p.dtype == torch.float32 and torch.allclose(log_p.exp().sum(dim=-1), torch.ones(2, 3), atol=1e-6)
+
+
+def test_order_agnostic_model_is_one_stage():
+    model, x = ARDM(Spy(5), 4, 5), torch.randint(5, (3, 4))
+    assert (model.S, model.A) == (1, 5)
+    assert (model.coarse(x, 0) == 0).all() and torch.equal(model.coarse(x, 1), x)
+    assert torch.equal(model.write(model.coarse(x, 0), model.symbol(x, 1), 1), x)
+    assert torch.equal(model.coarse(x, torch.tensor([0, 1, 0]))[1], x[1])
+
+
+# -- nets.py -----------------------------------------------------------------------------------------
+
+def filled_transformer(**options):
+    """A small Transformer in float64 in which nothing is zero."""
+    torch.manual_seed(0)
+    net = nets.Transformer(7, 12, dim=16, depth=2, heads=2, **options).double()
+    for p in net.parameters():
+        nn.init.normal_(p, std=0.3)
+    return net
+
+
+PAPER = dict(positions="sinusoidal", conv=0, qk_norm=False, zero_init=False)
+
+
+def test_new_transformer_gives_exactly_D_log_K():
+    model = ARDM(nets.Transformer(27, 16, dim=32, depth=2), 16, 27)
+    assert torch.allclose(model.loss(torch.randint(27, (20, 16))), torch.tensor(16 * math.log(27)))
+
+
+@pytest.mark.parametrize("options", [{}, PAPER, dict(time=True)])
+def test_transformer_sees_all_that_is_known_in_both_directions_and_no_more(options):
+    net, x = filled_transformer(**options), torch.randint(7, (2, 12))
+    m = torch.arange(12).expand(2, 12) % 3 == 0
+    t, s = m.sum(dim=1) + 1, torch.ones(2, dtype=torch.long)
+    logits = net(x, m, t, s)
+    assert torch.equal(net(torch.where(m, x, 6 - x), m, t, s), logits)
+    for i in (0, 9):
+        other = x.clone()
+        other[:, i] = (other[:, i] + 1) % 7
+        assert ((net(other, m, t, s) - logits).abs().amax(dim=2) > 1e-9).all()
+    hidden = m.clone()
+    hidden[:, 0] = False
+    assert ((net(x, hidden, t, s) - logits).abs().amax(dim=2) > 1e-9).all()
+    assert options != dict(time=True) or (net(x, m, t - 1, s) - logits).abs().max() > 1e-9
+
+
+def test_absorbed_is_a_class_of_its_own():
+    """The released code's embedding had no row for it: "unknown" looked like the letter z."""
+    net, x = filled_transformer(), torch.full((1, 12), 6)
+    m, s = torch.ones(1, 12, dtype=torch.bool), torch.ones(1, dtype=torch.long)
+    assert (net(x, m, s, s) - net(x, ~m, s, s)).abs().max() > 1e-3
+
+
+def test_rotary_network_cannot_tell_where_a_window_begins():
+    net = filled_transformer(conv=0)
+    q, k = torch.randn(1, 1, 2, 8).double(), torch.randn(1, 1, 2, 8).double()
+    at = lambda x, i: nets.rotate(x, net.cos[i:i + 1], net.sin[i:i + 1])
+    score = lambda i, j: (at(q, i) * at(k, j)).sum().item()
+    assert math.isclose(score(2, 5), score(7, 10), rel_tol=1e-6) and not math.isclose(score(2, 5), score(2, 6), rel_tol=1e-3)
+    assert torch.allclose(at(q, 3).norm(), q.norm())
+
+
+def test_plain_attention_equals_the_fused_kernel():
+    q, k, v = torch.randn(3, 2, 4, 10, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = nets.attention(q, k, v)
+    assert torch.allclose(plain.float(), F.scaled_dot_product_attention(q, k, v), atol=0.05)
+
+
+def test_paper_network_has_the_papers_size():
+    with torch.device("meta"):
+        net = nets.Transformer(27, 250, dim=768, depth=12, heads=12, mlp=3072, **PAPER)
+    assert abs(sum(p.numel() for p in net.parameters()) - 85.1e6) < 0.2e6
+
+
+# -- planner.py --------------------------------------------------------------------------------------
+
+def compositions(n, parts):
+    return [tuple(b - a for a, b in zip((0, *cuts), (*cuts, n)))
+            for cuts in itertools.combinations(range(1, n), parts - 1)]
+
+
+def cheapest_by_force(L, budget):
+    """Over every way to split the calls over the stages and the steps over the calls."""
+    S, D = L.shape
+    cost = [{n: min(sum(k * row[sum(ks[:i])] for i, k in enumerate(ks)) for ks in compositions(D, n))
+             for n in range(1, D + 1)} for row in L]
+    splits = [s for s in itertools.product(range(1, D + 1), repeat=S) if sum(s) == budget]
+    return min(sum(c[n] for c, n in zip(cost, split)) for split in splits)
+
+
+def falling(rng, S, D, ties=False):
+    L = rng.random((S, D)) * rng.random((S, 1)) * 8
+    return -np.sort(-(np.round(L) if ties else L), axis=1)
+
+
+def assert_plan(plan, S, D, budget):
+    assert len(plan) == budget and all(k >= 1 for _, _, k in plan)
+    assert [s for s, _, _ in plan] == sorted(s for s, _, _ in plan)
+    for stage in range(1, S + 1):
+        t = 1
+        for start, k in [(t, k) for s, t, k in plan if s == stage]:
+            assert start == t
+            t += k
+        assert t == D + 1
+
+
+@pytest.mark.parametrize("S, D, ties", [(1, 1, False), (1, 7, False), (1, 7, True), (2, 5, False), (3, 3, True)])
+def test_plan_is_the_cheapest_of_all(S, D, ties):
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        L = falling(rng, S, D, ties)
+        curve = planner.costs(L)
+        for budget in range(S, S * D + 1):
+            plan = planner.plan(L, budget)
+            assert_plan(plan, S, D, budget)
+            best = cheapest_by_force(L, budget)
+            assert math.isclose(planner.plan_cost(L, plan), best, abs_tol=1e-9)
+            assert math.isclose(curve[budget], best, abs_tol=1e-9)
+
+
+def test_plan_equals_the_plain_programme_at_a_size_that_has_many_levels():
+    D, L = 150, falling(np.random.default_rng(1), 1, 150)[0]
+    edge = (np.arange(1, D + 1)[None] - np.arange(D)[:, None]) * L[:, None]          # i -> j = column + 1
+    edge[np.arange(D)[:, None] >= np.arange(1, D + 1)[None]] = np.inf
+    E = np.r_[0.0, np.full(D, np.inf)]
+    for budget in range(1, 40):
+        E = np.r_[np.inf, (E[:-1, None] + edge).min(axis=0)]
+        assert math.isclose(planner.plan_cost(L, planner.plan(L, budget)), E[-1], rel_tol=1e-12)
+
+
+def test_costs_of_the_papers_own_example():
+    L = [5, 4, 3, 2.85, 2.8]
+    assert np.allclose(list(planner.costs(L).values()), [25, 19, 18, 17.7, 17.65])
+
+
+def test_flat_components_waste_no_call():
+    """The released planner repeats starts on ties: calls that write nothing."""
+    assert_plan(planner.plan(np.full(20, 2.0), 7), 1, 20, 7)
+
+
+def test_costs_fall_and_are_convex():
+    L = falling(np.random.default_rng(2), 3, 30)
+    curve = np.array(list(planner.costs(L).values()))
+    assert (np.diff(curve) <= 1e-9).all() and (np.diff(curve, 2) >= -1e-9).all()
+    assert math.isclose(curve[-1], L.sum()) and list(planner.costs(L, [5, 90])) == [5, 90]
+
+
+def test_smooth_is_the_isotonic_fit():
+    rng = np.random.default_rng(3)
+    for L in rng.normal(size=(20, 9)):
+        fit = [min(max(L[a:b + 1].mean() for b in range(i, 9)) for a in range(i + 1)) for i in range(9)]
+        assert np.allclose(planner.smooth(L), fit)
+    L = falling(rng, 2, 6)
+    assert np.array_equal(planner.smooth(L), L)
+    with pytest.raises(ValueError):
+        planner.smooth([1.0, np.nan])
+
+
+def test_part_of_the_steps_can_be_planned():
+    L = falling(np.random.default_rng(4), 1, 12)[0]
+    plan = planner.plan(L, 3, first=5, last=10)
+    assert plan[0][1] == 5 and sum(k for _, _, k in plan) == 6
+    assert planner.plan_cost(L, plan) == pytest.approx(cheapest_by_force(L[None, 4:10], 3))
+
+
+@pytest.mark.parametrize("make", [planner.uniform_plan, planner.cosine_plan])
+def test_simple_plans_have_the_calls_and_the_steps(make):
+    for S, D, budget in [(1, 1, 1), (1, 10, 3), (1, 10, 10), (3, 7, 11), (2, 50, 2)]:
+        assert_plan(make(S, D, budget), S, D, budget)
+    assert_plan(planner.full_plan(2, 4), 2, 4, 8)
+    sizes = [k for _, _, k in planner.cosine_plan(1, 100, 10)]
+    assert sizes == sorted(sizes) and [k for _, _, k in planner.uniform_plan(1, 100, 10)] == [10] * 10
+
+
+@pytest.mark.parametrize("budget", [0, 1, 21, -3])
+def test_impossible_budgets_are_refused(budget):
+    for make in (lambda: planner.plan(np.ones((2, 10)), budget), lambda: planner.uniform_plan(2, 10, budget),
+                 lambda: planner.costs(np.ones((2, 10)), [budget])):
+        with pytest.raises(ValueError, match="2 to 20"):
+            make()
+
+
+@pytest.mark.parametrize("rule", ["forward", "backward", "random:0", "random:7", "spaced:1", "spaced:5", "spaced:99"])
+def test_orders_are_permutations(rule):
+    for D in (1, 2, 13, 64):
+        assert sorted(planner.order(rule, D)) == list(range(1, D + 1))
+
+
+def test_orders_by_name():
+    assert planner.order("forward", 4).tolist() == [1, 2, 3, 4]
+    assert planner.order("backward", 4).tolist() == [4, 3, 2, 1]
+    assert planner.order("spaced:2", 6).tolist() == [1, 3, 5, 2, 4, 6]
+    assert planner.order("random:1", 64).tolist() != planner.order("random:2", 64).tolist()
+    turns = np.argsort(planner.order("spaced:4", 64)).reshape(16, 4)
+    assert (np.diff(turns, axis=1) == 16).all()
+    for rule in ("sideways", "random", "random:x", "spaced:0", "spaced:-1", ""):
+        with pytest.raises(ValueError):
+            planner.order(rule, 5)
+
+
+# -- coder.py ----------------------------------------------------------------------------------------
+
+def message(K, n, seed=0, peaked=1.0):
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=(n, K)) * peaked
+    probs = np.exp(logits - logits.max(axis=1, keepdims=True))
+    probs /= probs.sum(axis=1, keepdims=True)
+    symbols = np.array([rng.choice(K, p=row) for row in probs], dtype=np.int64)
+    return probs, symbols
+
+
+@pytest.mark.parametrize("K, n, precision, peaked", [
+    (2, 5000, 22, 3), (27, 5000, 22, 1), (27, 5000, 22, 6), (256, 3000, 22, 2), (65536, 60, 26, 3), (1, 10, 22, 1),
+    (27, 0, 22, 1), (27, 1, 22, 1), (256, 2, 22, 1)])
+def test_coder_gives_back_every_symbol_at_the_ideal_length(K, n, precision, peaked):
+    probs, symbols = message(K, n, peaked=peaked)
+    cdf = coder.quantize(probs.reshape(n, K), precision)
+    data = coder.encode(*coder.intervals(cdf, symbols), precision)
+    decoder = coder.Decoder(data, precision)
+    halves = [decoder.pop(cdf[:n // 3]), decoder.pop(cdf[n // 3:])]
+    assert np.array_equal(np.concatenate(halves), symbols) and decoder.done
+    ideal = -np.log2(probs[np.arange(n), symbols]).sum() if n else 0.0
+    assert 8 * len(data) <= ideal + 32 + 1e-4 * n and (n or data == b"")
+
+
+def test_rare_symbols_cost_what_they_must():
+    cdf = np.array([[0, 1, (1 << 22) - 1, 1 << 22]] * 100)
+    symbols = np.array([0, 2] * 50)                                    # probability 2^-22 each
+    data = coder.encode(*coder.intervals(cdf, symbols))
+    assert np.array_equal(coder.Decoder(data).pop(cdf), symbols)
+    assert 100 * 22 / 8 <= len(data) <= 100 * 22 / 8 + 4
+
+
+@pytest.mark.parametrize("K, T, M", [(2, 50, 3), (27, 300, 40), (256, 40, 5), (27, 0, 4), (27, 1, 1)])
+def test_many_streams_are_the_same_bytes_as_one_by_one(K, T, M):
+    probs, symbols = message(K, T * M, seed=1)
+    cdf, symbols = coder.quantize(probs.reshape(T * M, K)).reshape(T, M, K + 1), symbols.reshape(T, M)
+    starts, freqs = (a.reshape(T, M) for a in coder.intervals(cdf.reshape(T * M, -1), symbols.reshape(-1)))
+    streams = coder.encode_streams(starts, freqs)
+    assert streams == [coder.encode(starts[:, i], freqs[:, i]) for i in range(M)]
+    decoder = coder.DecoderStreams(streams)
+    assert np.array_equal(decoder.pop(cdf), symbols) and decoder.done
+
+
+def test_random_messages_of_every_length_survive():
+    for n in range(60):
+        probs, symbols = message(5, n, seed=n, peaked=4)
+        cdf = coder.quantize(probs.reshape(n, 5))
+        decoder = coder.Decoder(coder.encode(*coder.intervals(cdf, symbols)))
+        assert np.array_equal(decoder.pop(cdf), symbols) and decoder.done
+
+
+def test_a_wrong_byte_is_noticed_almost_always():
+    probs, symbols = message(27, 200)
+    cdf = coder.quantize(probs)
+    data = coder.encode(*coder.intervals(cdf, symbols))
+    clean = 0
+    for i in range(len(data)):
+        decoder = coder.Decoder(data[:i] + bytes([data[i] ^ 1]) + data[i + 1:])
+        decoder.pop(cdf)
+        clean += decoder.done
+    assert clean <= len(data) / 10
+
+
+def test_quantize_leaves_no_symbol_without_an_interval():
+    probs = np.array([[1.0, 0, 0], [0, 0, 1.0], [1 / 3] * 3, [0.5, 0.5, 0], [1e-30, 1, 0]])
+    for precision in (2, 8, 22, 26):
+        cdf = coder.quantize(probs, precision)
+        assert (np.diff(cdf) >= 1).all() and (cdf[:, 0] == 0).all() and (cdf[:, -1] == 1 << precision).all()
+    exact = coder.quantize(np.array([[0.25, 0.75]]), 22)
+    assert abs(exact[0, 1] - (1 << 20)) <= 1
+
+
+@pytest.mark.parametrize("row", [[0.5, 0.4], [0.5, 0.6], [-0.1, 1.1], [np.nan, 1], [np.inf, 0], [0.5, 0.500003]])
+def test_what_is_no_distribution_is_refused(row):
+    with pytest.raises(ValueError):
+        coder.quantize(np.array([row]))
+
+
+def test_empty_intervals_are_refused():
+    for starts, freqs in (([0], [0]), ([-1], [2]), ([1 << 22], [1]), ([0, 1], [1])):
+        with pytest.raises(ValueError):
+            coder.encode(np.array(starts), np.array(freqs))
+
+
+# -- data.py -----------------------------------------------------------------------------------------
+
+def test_symbols_and_bytes_are_inverse():
+    text = b"the quick brown fox jumps over the lazy dog"
+    symbols = datasets.to_symbols(text, 27)
+    assert symbols.max() <= 26 and symbols[3] == 0 and datasets.to_bytes(symbols, 27) == text
+    every = bytes(range(256))
+    assert datasets.to_bytes(datasets.to_symbols(every, 256), 256) == every
+    with pytest.raises(UserError, match="'Q' at position 4"):
+        datasets.to_symbols(b"the Quick", 27)
+    with pytest.raises(UserError, match="'é' at position 3"):
+        datasets.to_symbols("caféx".encode(), 27)
+
+
+def test_pydoc_is_real_english_in_27_symbols():
+    data = datasets.load("pydoc", 64)
+    assert data.K == 27 and data.kind == "text" and len(data.splits["train"]) > 200_000
+    text = datasets.show(data.splits["train"][:20000], 27)
+    assert " the " in text and "  " not in text
+
+
+def test_splits_are_by_position_and_lose_nothing(tmp_path):
+    stream = bytes(range(256)) * 5
+    (tmp_path / "f").write_bytes(stream)
+    data = datasets.load(str(tmp_path / "f"), 30)
+    assert (data.K, data.kind) == (256, "bytes")
+    assert b"".join(datasets.to_bytes(part, 256) for part in data.splits.values()) == stream
+    assert [len(part) for part in data.splits.values()] == [1152, 64, 64]
+    chunks, rest = data.chunks("test")
+    assert chunks.shape == (2, 30) and torch.equal(torch.cat((chunks.flatten(), rest)), data.splits["test"])
+
+
+def test_training_windows_come_from_everywhere_in_the_training_text(tmp_path):
+    (tmp_path / "f").write_bytes(bytes(range(200)))
+    data = datasets.load(str(tmp_path / "f"), 10)
+    x = data.batch(5000, generator=torch.Generator().manual_seed(0))
+    assert x.dtype == torch.int64 and (x.diff(dim=1) == 1).all()
+    assert x[:, 0].min() == 0 and x[:, 0].max() == 170 and x.max() == 179
+
+
+def test_a_zip_with_one_member_is_read_through(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a", "some text " * 100)
+    assert datasets.load(str(tmp_path / "a.zip"), 20).kind == "text"
+    with zipfile.ZipFile(tmp_path / "a.zip", "a") as archive:
+        archive.writestr("b", "x")
+    with pytest.raises(UserError, match="2 files"):
+        datasets.load(str(tmp_path / "a.zip"), 20)
+    (tmp_path / "cut.zip").write_bytes((tmp_path / "a.zip").read_bytes()[:60])
+    datasets.read_stream(tmp_path / "cut.zip")                         # no zip file any more: bytes
+
+
+def test_text8_that_is_not_the_whole_text8_is_refused(tmp_path):
+    (tmp_path / "text8").write_text("not the real thing " * 100)
+    with pytest.raises(UserError, match="md5"):
+        datasets.load("text8", 20, tmp_path)
+
+
+def test_a_download_is_complete_or_not_there(tmp_path):
+    source = tmp_path / "source"
+    source.write_bytes(b"x" * 1000)
+    datasets.download(source.as_uri(), tmp_path / "new" / "copy")
+    assert (tmp_path / "new" / "copy").read_bytes() == b"x" * 1000
+    with pytest.raises(UserError, match=r"nowhere.*put it at .*copy2"):
+        datasets.download((tmp_path / "nowhere").as_uri(), tmp_path / "copy2")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["new", "source"]
+
+
+def test_real_text8_prefix():
+    path = Path(os.environ.get("ARDM_DATA", "")) / "text8" / "text8_prefix.zip"
+    if "ARDM_DATA" not in os.environ or not path.is_file():
+        pytest.skip("ARDM_DATA has no text8/text8_prefix.zip")
+    data = datasets.load(str(path), 250)
+    assert data.K == 27 and datasets.show(data.splits["train"][:30], 27) == " anarchism originated as a ter"
+
+
+# -- train.py ----------------------------------------------------------------------------------------
+
+SMALL = dict(data="pydoc", size="tiny", length=16, dim=16, depth=1, heads=1, mlp=32, batch=4, device="cpu", bf16=False)
+
+
+def test_a_resumed_run_is_the_run_that_was_never_stopped(tmp_path):
+    c = train.complete(dict(SMALL, steps=8, warmup=2))
+    data = train.load_data(c, "cpu")
+
+    def go(run, upto):
+        return [train.train_step(run, data.batch(c.batch, generator=run.generator)).item() for _ in range(run.step, upto)]
+    whole, part = train.Run(c, 27, "text"), train.Run(c, 27, "text")
+    losses = go(whole, 8)
+    assert go(part, 5) == losses[:5]
+    part.save(tmp_path / "ckpt.pt")
+    again = train.Run(c, 27, "text")
+    again.restore(train.read_checkpoint(tmp_path / "ckpt.pt"))
+    assert go(again, 8) == losses[5:]
+    for a, b in zip(whole.ema.parameters(), again.ema.parameters()):
+        assert torch.equal(a, b)
+
+
+def test_learning_rate_rises_and_falls_to_zero():
+    c = train.complete(dict(SMALL, steps=100, warmup=10))
+    rates = [train.learning_rate(c, step, step / 100) for step in range(101)]
+    assert rates[0] == 0.1 and max(rates) == rates[9] and rates[-1] == 0 and rates[50] == 0.5
+    c.decay = 0.0
+    assert train.learning_rate(c, 90, 0.9) == 1
+
+
+def test_muon_gets_the_matrices_of_the_blocks_and_nothing_is_left_out():
+    c = train.complete(SMALL)
+    net = train.build_model(c, 27).net
+    groups = [[p for g in o.param_groups for p in g["params"]] for o in train.make_optimizers(net, c)]
+    assert sum(map(len, groups)) == len(list(net.parameters())) and len(groups[1]) == 4 * c.depth
+    c.optimizer = "adam"
+    assert len(train.make_optimizers(net, c)) == 1
+
+
+def test_bound_of_a_uniform_model_counts_every_character():
+    model = ARDM(Spy(27), 10, 27)
+    result = train.bound(model, torch.zeros(7, 10, dtype=torch.uint8), torch.zeros(3, dtype=torch.uint8), passes=2)
+    assert math.isclose(result["bits"], math.log2(27), rel_tol=1e-6) and result["rest"] == 3
+    assert np.allclose(result["L"], math.log2(27)) and result["L"].shape == (1, 10)
+    assert sum(x.numel() for x, _, _ in model.net.seen) == 2 * 73
+
+
+def test_bound_and_L_agree_with_enumeration():
+    model, x = ARDM(Table(3, 2), 3, 2), torch.tensor([[1, 0, 1], [0, 0, 1]])
+    nll = torch.stack([model.nll(x, sigma=s.expand(2, 3)) for s in all_sigma(3)]).mean().item()
+    result = train.bound(model, x.to(torch.uint8), passes=20000)
+    assert math.isclose(result["bits"], bits_per_dim(nll, 3), rel_tol=0.01)
+    assert math.isclose(result["L"].sum() / 3, result["bits"], rel_tol=0.01)
+
+
+def test_steps_that_were_never_met_take_their_neighbours_value():
+    L = train.components(torch.tensor([2.0, 0, 1, 0]) * math.log(2), torch.tensor([1, 0, 1, 0]), 1)
+    assert np.allclose(L, [[2, 1.5, 1, 1]])
+
+
+def test_references_are_what_the_standard_library_gives():
+    text = b"abracadabra" * 30
+    bits = train.references(text, 11)
+    assert math.isclose(bits["uniform"], math.log2(27)) and bits["bz2"] < 2 < bits["bz2 in chunks"]
+    share = np.array([5, 2, 2, 1, 1]) / 11
+    assert math.isclose(bits["single letters"], -(share * np.log2(share)).sum())
+
+
+def test_paper_size_is_the_papers_recipe():
+    c = train.complete(dict(size="paper", device="cpu"))
+    assert (c.length, c.dim, c.depth, c.heads, c.mlp, c.batch, c.steps) == (250, 768, 12, 12, 3072, 512, 3_000_000)
+    assert (c.optimizer, c.lr, c.warmup, c.clip, c.ema, c.positions) == ("adam", 5e-4, 5000, 0.25, 0.995, "sinusoidal")
+
+
+# -- The scripts -------------------------------------------------------------------------------------
+
+def run(script, *arguments, **options):
+    return subprocess.run([sys.executable, HERE / script, *map(str, arguments)], capture_output=True, text=True,
+                          timeout=120, **options)
+
+
+QUICK = ["--steps", 30, "--report", 10, "--length", 24, "--dim", 32, "--depth", 1, "--heads", 2, "--mlp", 64,
+         "--batch", 16, "--device", "cpu"]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """What `train.py` leaves behind after a very short run."""
+    folder = tmp_path_factory.mktemp("run")
+    done = run("train.py", *QUICK, "--out", folder)
+    assert done.returncode == 0, done.stderr
+    (folder / "printed").write_text(done.stdout)
+    return folder
+
+
+@pytest.fixture
+def refused(capsys, monkeypatch, tmp_path):
+    """Calls a script that must refuse: exit code 2, one line on stderr that matches, nothing written."""
+    def call(module, *arguments, match):
+        monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, arguments)])
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(SystemExit) as stop:
+            train.command_line(module.main)
+        line = capsys.readouterr().err.split("\r")[-1].strip()
+        assert stop.value.code == 2 and "\n" not in line and match in line, line
+        assert sorted(tmp_path.rglob("*")) == before
+    return call
+
+
+def test_training_prints_what_it_promises(folder):
+    printed = (folder / "printed").read_text()
+    for part in ("bits/char, standard error", "loss components L_t", "network calls", "samples:", "single letters",
+                 "bz2 in chunks", "python sample.py --ckpt", "python compress.py encode"):
+        assert part in printed
+    results = json.loads((folder / "results.json").read_text())
+    assert 0 < results["bits_per_dim"] < math.log2(27) and results["seed"] == 0
+    assert [row["calls"] for row in results["calls"]] == [5, 10, 20, 24]
+    assert all(abs(row["predicted"] - row["measured"]) < 5 * row["stderr"] + 0.02 for row in results["calls"])
+    assert len((folder / "log.csv").read_text().splitlines()) == 4
+    L = train.read_checkpoint(folder / "ckpt.pt")["L"]
+    assert L.shape == (1, 24) and L.dtype == torch.float64
+
+
+def test_evaluating_a_checkpoint_gives_the_same_number(folder):
+    done = run("train.py", "--evaluate", folder / "ckpt.pt", "--device=cpu")
+    line = next(line for line in (folder / "printed").read_text().splitlines() if line.startswith("test:"))
+    assert done.returncode == 0 and line in done.stdout
+
+
+def test_ctrl_c_saves_and_the_run_can_be_resumed(tmp_path):
+    arguments = [sys.executable, HERE / "train.py", *map(str, QUICK), "--steps", "100000", "--out", str(tmp_path)]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "log.csv").exists() or len((tmp_path / "log.csv").read_text().splitlines()) < 3:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "--resume --out" in out and "Traceback" not in err
+    step = train.read_checkpoint(tmp_path / "ckpt.pt")["step"]
+    done = run("train.py", "--resume", "--out", tmp_path, "--steps", step + 10, "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert train.read_checkpoint(tmp_path / "ckpt.pt")["step"] == step + 10
+
+
+def test_a_second_run_keeps_the_first_ones_checkpoint(folder, tmp_path):
+    (tmp_path / "ckpt.pt").write_bytes((folder / "ckpt.pt").read_bytes())
+    done = run("train.py", *QUICK, "--steps", 2, "--out", tmp_path)
+    assert done.returncode == 0 and (tmp_path / "ckpt.old.pt").read_bytes() == (folder / "ckpt.pt").read_bytes()
+
+
+def test_samples_are_repeatable_and_obey_the_budget(folder, tmp_path):
+    one, two = (run("sample.py", "--ckpt", folder / "ckpt.pt", "--n", 3, "--calls", 5, "--seed", 4, "--out", tmp_path)
+                for _ in range(2))
+    assert one.returncode == 0 and one.stdout == two.stdout and "5 network calls" in one.stdout
+    lines = (tmp_path / "samples.txt").read_text().splitlines()
+    assert len(lines) == 3 and all(len(line) == 24 and datasets.is_text(line.encode()) for line in lines)
+
+
+@pytest.mark.parametrize("order", ["forward", "backward", "random:3", "spaced:4"])
+def test_blanks_are_filled_and_the_rest_stays(folder, tmp_path, order):
+    done = run("sample.py", "--ckpt", folder / "ckpt.pt", "--prompt", "the ____ of", "--frames", "--order", order,
+               "--n", 2, "--out", tmp_path)
+    assert done.returncode == 0 and "4 network calls" in done.stdout
+    for line in (tmp_path / "samples.txt").read_text().splitlines():
+        assert len(line) == 11 and line[:4] == "the " and line[8:] == " of" and "_" not in line
+    frames = [line.split("  ")[1] for line in (tmp_path / "frames.txt").read_text().splitlines() if line]
+    assert [frame.count("_") for frame in frames] == [4, 3, 2, 1, 0] * 2
+    assert frames[0] == "the ____ of" and (order != "forward" or frames[1][5:] == "___ of")
+
+
+@pytest.mark.parametrize("n", [0, 1, 23, 24, 25, 700])
+def test_files_of_any_length_come_back(folder, tmp_path, n):
+    text = (folder / "test.txt").read_bytes()[:n]
+    (tmp_path / "in").write_bytes(text)
+    model, checkpoint = train.load_model(folder / "ckpt.pt", "cpu")
+    for calls, order in ((24, "forward"), (5, "spaced:5")):
+        pairs = compress.candidates(model, checkpoint["L"], calls)
+        archive, bits = compress.encode(model, "text", text, order, pairs[-1][1])
+        assert compress.decode(model, archive, "archive") == text
+        payload = sum(len(part) for _, part in compress.unpack(archive, "archive")[1])
+        assert 8 * payload <= bits * 1.001 + 64
+
+
+def test_several_blocks_and_their_ideal_length(folder, monkeypatch):
+    monkeypatch.setattr(compress, "BLOCK", 240)
+    text = (folder / "test.txt").read_bytes()[:1001]
+    model, _ = train.load_model(folder / "ckpt.pt", "cpu")
+    plan = planner.uniform_plan(1, 24, 6)
+    archive, bits = compress.encode(model, "text", text, "forward", plan)
+    header, blocks = compress.unpack(archive, "archive")
+    assert len(blocks) == 5 and compress.decode(model, archive, "archive") == text
+    whole = torch.from_numpy(datasets.to_symbols(text, 27)).long()[:984].view(-1, 24)
+    sigma = torch.from_numpy(planner.order("forward", 24)).expand(whole.shape)
+    nll = bits_per_dim(model.nll(whole, plan, sigma).sum().item(), 1)
+    assert nll < bits < nll + 17 * math.log2(27) + 30
+
+
+def test_compress_on_the_command_line(folder, tmp_path):
+    (tmp_path / "in").write_bytes((folder / "test.txt").read_bytes()[:2000])
+    ckpt = ("--ckpt", folder / "ckpt.pt", "--device", "cpu")
+    done = run("compress.py", "encode", *ckpt, "--calls", 8, tmp_path / "in", tmp_path / "archive")
+    assert done.returncode == 0 and "bits/char" in done.stdout and "spaced:" in done.stdout, done.stderr
+    done = run("compress.py", "decode", *ckpt, tmp_path / "archive", tmp_path / "out", env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out").read_bytes() == (tmp_path / "in").read_bytes()
+    done = run("compress.py", "bench", *ckpt, "--order", "forward", tmp_path / "in")
+    assert done.returncode == 0 and "identical" in done.stdout and "lzma in chunks" in done.stdout
+
+
+def test_bytes_are_trained_on_and_coded(tmp_path):
+    source = b"".join(path.read_bytes() for path in HERE.glob("*.py"))
+    (tmp_path / "source").write_bytes(source)
+    done = run("train.py", *QUICK, "--steps", 10, "--data", tmp_path / "source", "--out", tmp_path / "out")
+    assert done.returncode == 0 and "K = 256" in done.stdout, done.stderr
+    model, checkpoint = train.load_model(tmp_path / "out" / "ckpt.pt", "cpu")
+    archive, _ = compress.encode(model, checkpoint["kind"], source[:3000], "forward", planner.full_plan(1, 24))
+    assert compress.decode(model, archive, "archive") == source[:3000]
+
+
+def test_every_damaged_archive_is_refused(folder):
+    """All truncations, and one changed bit at every position."""
+    model, _ = train.load_model(folder / "ckpt.pt", "cpu")
+    text = (folder / "test.txt").read_bytes()[:40]
+    archive, _ = compress.encode(model, "text", text, "forward", planner.uniform_plan(1, 24, 3))
+    for i in range(len(archive)):
+        flipped = archive[:i] + bytes([archive[i] ^ 1 << i % 8]) + archive[i + 1:]
+        for bad in (archive[:i], flipped):
+            with pytest.raises(UserError):
+                compress.decode(model, bad, "archive")
+    with pytest.raises(UserError, match="follow"):
+        compress.decode(model, archive + b"x", "archive")
+
+
+def test_a_machine_that_computes_other_numbers_refuses(folder):
+    model, _ = train.load_model(folder / "ckpt.pt", "cpu")
+    archive, _ = compress.encode(model, "text", b"some text", "forward", planner.full_plan(1, 24))
+    header, blocks = compress.unpack(archive, "archive")
+    header["probe"] ^= 1
+    with pytest.raises(UserError, match="other probabilities"):
+        compress.decode(model, compress.pack(header, blocks), "archive")
+
+
+def test_headers_that_ask_for_too_much_are_refused(folder):
+    model, _ = train.load_model(folder / "ckpt.pt", "cpu")
+    archive, _ = compress.encode(model, "text", b"some text", "forward", planner.full_plan(1, 24))
+    header, blocks = compress.unpack(archive, "archive")
+    for change in (dict(length=10 ** 12), dict(batch=0), dict(batch=10 ** 9), dict(length=-1), dict(plan=[[1, 0, 24]]),
+                   dict(plan=[[1, 1, 10 ** 12]]), dict(plan="x"), dict(order="sideways"), dict(threads=-1), dict(D="x"),
+                   dict(K=26), dict(weights="0")):
+        with pytest.raises(UserError):
+            compress.decode(model, compress.pack(header | change, blocks), "archive")
+
+
+def test_train_refuses_bad_input(refused, tmp_path):
+    (tmp_path / "empty").touch()
+    (tmp_path / "short").write_text("too short " * 20)
+    out = ("--out", tmp_path / "out")
+    refused(train, "--data", "tex8", *out, match="no such file, and none of the names pydoc, text8, enwik8")
+    refused(train, "--data", tmp_path / "empty", *out, match="is empty")
+    refused(train, "--data", tmp_path / "short", *out, match="200 characters are too few for chunks of 64")
+    refused(train, "--size", "huge", *out, match="choose tiny, small, paper")
+    refused(train, "--steps", 0, *out, match="--steps or --minutes must be positive")
+    refused(train, "--dim", 30, "--heads", 4, *out, match="multiple of")
+    refused(train, "--device", "abacus", *out, match="--device abacus")
+    refused(train, "--resume", *out, match="no such checkpoint")
+    refused(train, "--stepz", 3, *out, match="unrecognized arguments")
+    refused(train, "--steps", "many", *out, match="invalid int value")
+
+
+def test_foreign_and_damaged_checkpoints_are_refused(refused, folder, tmp_path):
+    good = (folder / "ckpt.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(good[:len(good) // 2])
+    (tmp_path / "text.pt").write_text("hello")
+    torch.save({"model": {}}, tmp_path / "other.pt")
+    torch.save(Path, tmp_path / "code.pt")
+    (tmp_path / "in").write_text("text")
+    for name in ("cut.pt", "text.pt", "other.pt", "code.pt"):
+        refused(train, "--evaluate", tmp_path / name, match="is no checkpoint")
+        refused(sample, "--ckpt", tmp_path / name, "--out", tmp_path / "out", match="is no checkpoint")
+        refused(compress, "encode", "--ckpt", tmp_path / name, tmp_path / "in", tmp_path / "out", match="is no checkpoint")
+    refused(sample, "--ckpt", tmp_path / "none.pt", match="no such checkpoint")
+
+
+def test_sample_refuses_bad_input(refused, folder, tmp_path):
+    ckpt = ("--ckpt", folder / "ckpt.pt", "--out", tmp_path / "out")
+    refused(sample, *ckpt, "--calls", 0, match="--calls 0: choose 1 to 24")
+    refused(sample, *ckpt, "--calls", 25, match="--calls 25: choose 1 to 24")
+    refused(sample, *ckpt, "--prompt", "the ____ of", "--calls", 5, match="choose 1 to 4")
+    refused(sample, *ckpt, "--prompt", "The ____", match="'T' at position 0")
+    refused(sample, *ckpt, "--prompt", "_" * 25, match="25 characters, the model takes 24")
+    refused(sample, *ckpt, "--prompt", "nothing to do", match="no blank")
+    refused(sample, *ckpt, "--order", "sideways", match="choose forward, backward")
+    refused(sample, *ckpt, "--n", 0, match="--n must be")
+    refused(sample, *ckpt, "--temperature", 0, match="--temperature above 0")
+
+
+def test_compress_refuses_bad_input(refused, folder, tmp_path):
+    ckpt = ("--ckpt", folder / "ckpt.pt")
+    (tmp_path / "in").write_text("Hello")
+    (tmp_path / "foreign").write_bytes(os.urandom(300))
+    out = tmp_path / "out"
+    refused(compress, "encode", *ckpt, tmp_path / "in", out, match="'H' at position 0")
+    refused(compress, "encode", *ckpt, tmp_path / "none", out, match="cannot be read")
+    refused(compress, "encode", *ckpt, "--calls", 0, tmp_path / "in", out, match="--calls 0: choose 1 to 24")
+    refused(compress, "encode", *ckpt, "--calls", 99, tmp_path / "in", out, match="--calls 99: choose 1 to 24")
+    refused(compress, "encode", *ckpt, "--order", "up", tmp_path / "in", out, match="choose forward, backward")
+    refused(compress, "encode", *ckpt, tmp_path / "in", tmp_path / "in", match="the same file")
+    refused(compress, "decode", *ckpt, tmp_path / "foreign", out, match="is no archive")
+    refused(compress, match="required")
+    model, _ = train.load_model(folder / "ckpt.pt", "cpu")
+    archive, _ = compress.encode(model, "text", b"some text", "forward", planner.full_plan(1, 24))
+    (tmp_path / "cut").write_bytes(archive[:-1])
+    refused(compress, "decode", *ckpt, tmp_path / "cut", out, match="cut off")
+    other = train.read_checkpoint(folder / "ckpt.pt")
+    other["ema"]["net.head.bias"] += 1
+    other["settings"] = vars(other["settings"])
+    torch.save(other, tmp_path / "other.pt")
+    (tmp_path / "archive").write_bytes(archive)
+    refused(compress, "decode", "--ckpt", tmp_path / "other.pt", tmp_path / "archive", out, match="another checkpoint")
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path):
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(UserError, match="No space left"):
+        with train.replacing(tmp_path / "file"):
+            raise OSError(28, "No space left on device")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "old"
+
+
+def test_every_script_explains_itself():
+    for script in ("train.py", "sample.py", "compress.py"):
+        done = run(script, "--help")
+        assert done.returncode == 0 and "--help" in done.stdout
+    assert run("sample.py").returncode == 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_training_and_coding_on_cuda(tmp_path):
+    done = run("train.py", "--steps", 20, "--report", 10, "--size", "tiny", "--out", tmp_path)
+    assert done.returncode == 0 and "on cuda" in done.stdout, done.stderr
+    model, _ = train.load_model(tmp_path / "ckpt.pt", "cuda")
+    text = (tmp_path / "test.txt").read_bytes()[:1000]
+    archive, _ = compress.encode(model, "text", text, "forward", planner.full_plan(1, 64))
+    assert compress.decode(model, archive, "archive") == text
