@@ -23,6 +23,7 @@ The network runs in float32, whose last bits depend on the machine and the libra
 fingerprint of what the network says about a fixed input: a machine on which it says something else would
 decode garbage, and refuses first. Within one machine the encoder proves each block by decoding it.
 """
+import collections
 import hashlib
 import itertools
 import json
@@ -170,12 +171,12 @@ def open_codec(header, model, name):
         raise UserError(f"{name} was written with another checkpoint")
     try:
         torch.set_num_threads(header["threads"])
-        steps, plan = {}, []
-        for s, k, times in header["plan"]:
-            for _ in range(times):
-                plan.append((s, t := steps.get(s, 1), k))
-                steps[s] = t + k
-        assert steps == {s: model.D + 1 for s in range(1, model.S + 1)} and all(k > 0 for _, _, k in plan)
+        runs, step, plan = header["plan"], collections.Counter(), []
+        assert all(times > 0 for _, _, times in runs) and sum(times for _, _, times in runs) <= model.S * model.D
+        for s, k in (call for s, k, times in runs for call in [(s, k)] * times):
+            plan.append((s, step[s] + 1, k))
+            step[s] += k
+        assert step == {s: model.D for s in range(1, model.S + 1)} and all(k > 0 for _, _, k in plan)
         codec = Codec(model, header["order"], plan, header["batch"])
     except (KeyError, TypeError, ValueError, AssertionError, RuntimeError):
         raise UserError(f"{name} is damaged: its header makes no sense")

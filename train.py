@@ -572,7 +572,7 @@ def resumed(given):
                             "and cannot be resumed with another")
     if "minutes" in given and "steps" not in given:
         c.steps = None
-    return dataclasses.replace(c, **given, out=folder), checkpoint
+    return dataclasses.replace(c, **{**given, "out": folder}), checkpoint
 
 
 def main():
