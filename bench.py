@@ -69,42 +69,64 @@ def bench_planner(args):
 
 # -- coder -------------------------------------------------------------------------------------------
 
-def coder_message(K, n):
+CALL = 2048                          # symbols that one network call predicts
+
+
+def coder_message(K, calls):
+    """(CALL, K) probabilities, which serve every call, and the symbols (calls * CALL,) of a message.
+
+    The same tables again and again are in the cache, as those are that a network has just made.
+    """
     rng = np.random.default_rng(0)
-    logits = rng.normal(size=(n, K)) * 2
-    probs = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-    symbols = (probs.cumsum(axis=1) < rng.random((n, 1))).sum(axis=1).clip(0, K - 1)
-    return probs, symbols
+    weights = np.exp(rng.normal(size=(CALL, K)) * 2)
+    probs = weights / weights.sum(axis=1, keepdims=True)
+    draws = [(probs.cumsum(axis=1) < rng.random((CALL, 1))).sum(axis=1).clip(0, K - 1) for _ in range(calls)]
+    return probs, np.concatenate(draws)
 
 
 def one_stream(probs, symbols):
-    data = coder.encode(*coder.intervals(coder.quantize(probs), symbols))
-    return data, (lambda: coder.encode(*coder.intervals(coder.quantize(probs), symbols)),
-                  lambda: coder.Decoder(data).pop(coder.quantize(probs)))
+    """(message, encode, decode), quantisation included."""
+    calls = symbols.reshape(-1, CALL)
+
+    def push():
+        pairs = zip(*(coder.intervals(coder.quantize(probs), call) for call in calls))
+        return coder.encode(*map(np.concatenate, pairs))
+
+    def pop():
+        decoder = coder.Decoder(data)
+        return np.concatenate([decoder.pop(coder.quantize(probs)) for _ in calls])
+    return (data := push()), push, pop
 
 
 def many_streams(probs, symbols, M=512):
-    T, A = len(symbols) // M, probs.shape[1]
-    probs, symbols = probs[:T * M], symbols[:T * M]
+    """The same in M streams, CALL / M symbols of each in a call."""
+    calls, shape = symbols.reshape(-1, CALL), (CALL // M, M, probs.shape[1] + 1)
 
     def push():
-        starts, freqs = coder.intervals(coder.quantize(probs), symbols)
-        return coder.encode_streams(starts.reshape(T, M), freqs.reshape(T, M))
-    streams = push()
-    return b"".join(streams), (push, lambda: coder.DecoderStreams(streams).pop(
-        coder.quantize(probs).reshape(T, M, A + 1)))
+        pairs = zip(*(coder.intervals(coder.quantize(probs), call) for call in calls))
+        return coder.encode_streams(*(np.concatenate(part).reshape(-1, M) for part in pairs))
+
+    def pop():
+        decoder = coder.DecoderStreams(streams)
+        return np.concatenate([decoder.pop(coder.quantize(probs).reshape(shape)) for _ in calls])
+    return b"".join(streams := push()), push, pop
 
 
 def with_constriction(probs, symbols):
-    from constriction.stream import model, stack
-    family, values = model.Categorical(perfect=False), symbols.astype(np.int32)
+    import constriction                                                # optional: no dependency
+    model, stack = constriction.stream.model, constriction.stream.stack
+    family, calls = model.Categorical(perfect=False), symbols.astype(np.int32).reshape(-1, CALL)
 
     def push():
         ans = stack.AnsCoder()
-        ans.encode_reverse(values, family, probs)
+        for call in calls[::-1]:
+            ans.encode_reverse(call, family, probs)
         return ans.get_compressed()
-    words = push()
-    return words.tobytes(), (push, lambda: stack.AnsCoder(words).decode(family, probs))
+
+    def pop():
+        ans = stack.AnsCoder(words)
+        return np.concatenate([ans.decode(family, probs) for _ in calls])
+    return (words := push()).tobytes(), push, pop
 
 
 def bench_coder(args):
@@ -115,10 +137,10 @@ def bench_coder(args):
     except ImportError:
         print("  (constriction is not installed)")
     for K in (4, 27, 256):
-        probs, symbols = coder_message(K, 512 * (4 if args.quick else 100 if K == 256 else 400))
-        ideal = -np.log2(probs[np.arange(len(symbols)), symbols]).sum() / 8
+        probs, symbols = coder_message(K, calls=2 if args.quick else 50)
+        ideal = -np.log2(np.tile(probs, (len(symbols) // CALL, 1))[np.arange(len(symbols)), symbols]).sum() / 8
         for name, make in coders.items():
-            data, (push, pop) = make(probs, symbols)
+            data, push, pop = make(probs, symbols)
             assert np.array_equal(np.asarray(pop()).reshape(-1), symbols)
             rows.append(dict(coder=name, K=K, encode=len(symbols) / median_seconds(push) / 1e6,
                              decode=len(symbols) / median_seconds(pop) / 1e6, extra_bytes=len(data) - ideal))
