@@ -198,13 +198,15 @@ class ARDM(nn.Module):
         return self.walk(torch.where(known, x, self.coarse(x, 0)), plan, sigma, draw)
 
     def nll(self, x, plan=None, sigma=None):
-        """-log p(x | sigma) in nats, (B,) float64: exact for the process that `plan` describes.
+        """-log p(x | sigma) in nats, (B,): exact for the process that `plan` describes.
 
-        Variables written in one call are independent given what was known before it.
+        Variables written in one call are independent given what was known before it. Added up in
+        float64, where the device has it.
         """
         plan = self.every_step(x.shape[1]) if plan is None else plan
         sigma = sample_sigma(*x.shape, x.device) if sigma is None else sigma
-        nats = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+        exact = torch.float32 if x.device.type == "mps" else torch.float64
+        nats = torch.zeros(len(x), dtype=exact, device=x.device)
 
         def read(log_p, where, s):
             a = self.symbol(x, s)

@@ -62,6 +62,8 @@ class Settings:
     time: bool = setting(False, "show the step t to the network")
     late: bool = setting(True, "draw late steps t more often, with a weight that keeps the loss unbiased")
     batch: int = setting(None, "datapoints in a training step")
+    short: float = setting(None, "part of the run, at its start, that trains on more but shorter windows")
+    short_length: int = setting(64, "characters in those windows")
     steps: int = setting(None, "length of the run in training steps")
     minutes: float = setting(None, "length of the run in minutes of training, where --steps is not given")
     optimizer: str = setting("muon", "muon (AdamW for all but the matrices of the blocks) or adam")
@@ -82,12 +84,12 @@ class Settings:
 
 
 SIZES = {
-    "tiny": dict(length=64, dim=128, depth=4, heads=2, mlp=512, batch=64, minutes=2.75, lr=6e-3, warmup=50),
+    "tiny": dict(length=64, dim=128, depth=4, heads=2, mlp=512, batch=64, minutes=2.75, lr=6e-3, warmup=50, short=0.8),
     "small": dict(length=250, dim=512, depth=8, heads=8, mlp=2048, batch=64, minutes=30.0, lr=2e-3,
-                  warmup=200, ema=0.998),
+                  warmup=200, ema=0.998, short=0.0),
     "paper": dict(length=250, dim=768, depth=12, heads=12, mlp=3072, positions="sinusoidal", conv=0,
                   qk_norm=False, zero_init=False, late=False, batch=512, steps=3_000_000, optimizer="adam", lr=5e-4,
-                  warmup=5000, decay=0.0, clip=0.25, ema=0.995),
+                  warmup=5000, decay=0.0, clip=0.25, ema=0.995, short=0.0),
 }
 RESUMABLE = {"steps", "minutes", "device", "passes", "report", "out", "data_dir", "compile"}
 
@@ -144,6 +146,7 @@ def complete(given):
               (min(c.length, c.dim, c.depth, c.heads, c.mlp, c.batch, c.report) > 0, "sizes must be positive"),
               (c.dim % (2 * c.heads) == 0, f"--dim {c.dim} must be a multiple of 2 * heads = {2 * c.heads}"),
               (c.conv == 0 or c.conv > 0 and c.conv % 2 == 1, "--conv must be odd, or 0"),
+              (0 <= c.short <= 1 and c.short_length > 0, "--short must be 0 to 1 and --short-length positive"),
               (c.passes is None or c.passes > 0, "--passes must be at least 1"),
               ((c.steps or 0) > 0 or c.steps is None and (c.minutes or 0) > 0, "--steps or --minutes must be positive")]
     for holds, message in checks:
@@ -282,6 +285,13 @@ def learning_rate(c, step, progress):
     return min(1.0, up, max(down, 0.0))
 
 
+def window(c, progress):
+    """(B, D) of a training batch. For most of the run short windows, and as many more of them, teach more:
+    near letters tell most of what can be learnt, and attention to 64 of them costs a quarter."""
+    D = min(c.length, c.short_length) if progress < c.short else c.length
+    return c.batch * c.length // D, D
+
+
 def train_step(run, x):
     """Algorithm 2 on x (B, D), one step of the optimisers, the average. Returns the loss, bits/dim, a tensor."""
     c, net = run.c, run.model.net
@@ -315,7 +325,7 @@ def train(run, data, folder):
                bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}")
     with bar, caught_signals() as stop:
         while run.progress < 1 and not stop:
-            losses.append(train_step(run, data.batch(c.batch, generator=run.generator)))
+            losses.append(train_step(run, data.batch(*window(c, run.progress), generator=run.generator)))
             recent.append(losses[-1])
             run.seconds = time.monotonic() - begin
             speed = (run.step - mark[0]) * c.batch * c.length / (run.seconds - mark[1])
