@@ -244,7 +244,7 @@ def search(model, checkpoint, pairs):
     except UserError as error:
         print(f"no search for an order, {pairs[0][0]} is taken: the training data is not there ({error})")
         return pairs[0]
-    x, scores = spread(data.chunks("train")[0], max(1, 4096 // model.D)).long(), []
+    x, scores = spread(data.chunks("train")[0], max(1, 2048 // model.D)).long(), []
     for rule, plan in tqdm(pairs, desc="searching an order (--order skips this)", unit="order", leave=False):
         sigma = torch.from_numpy(planner.order(rule, model.D)).to(x.device).expand(x.shape)
         scores.append(bits_per_dim(model.nll(x, plan, sigma).mean().item(), model.D))

@@ -21,6 +21,7 @@ import lzma
 import math
 import os
 import platform
+import re
 import signal
 import sys
 import time
@@ -78,7 +79,7 @@ class Settings:
     compile: bool = setting(None, "torch.compile; the default is yes on CUDA (it needs a compiler)")
     device: str = setting(None, "cuda, mps or cpu; the default is the first of them that is there")
     seed: int = setting(0, "of the weights and of every draw")
-    passes: int = setting(None, "passes over the test split; the default is 64 draws of every step t")
+    passes: int = setting(None, "passes over the test split; the default is as many as give every step t 128 chunks")
     report: int = setting(100, "training steps between rows of log.csv")
     out: str = setting(None, "folder for the results; the default is out/<data>")
 
@@ -400,11 +401,11 @@ def spread(chunks, most):
 def bound(model, chunks, rest=(), passes=None, seed=1, progress=False):
     """The bound of Eq. 2 on chunks (N, D) and a shorter rest, by one step t for each chunk and pass.
 
-    t and s are stratified over each batch. passes None: as many as give every step 16 chunks.
+    t and s are stratified over each batch. passes None: as many as give every step 128 chunks.
     Returns a dict: bits (per dim), stderr (over the chunks), L (S, D) in bits, passes, chunks, rest.
     """
     (N, D), device = chunks.shape, chunks.device
-    passes = passes or -(-16 * model.S * D // N)
+    passes = passes or -(-128 * model.S * D // N)
     generator = torch.Generator(device).manual_seed(seed)
     nats, rest_nats = torch.zeros(N, device=device), 0.0
     sums, counts = torch.zeros(2, model.S * D, device=device)
@@ -525,8 +526,9 @@ def plot(folder, results):
                   label=f"plan of {len(plan)} calls")
     middle.set(title="loss components and a plan", xlabel="t", ylabel="bits", ylim=0)
     middle.legend()
-    curve = planner.costs(L)
-    right.plot(list(curve), [cost / L.shape[1] for cost in curve.values()], label="predicted")
+    budgets = np.unique(np.geomspace(len(L), L.size, 30).round().astype(int)).tolist()
+    right.plot(budgets, [planner.plan_cost(L, planner.plan(results["L_valid"], n)) / L.shape[1] for n in budgets],
+               label="predicted")
     right.plot(*zip(*((row["calls"], row["measured"]) for row in results["calls"])), "o", label="measured")
     right.set(title="bits under a budget", xlabel="network calls", ylabel="bits/char", xscale="log")
     right.legend()
@@ -538,11 +540,18 @@ def plot(folder, results):
 
 # -- The command -------------------------------------------------------------------------------------
 
+def machine(device):
+    """What a speed depends on, in words: the processor, and how many threads of it."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")                         # Linux; elsewhere Python knows the name
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.is_file() else []
+    return f"{(names or [platform.processor()])[0]}, {torch.get_num_threads()} threads"
+
+
 def conditions(c):
     """What a figure depends on beside the settings."""
-    cpu = platform.processor() or platform.machine()
-    name = torch.cuda.get_device_name(c.device) if c.device.startswith("cuda") else f"{cpu}, {torch.get_num_threads()} threads"
-    return dict(device=c.device, machine=name, versions=dict(
+    return dict(device=c.device, machine=machine(c.device), versions=dict(
         python=platform.python_version(), torch=torch.__version__, numpy=np.__version__))
 
 
@@ -565,10 +574,11 @@ def finish(run, data, folder, with_plot):
     print(describe(results))
     x = run.ema.sample(2, planner.plan(run.L, min(50, run.L.size)), generator=run.generator)
     print("samples:", *(f"  {datasets.show(row.cpu(), data.K)}" for row in x), sep="\n")
+    calls = -(-run.L.size // 4)
     blanks = [f'python sample.py --ckpt {checkpoint} --prompt "the ____ of"'] if data.kind == "text" else []
     print("what to run next:", f"python sample.py --ckpt {checkpoint} --calls 20 --frames", *blanks,
-          f"python compress.py encode --ckpt {checkpoint} {piece} {folder / 'test.ardm'}",
-          f"python compress.py bench --ckpt {checkpoint}", sep="\n  ")
+          f"python compress.py encode --ckpt {checkpoint} --calls {calls} {piece} {folder / 'test.ardm'}",
+          f"python compress.py bench --ckpt {checkpoint} --calls {calls}", sep="\n  ")
 
 
 def resumed(given):
