@@ -1,4 +1,4 @@
-"""Autoregressive diffusion models: the algorithms of Hoogeboom et al. (ICLR 2022, arXiv 2110.02037).
+"""Autoregressive diffusion models: algorithms of Hoogeboom et al. (ICLR 2022, arXiv 2110.02037).
 
 An ARDM writes the D variables of x in any order sigma. One network, shown the variables that are
 known so far, predicts all the others at once; training asks it about one random step of one random
@@ -8,19 +8,21 @@ Symbols, as in the paper (everything is counted from 1):
 
     B, D, K        datapoints in a batch, variables in a datapoint, values a variable can take
     x              (B, D) integers 0..K-1, flat; only the network and the data know a shape
-    sigma          (B, D) rows are permutations of 1..D; sigma[:, i] is the step that writes variable i
-                   (0: known beforehand, D + 1: never written; see `rerank`)
+    sigma          (B, D) rows are permutations of 1..D; sigma[:, i] is the step that writes
+                   variable i (0: known beforehand, D + 1: never written; see `rerank`)
     t              (B,)   step, 1..D.  t - 1 variables are known at step t, D - t + 1 are not
     m = sigma < t  (B, D) True where x is known
     s, S           stage 1..S, number of stages (order-agnostic model: S = 1)
     x^(s)          x at the end of stage s: x^(0) says nothing, x^(S) = x
-    a, A           symbol that a stage writes, 0..A-1 (order-agnostic model: the value itself, A = K)
+    a, A           symbol that a stage writes, 0..A-1
+                   (order-agnostic model: the value itself, A = K)
     L_t            loss component of step t: what one variable costs that is predicted at step t
-    plan           [(s, t, k), ...]: in stage s, show what sigma < t has written, write the k variables
-                   with t <= sigma < t + k together. One entry is one network call (Sec. 3.1)
+    plan           [(s, t, k), ...]: in stage s, show what sigma < t has written, write the
+                   k variables with t <= sigma < t + k together. One entry is one network
+                   call (Sec. 3.1)
 
-Likelihoods and losses are in nats per datapoint; `bits_per_dim` converts. This file needs torch alone
-and never builds a network: any net(x, m, t, s) -> (B, D, A) logits will do.
+Likelihoods and losses are in nats per datapoint; `bits_per_dim` converts. This file needs torch
+alone and never builds a network: any net(x, m, t, s) -> (B, D, A) logits will do.
 """
 import math
 
@@ -44,9 +46,10 @@ def sample_sigma(B, D, device=None, generator=None):
 def rerank(sigma, known=None, absent=None):
     """Takes variables out of the walk: sigma = 0 where `known`, D + 1 where `absent` ((B, D) bool).
 
-    Known ones are written before the first step: every mask shows them, no plan can write them. Absent
-    ones (what a short text lacks) come after the last step: never shown, never written. The others keep
-    their order, right behind the known ones. So in-filling and short data need no code of their own.
+    Known ones are written before the first step: every mask shows them, no plan can write them.
+    Absent ones (what a short text lacks) come after the last step: never shown, never written.
+    The others keep their order, right behind the known ones. So in-filling and short data need
+    no code of their own.
     """
     D = sigma.shape[-1]
     sigma = sigma if known is None else torch.where(known, 0, sigma)
@@ -56,8 +59,8 @@ def rerank(sigma, known=None, absent=None):
 
 
 def strata(B, device=None, generator=None):
-    """(B,) numbers in [0, 1), each uniform by itself, together evenly spread: (u + i/B) mod 1 with one
-    u ~ U(0, 1), i = 0..B-1 in shuffled order."""
+    """(B,) numbers in [0, 1), each uniform by itself, together evenly spread: (u + i/B) mod 1
+    with one u ~ U(0, 1), i = 0..B-1 in shuffled order."""
     u = torch.rand(1, device=device, generator=generator)
     i = torch.rand(B, device=device, generator=generator).argsort()    # 0..B-1, shuffled
     return (u + i / B) % 1
@@ -66,20 +69,21 @@ def strata(B, device=None, generator=None):
 def stratified_steps(B, S, D, device=None, generator=None):
     """(t, s), (B,) each: every pair uniform on {1..D} x {1..S}, evenly spread over the batch.
 
-    Each datapoint alone sees a uniform step, so the bound stays unbiased, while a batch covers early
-    and late steps alike: most of the noise that t brings is gone.
+    Each datapoint alone sees a uniform step, so the bound stays unbiased, while a batch covers
+    early and late steps alike: most of the noise that t brings is gone.
     """
-    step = (S * D * strata(B, device, generator)).long().clamp(max=S * D - 1)    # rounding may reach S * D
+    # clamped: rounding may reach S * D
+    step = (S * D * strata(B, device, generator)).long().clamp(max=S * D - 1)
     return step % D + 1, step // D + 1
 
 
 def late_steps(B, S, D, device=None, generator=None):
-    """(t, s, weight), (B,) each: as `stratified_steps`, with late steps drawn more often. For training.
+    """(t, s, weight), (B,) each: as `stratified_steps`, late steps drawn more often. For training.
 
-    The loss at step t is D times a mean over the n = D - t + 1 unknown variables, so its noise falls as
-    the root of n, and the gradient is least noisy where t is drawn in proportion to that noise:
-    n = ceil(D v^2) with v ~ U(0, 1) has probability q(n) = sqrt(n/D) - sqrt((n-1)/D). Times the weight
-    1 / (D q(n)) the loss is unbiased as before.
+    The loss at step t is D times a mean over the n = D - t + 1 unknown variables, so its noise
+    falls as the root of n, and the gradient is least noisy where t is drawn in proportion to that
+    noise: n = ceil(D v^2) with v ~ U(0, 1) has probability q(n) = sqrt(n/D) - sqrt((n-1)/D).
+    Times the weight 1 / (D q(n)) the loss is unbiased as before.
     """
     part = S * strata(B, device, generator)                            # (B,) in [0, S)
     s = part.long().clamp(max=S - 1)
@@ -90,7 +94,7 @@ def late_steps(B, S, D, device=None, generator=None):
 class ARDM(nn.Module):
     """Order-agnostic ARDM (Sec. 3): one stage, whose symbols are the values themselves.
 
-    net: net(x, m, t, s) -> (B, D, K) logits, with x (B, D) int64, m (B, D) bool, t and s (B,) int64.
+    net: net(x, m, t, s) -> (B, D, K) logits, x (B, D) int64, m (B, D) bool, t and s (B,) int64.
     Data may be shorter than D where the network allows it (text: the last chunk of a file).
     """
 
@@ -98,7 +102,7 @@ class ARDM(nn.Module):
         super().__init__()
         self.net, self.D, self.K, self.S, self.A = net, D, K, 1, K
 
-    # -- What a stage does. An upscale model overrides these four and nothing else. -----------------
+    # -- What a stage does. An upscale model overrides these four and nothing else. ----------------
 
     def coarse(self, x, s):
         """x^(s), (B, D): what is known of x at the end of stage s (int or (B,)); x^(0) is all 0."""
@@ -123,7 +127,7 @@ class ARDM(nn.Module):
         assert logits.shape == (*x.shape, self.A), f"net gave {tuple(logits.shape)}"
         return log_softmax(logits)
 
-    # -- What all of them share. --------------------------------------------------------------------
+    # -- What all of them share. -------------------------------------------------------------------
 
     def state(self, x, m, s):
         """m * x^(s) + (1 - m) * x^(s-1), (B, D): x as it stands within stage s."""
@@ -153,9 +157,9 @@ class ARDM(nn.Module):
 
         x: (B, D) where the walk begins, x^(0) but for what is known beforehand (sigma = 0);
         sigma: (B, D), or (S, B, D) for one order a stage.
-        choose(log_p, where, s) -> (B, D) gives the symbols for the variables in `where` (B, D bool);
-        the rest of what it returns is ignored. Sampling draws them, likelihood reads them from the
-        data, an encoder reads and stores them, a decoder recovers them.
+        choose(log_p, where, s) -> (B, D) gives the symbols for the variables in `where`
+        (B, D bool); the rest of what it returns is ignored. Sampling draws them, likelihood reads
+        them from the data, an encoder reads and stores them, a decoder recovers them.
         """
         sigma = sigma.expand(self.S, *x.shape)
         for s, t, k in plan:
@@ -186,7 +190,7 @@ class ARDM(nn.Module):
         if known is not None:
             sigma = rerank(sigma, known, absent=sigma > self.D)
         known = sigma[0] == 0
-        first = int(known.sum(dim=1).min())                            # nothing to write before that
+        first = int(known.sum(dim=1).min())                            # nothing to write before it
         plan = (entry for entry in plan if entry[1] + entry[2] - 1 > first)
 
         def draw(log_p, where, s):

@@ -2,12 +2,15 @@
 
     planner     seconds for a plan, with the plain O(D^2) programme beside it
     coder       million symbols a second, with constriction beside it where that is installed
-    speed       training steps a second at the size for which the released code was timed (also: --size paper)
+    speed       training steps a second at the size for which the released code was timed
+                (also: --size paper)
     ablation    each ingredient of the recipe taken away alone, in equal time, on pydoc
-    text8       our recipe against the paper's at the same size, in equal time (ARDM_DATA: folder with the data)
+    text8       our recipe against the paper's at the same size, in equal time
+                (ARDM_DATA: folder with the data)
 
-Prints tables, and keeps the numbers with machine and versions in --out (assets/bench.json). Run it alone: a
-rival on the same cores halves every speed. --quick shrinks everything to seconds, to see that it runs.
+Prints tables, and keeps the numbers with machine and versions in --out (assets/bench.json). Run
+it alone: a rival on the same cores halves every speed. --quick shrinks everything to seconds, to
+see that it runs.
 """
 import json
 import os
@@ -37,7 +40,7 @@ def median_seconds(function, repeats=5):
     return statistics.median(times)
 
 
-# -- planner -----------------------------------------------------------------------------------------
+# -- planner ---------------------------------------------------------------------------------------
 
 def plain_programme(L, budget):
     """The cheapest cost by O(D^2) work for each call: what a straightforward version does."""
@@ -52,34 +55,38 @@ def plain_programme(L, budget):
 
 def bench_planner(args):
     rows = []
-    for S, D, budget in [(1, 250, 20), (1, 1000, 50), (1, 3072, 50), (1, 16000, 50), (8, 16000, 400)]:
+    for S, D, budget in [(1, 250, 20), (1, 1000, 50), (1, 3072, 50), (1, 16000, 50),
+                         (8, 16000, 400)]:
         if args.quick and D > 1000:
             continue
         t = np.arange(1, D + 1)
         L = np.stack([8 / s * (1 - (t / (D + 1)) ** 0.5) for s in range(1, S + 1)])
-        row = dict(stages=S, D=D, calls=budget, seconds=median_seconds(lambda: planner.plan(L, budget), 3))
+        row = dict(stages=S, D=D, calls=budget,
+                   seconds=median_seconds(lambda: planner.plan(L, budget), 3))
         if D in (1000, 3072):
             row["plain_seconds"] = median_seconds(lambda: plain_programme(L[0], budget), 1)
-            assert np.isclose(plain_programme(L[0], budget), planner.plan_cost(L, planner.plan(L, budget)))
+            assert np.isclose(plain_programme(L[0], budget),
+                              planner.plan_cost(L, planner.plan(L, budget)))
         rows.append(row)
         print("  " + "  ".join(f"{k} {v:.4g}" for k, v in row.items()))
     return rows
 
 
-# -- coder -------------------------------------------------------------------------------------------
+# -- coder -----------------------------------------------------------------------------------------
 
 CALL = 2048                          # symbols that one network call predicts
 
 
 def coder_message(K, calls):
-    """(CALL, K) probabilities, which serve every call, and the symbols (calls * CALL,) of a message.
+    """(CALL, K) probabilities, which serve every call, and symbols (calls * CALL,) of a message.
 
     The same tables again and again are in the cache, as those are that a network has just made.
     """
     rng = np.random.default_rng(0)
     weights = np.exp(rng.normal(size=(CALL, K)) * 2)
     probs = weights / weights.sum(axis=1, keepdims=True)
-    draws = [(probs.cumsum(axis=1) < rng.random((CALL, 1))).sum(axis=1).clip(0, K - 1) for _ in range(calls)]
+    draws = [(probs.cumsum(axis=1) < rng.random((CALL, 1))).sum(axis=1).clip(0, K - 1)
+             for _ in range(calls)]
     return probs, np.concatenate(draws)
 
 
@@ -137,28 +144,31 @@ def bench_coder(args):
         print("  (constriction is not installed)")
     for K in (4, 27, 256):
         probs, symbols = coder_message(K, calls=2 if args.quick else 50)
-        ideal = -np.log2(np.tile(probs, (len(symbols) // CALL, 1))[np.arange(len(symbols)), symbols]).sum() / 8
+        p = np.tile(probs, (len(symbols) // CALL, 1))[np.arange(len(symbols)), symbols]
+        ideal = -np.log2(p).sum() / 8
         for name, make in coders.items():
             data, push, pop = make(probs, symbols)
             assert np.array_equal(np.asarray(pop()).reshape(-1), symbols)
             rows.append(dict(coder=name, K=K, encode=len(symbols) / median_seconds(push) / 1e6,
-                             decode=len(symbols) / median_seconds(pop) / 1e6, extra_bytes=len(data) - ideal))
+                             decode=len(symbols) / median_seconds(pop) / 1e6,
+                             extra_bytes=len(data) - ideal))
             print("  {coder:12} K = {K:3}  encode {encode:6.2f}  decode {decode:6.2f} Msym/s  "
                   "{extra_bytes:+.1f} bytes over the ideal".format(**rows[-1]))
     return rows
 
 
-# -- training ----------------------------------------------------------------------------------------
+# -- training --------------------------------------------------------------------------------------
 
 def timed_training(data, **given):
-    """Trains with these settings: dict of bits/char on the test split, steps, characters a second."""
+    """Trains with these settings: bits/char on the test split, steps, characters a second."""
     c = train.complete(dict(given, report=10 ** 9))
     data = data(c) if callable(data) else data
     run = train.Run(c, data.K, data.kind)
     with tempfile.TemporaryDirectory() as folder:
         train.train(run, data, Path(folder))
     bits = train.bound(run.ema, *data.chunks("test"), passes=4)["bits"]
-    return dict(bits=bits, steps=run.step, chars_per_second=run.step * c.batch * c.length / run.seconds,
+    return dict(bits=bits, steps=run.step,
+                chars_per_second=run.step * c.batch * c.length / run.seconds,
                 params=sum(p.numel() for p in run.model.parameters()), minutes=run.seconds / 60)
 
 
@@ -166,32 +176,40 @@ def text8_prefix(c):
     """The shared prefix of text8, its last 200,000 characters held out for the test."""
     folder = os.environ.get("ARDM_DATA")
     if not folder:
-        raise train.UserError("this section needs ARDM_DATA, a folder that holds text8/text8_prefix.zip")
+        raise train.UserError("this section needs ARDM_DATA, "
+                              "a folder that holds text8/text8_prefix.zip")
     data = datasets.load(f"{folder}/text8/text8_prefix.zip", c.length)
     stream = torch.cat(list(data.splits.values()))
-    data.splits = dict(train=stream[:-220_000], valid=stream[-220_000:-200_000], test=stream[-200_000:])
+    data.splits = dict(train=stream[:-220_000], valid=stream[-220_000:-200_000],
+                       test=stream[-200_000:])
     return data
 
 
 def table(variants, data, minutes, **common):
     rows = []
     for name, change in variants.items():
-        rows.append(dict(name=name, **timed_training(data, minutes=minutes, **{**common, **change})))
-        print("  {name:34} {bits:.3f} bits/char  {steps:5} steps  {chars_per_second:8,.0f} chars/s".format(**rows[-1]))
+        rows.append(dict(name=name,
+                         **timed_training(data, minutes=minutes, **{**common, **change})))
+        print("  {name:34} {bits:.3f} bits/char  {steps:5} steps  "
+              "{chars_per_second:8,.0f} chars/s".format(**rows[-1]))
     return rows
 
 
 def bench_ablation(args):
     variants = {"the recipe": {}, "the recipe, another seed": dict(seed=1),
-                "sinusoidal positions": dict(positions="sinusoidal"), "no depthwise convolution": dict(conv=0),
-                "no QK-norm": dict(qk_norm=False), "t uniform": dict(late=False), "no zero initialisation": dict(zero_init=False),
-                "Adam alone, no Muon": dict(optimizer="adam", lr=2e-3), "no decay of the rate": dict(decay=0.0),
+                "sinusoidal positions": dict(positions="sinusoidal"),
+                "no depthwise convolution": dict(conv=0),
+                "no QK-norm": dict(qk_norm=False), "t uniform": dict(late=False),
+                "no zero initialisation": dict(zero_init=False),
+                "Adam alone, no Muon": dict(optimizer="adam", lr=2e-3),
+                "no decay of the rate": dict(decay=0.0),
                 "no average of the weights": dict(ema=0.0), "float32": dict(bf16=False)}
-    return table(variants, lambda c: train.load_data(c, "cpu"), 0.02 if args.quick else args.minutes or 1.0, device="cpu")
+    minutes = 0.02 if args.quick else args.minutes or 1.0
+    return table(variants, lambda c: train.load_data(c, "cpu"), minutes, device="cpu")
 
 
-PAPER = dict(positions="sinusoidal", conv=0, qk_norm=False, zero_init=False, late=False, optimizer="adam", lr=5e-4, decay=0.0,
-             clip=0.25, ema=0.995, short=0.0)
+PAPER = dict(positions="sinusoidal", conv=0, qk_norm=False, zero_init=False, late=False,
+             optimizer="adam", lr=5e-4, decay=0.0, clip=0.25, ema=0.995, short=0.0)
 
 
 def bench_text8(args):
@@ -206,9 +224,11 @@ def bench_text8(args):
 def bench_speed(args):
     """Full training steps on random symbols, the optimiser included."""
     given = dict(length=250, batch=32, dim=256, depth=4, heads=4, mlp=1024)
-    variants = {"our network": {}, "the paper's network": PAPER, "the paper's network, float32": dict(PAPER, bf16=False)}
+    variants = {"our network": {}, "the paper's network": PAPER,
+                "the paper's network, float32": dict(PAPER, bf16=False)}
     if args.size:
-        given, variants = dict(size=args.size, batch=args.batch or train.SIZES[args.size]["batch"]), {args.size: {}}
+        given = dict(size=args.size, batch=args.batch or train.SIZES[args.size]["batch"])
+        variants = {args.size: {}}
     if args.quick:
         given |= dict(length=32, batch=4)
     rows = []
@@ -218,13 +238,15 @@ def bench_speed(args):
         x = torch.randint(27, (c.batch, c.length), device=c.device)
         seconds = median_seconds(lambda: train.train_step(run, x).item(), 3 if args.quick else 15)
         params = sum(p.numel() for p in run.model.parameters())
-        row = dict(name=name, samples_per_second=c.batch / seconds, chars_per_second=c.batch * c.length / seconds,
+        row = dict(name=name, samples_per_second=c.batch / seconds,
+                   chars_per_second=c.batch * c.length / seconds,
                    params=params, tflops=6 * params * c.batch * c.length / seconds / 1e12)
         if c.device.startswith("cuda"):
             row |= dict(share_of_bf16_peak=row["tflops"] / matmul_tflops(c.device),
                         gigabytes=torch.cuda.max_memory_allocated() / 1e9)
         rows.append(row)
-        print("  " + "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+        print("  " + "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
+                               for k, v in row.items()))
     return rows
 
 
@@ -243,7 +265,8 @@ SECTIONS = {name[6:]: value for name, value in list(globals().items()) if name.s
 
 def main():
     parser = train.Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("sections", nargs="+", metavar="SECTION", choices=list(SECTIONS), help=", ".join(SECTIONS))
+    parser.add_argument("sections", nargs="+", metavar="SECTION", choices=list(SECTIONS),
+                        help=", ".join(SECTIONS))
     parser.add_argument("--quick", action="store_true", help="only see that it runs")
     parser.add_argument("--minutes", type=float, help="of each training run")
     parser.add_argument("--size", choices=list(train.SIZES), help="for speed: this size instead")

@@ -11,22 +11,22 @@ A message is one integer, the state x. A symbol with frequency f out of 2^P owns
     pop:   slot = x % 2^P lies in the symbol's interval: that tells the symbol, and
            x  ->  f * (x // 2^P) + slot - start          undoes the push exactly
 
-What is pushed last is popped first. The encoder therefore starts with the last symbol, and the decoder
-reads forward: callers give everything in reading order and never see this.
+What is pushed last is popped first. The encoder therefore starts with the last symbol, and the
+decoder reads forward: callers give everything in reading order and never see this.
 
-The state is kept below 2^64. A push that would pass that moves the low 32 bits out to a list of words
-first; a pop that leaves x < 2^32 takes a word back. Both sides decide by x alone:
+The state is kept below 2^64. A push that would pass that moves the low 32 bits out to a list of
+words first; a pop that leaves x < 2^32 takes a word back. Both sides decide by x alone:
 
     push:  x >= f * 2^(64-P)  <=>  the push would give x >= 2^64          (before the push)
     pop:   x <  2^32          <=>  the push had moved a word out          (after the pop)
 
-The state starts at 0, which nothing needs to tell, and is written in as few bytes as hold it: a message
-costs less than 4 bytes more than its symbols, and no symbols cost none. A right decode ends at state 0
-with no word left. A message is the state (big-endian), then the words in the order of reading; the state
-has over 4 bytes where there are words, so the length alone tells them apart.
+The state starts at 0, which nothing needs to tell, and is written in as few bytes as hold it: a
+message costs less than 4 bytes more than its symbols, and no symbols cost none. A right decode ends
+at state 0 with no word left. A message is the state (big-endian), then the words in the order of
+reading; the state has over 4 bytes where there are words, so the length alone tells them apart.
 
-Frequencies are integers: both sides compute them by `quantize`, from the same probabilities to the last
-bit, or decoding goes wrong without a sign. This file needs NumPy alone.
+Frequencies are integers: both sides compute them by `quantize`, from the same probabilities to
+the last bit, or decoding goes wrong without a sign. This file needs NumPy alone.
 """
 from bisect import bisect_right
 
@@ -36,16 +36,18 @@ WORD = (1 << 32) - 1
 
 
 def quantize(probs, precision=22):
-    """Probabilities (N, A) float64 -> cdf (N, A + 1) int32, strictly increasing from 0 to 2^precision.
+    """Probabilities (N, A) float64 -> cdf (N, A + 1) int32, strictly rising from 0 to 2^precision.
 
-    f = floor(p * (1 - 1e-6) * (2^P - A)) + 1, so that every symbol can be coded; the last one takes what
-    is left, and 1e-6 is room for a row whose sum is above 1 by rounding. A row gives the same integers
-    whatever rows are beside it. At P = 22 this costs below 1e-4 bits a symbol for A = 256. ValueError
-    for values that are no probabilities and for rows whose sum is further than 1e-6 from 1.
+    f = floor(p * (1 - 1e-6) * (2^P - A)) + 1, so that every symbol can be coded; the last one
+    takes what is left, and 1e-6 is room for a row whose sum is above 1 by rounding. A row gives
+    the same integers whatever rows are beside it. At P = 22 this costs below 1e-4 bits a symbol
+    for A = 256. ValueError for values that are no probabilities and for rows whose sum is further
+    than 1e-6 from 1.
     """
     probs = np.asarray(probs, dtype=np.float64)
     if not 1 <= precision <= 30 or probs.ndim != 2 or not 1 <= probs.shape[1] < 1 << precision:
-        raise ValueError(f"probs of shape {probs.shape}: expected (N, A) with 1 <= A < 2^{precision} <= 2^30")
+        raise ValueError(f"probs of shape {probs.shape}: expected (N, A) with "
+                         f"1 <= A < 2^{precision} <= 2^30")
     N, A = probs.shape
     cdf = np.empty((N, A + 1), dtype=np.int32)
     scale = (1 - 1e-6) * ((1 << precision) - A)
@@ -69,7 +71,10 @@ def intervals(cdf, symbols):
 
 
 def encode(starts, freqs, precision=22):
-    """One stream: (N,) starts and freqs in reading order -> bytes. ValueError for an empty interval."""
+    """One stream: (N,) starts and freqs in reading order -> bytes.
+
+    ValueError for an empty interval.
+    """
     starts, freqs = _check_intervals(starts, freqs, precision)
     room, total = 64 - precision, 1 << precision
     x, words = 0, []
@@ -82,7 +87,10 @@ def encode(starts, freqs, precision=22):
 
 
 class Decoder:
-    """Reads one stream. Any bytes decode to something: `done` and a checksum tell whether it is right."""
+    """Reads one stream.
+
+    Any bytes decode to something: `done` and a checksum tell whether it is right.
+    """
 
     def __init__(self, data, precision=22):
         self.x, words = _parse(data)
@@ -169,7 +177,8 @@ def _check_intervals(starts, freqs, precision):
     starts, freqs = np.asarray(starts, dtype=np.int64), np.asarray(freqs, dtype=np.int64)
     if starts.shape != freqs.shape:
         raise ValueError(f"{starts.shape} starts and {freqs.shape} freqs")
-    if starts.size and (freqs.min() < 1 or starts.min() < 0 or (starts + freqs).max() > 1 << precision):
+    if starts.size and (freqs.min() < 1 or starts.min() < 0
+                        or (starts + freqs).max() > 1 << precision):
         raise ValueError(f"an interval is empty or lies outside 0..2^{precision}")
     return starts, freqs
 

@@ -2,11 +2,11 @@
 
     python compress.py encode --ckpt out/pydoc/ckpt.pt IN OUT
     python compress.py decode --ckpt out/pydoc/ckpt.pt IN OUT
-    python compress.py bench --ckpt out/pydoc/ckpt.pt [FILE]         bits/char, beside bz2, lzma and zlib
+    python compress.py bench --ckpt out/pydoc/ckpt.pt [FILE]    bits/char, beside bz2, lzma and zlib
 
-The file is cut into chunks of D symbols, and `batch` chunks together are a block: one walk over the plan,
-one rANS stream. The encoder makes the decoder's very calls, in the same batches: the last block is
-filled up with absent variables. An archive, all numbers big-endian:
+The file is cut into chunks of D symbols, and `batch` chunks together are a block: one walk over
+the plan, one rANS stream. The encoder makes the decoder's very calls, in the same batches: the
+last block is filled up with absent variables. An archive, all numbers big-endian:
 
     offset      bytes   what
     0           4       "ARDM"
@@ -19,9 +19,10 @@ filled up with absent variables. An archive, all numbers big-endian:
                 4       CRC-32 of the symbols that it decodes to, one byte each
                 p       payload: coder.py
 
-The network runs in float32, whose last bits depend on the machine and the library. The header carries a
-fingerprint of what the network says about a fixed input: a machine on which it says something else would
-decode garbage, and refuses first. Within one machine the encoder proves each block by decoding it.
+The network runs in float32, whose last bits depend on the machine and the library. The header
+carries a fingerprint of what the network says about a fixed input: a machine on which it says
+something else would decode garbage, and refuses first. Within one machine the encoder proves each
+block by decoding it.
 """
 import collections
 import hashlib
@@ -60,7 +61,7 @@ class Codec:
         self.sigma = torch.from_numpy(planner.order(order, model.D)).to(self.device)
 
     def encode(self, symbols):
-        """(n,) symbols -> payload, and its ideal length in bits: -log2 p under this order and plan."""
+        """(n,) symbols -> payload, and ideal length in bits: -log2 p under this order and plan."""
         pushed, bits = [], [0.0]
 
         def push(log_p, where, s):
@@ -93,7 +94,8 @@ class Codec:
         x = torch.arange(B * D, device=self.device).view(B, D) % self.model.K
         half = torch.full((B,), D // 2 + 1, device=self.device)
         with torch.no_grad():
-            log_p = self.model.log_probs(x, self.sigma.expand(B, D) < half[0], half, torch.ones_like(half))
+            log_p = self.model.log_probs(x, self.sigma.expand(B, D) < half[0], half,
+                                         torch.ones_like(half))
         return zlib.crc32(tables(log_p.flatten(0, 1)).tobytes())
 
     def _blank(self):
@@ -112,14 +114,16 @@ def tables(log_p):
     return coder.quantize(torch.softmax(log_p.double(), dim=-1).cpu().numpy(), PRECISION)
 
 
-# -- The archive -------------------------------------------------------------------------------------
+# -- The archive -----------------------------------------------------------------------------------
 
 def make_header(model, codec, kind, length, order):
-    """All that decoding needs beside the checkpoint. The plan is written as runs [s, k, how many]."""
-    runs = [[*key, len(list(run))] for key, run in itertools.groupby((s, k) for s, _, k in codec.plan)]
-    return dict(kind=kind, length=length, D=model.D, K=model.K, order=order, plan=runs, batch=codec.batch,
-                weights=digest(model), probe=codec.fingerprint(), device=codec.device.type,
-                threads=torch.get_num_threads(), torch=torch.__version__)
+    """All that decoding needs beside the checkpoint; the plan as runs [s, k, how many]."""
+    runs = [[*key, len(list(run))]
+            for key, run in itertools.groupby((s, k) for s, _, k in codec.plan)]
+    return dict(kind=kind, length=length, D=model.D, K=model.K, order=order, plan=runs,
+                batch=codec.batch, weights=digest(model), probe=codec.fingerprint(),
+                device=codec.device.type, threads=torch.get_num_threads(),
+                torch=torch.__version__)
 
 
 def digest(model):
@@ -139,14 +143,16 @@ def pack(header, blocks):
 
 
 def unpack(archive, name):
-    """The bytes of an archive -> header dict and [(crc, payload)], checked as far as can be without the
-    model. UserError says what is wrong."""
+    """The bytes of an archive -> header dict and [(crc, payload)], checked as far as can be
+    without the model. UserError says what is wrong."""
     if archive[:4] != MAGIC:
         raise UserError(f"{name} is no archive of compress.py")
     if archive[4:5] != bytes([VERSION]):
-        raise UserError(f"{name} has format version {archive[4] if len(archive) > 4 else '?'}, this program reads {VERSION}")
+        raise UserError(f"{name} has format version {archive[4] if len(archive) > 4 else '?'}, "
+                        f"this program reads {VERSION}")
     end = 7 + int.from_bytes(archive[5:7], "big")
-    if zlib.crc32(archive[:end]) != int.from_bytes(archive[end:end + 4], "big") or len(archive) < end + 4:
+    if (zlib.crc32(archive[:end]) != int.from_bytes(archive[end:end + 4], "big")
+            or len(archive) < end + 4):
         raise UserError(f"{name} is damaged: the header does not match its checksum, or is cut off")
     try:
         header, blocks, at = json.loads(archive[7:end]), [], end + 4
@@ -172,17 +178,20 @@ def open_codec(header, model, name):
     try:
         torch.set_num_threads(header["threads"])
         runs, step, plan = header["plan"], collections.Counter(), []
-        assert all(times > 0 for _, _, times in runs) and sum(times for _, _, times in runs) <= model.S * model.D
+        assert (all(times > 0 for _, _, times in runs)
+                and sum(times for _, _, times in runs) <= model.S * model.D)
         for s, k in (call for s, k, times in runs for call in [(s, k)] * times):
             plan.append((s, step[s] + 1, k))
             step[s] += k
-        assert step == {s: model.D for s in range(1, model.S + 1)} and all(k > 0 for _, _, k in plan)
+        assert (step == {s: model.D for s in range(1, model.S + 1)}
+                and all(k > 0 for _, _, k in plan))
         codec = Codec(model, header["order"], plan, header["batch"])
     except (KeyError, TypeError, ValueError, AssertionError, RuntimeError):
         raise UserError(f"{name} is damaged: its header makes no sense")
     if codec.fingerprint() != header["probe"]:
-        raise UserError(f"{name} cannot be decoded here: this machine computes other probabilities than the one that "
-                        f"wrote it (torch {header['torch']}, {header['threads']} threads, {header['device']})")
+        raise UserError(f"{name} cannot be decoded here: this machine computes other probabilities "
+                        f"than the one that wrote it (torch {header['torch']}, "
+                        f"{header['threads']} threads, {header['device']})")
     return codec
 
 
@@ -195,11 +204,12 @@ def encode(model, kind, stream, order, plan, verify=True):
     chunks = max(1, -(-len(symbols) // model.D))
     codec = Codec(model, order, plan, batch=-(-chunks // -(-chunks // max(1, BLOCK // model.D))))
     blocks, bits = [], 0.0
-    for block in tqdm(symbols.split(codec.batch * model.D) if len(symbols) else (), desc="encoding", unit="block"):
+    parts = symbols.split(codec.batch * model.D) if len(symbols) else ()
+    for block in tqdm(parts, desc="encoding", unit="block"):
         payload, ideal = codec.encode(block)
         if verify and not torch.equal(codec.decode(payload, len(block))[0], block):
-            raise UserError("a block does not decode to what went in: this machine does not compute the same "
-                            "probabilities twice, and nothing was written")
+            raise UserError("a block does not decode to what went in: this machine does not "
+                            "compute the same probabilities twice, and nothing was written")
         blocks.append((zlib.crc32(block.numpy().tobytes()), payload))
         bits += ideal
     return pack(make_header(model, codec, kind, len(symbols), order), blocks), bits
@@ -212,24 +222,26 @@ def decode(model, archive, name):
     for number, (crc, payload) in enumerate(tqdm(blocks, desc="decoding", unit="block"), start=1):
         symbols, done = codec.decode(payload, n := min(left, codec.batch * model.D))
         if not done or zlib.crc32(symbols.numpy().tobytes()) != crc:
-            raise UserError(f"{name} is damaged: block {number} of {len(blocks)} does not decode to its checksum")
+            raise UserError(f"{name} is damaged: block {number} of {len(blocks)} does not decode "
+                            "to its checksum")
         parts.append(datasets.to_bytes(symbols, model.K))
         left -= n
     return b"".join(parts)
 
 
-# -- Which order and plan ----------------------------------------------------------------------------
+# -- Which order and plan --------------------------------------------------------------------------
 
 def candidates(model, L, calls):
-    """[(order, plan)] to try: the cheapest plan by L, and for fewer calls than steps an even one, whose
-    calls of k variables suit k readers that march together."""
+    """[(order, plan)] to try: the cheapest plan by L, and for fewer calls than steps an even one,
+    whose calls of k variables suit k readers that march together."""
     full = model.S * model.D
     if not model.S <= calls <= full:
         raise UserError(f"--calls {calls}: choose {model.S} to {full}")
     if calls == full:
         plans = [planner.full_plan(model.S, model.D)]
     elif L is None:
-        raise UserError("this checkpoint has no L_t yet, which --calls needs: let train.py --resume finish the run")
+        raise UserError("this checkpoint has no L_t yet, which --calls needs: "
+                        "let train.py --resume finish the run")
     else:
         plans = [planner.plan(L, calls), planner.uniform_plan(model.S, model.D, calls)]
     widest = sorted({max(k for _, _, k in plan) for plan in plans} - {1}) or [2]
@@ -238,23 +250,26 @@ def candidates(model, L, calls):
 
 
 def search(model, checkpoint, pairs):
-    """The best of several (order, plan), by the exact nll of some training chunks under each (App. D)."""
+    """The best of several (order, plan), by the exact nll of some training chunks (App. D)."""
     try:
         data = load_data(checkpoint["settings"], next(model.parameters()).device)
     except UserError as error:
-        print(f"no search for an order, {pairs[0][0]} is taken: the training data is not there ({error})")
+        print(f"no search for an order, {pairs[0][0]} is taken: "
+              f"the training data is not there ({error})")
         return pairs[0]
     x, scores = spread(data.chunks("train")[0], max(1, 2048 // model.D)).long(), []
-    for rule, plan in tqdm(pairs, desc="searching an order (--order skips this)", unit="order", leave=False):
+    for rule, plan in tqdm(pairs, desc="searching an order (--order skips this)", unit="order",
+                           leave=False):
         sigma = torch.from_numpy(planner.order(rule, model.D)).to(x.device).expand(x.shape)
         scores.append(bits_per_dim(model.nll(x, plan, sigma).mean().item(), model.D))
     table = sorted(zip(scores, range(len(pairs))))
     print("orders, bits/char of training text: " + ", ".join(
-        f"{pairs[i][0]}{'' if pairs[i][1] == pairs[0][1] else ' (even plan)'} {score:.3f}" for score, i in table))
+        f"{pairs[i][0]}{'' if pairs[i][1] == pairs[0][1] else ' (even plan)'} {score:.3f}"
+        for score, i in table))
     return pairs[table[0][1]]
 
 
-# -- The commands ------------------------------------------------------------------------------------
+# -- The commands ----------------------------------------------------------------------------------
 
 def read(path):
     try:
@@ -266,7 +281,8 @@ def read(path):
 def settle(args):
     """(model, checkpoint, order, plan) that a command line asks for."""
     model, checkpoint = load_model(args.ckpt, args.device)
-    pairs = candidates(model, checkpoint["L"], model.S * model.D if args.calls is None else args.calls)
+    calls = model.S * model.D if args.calls is None else args.calls
+    pairs = candidates(model, checkpoint["L"], calls)
     if args.order != "auto":
         try:
             planner.order(args.order, model.D)
@@ -279,13 +295,14 @@ def settle(args):
 def run_encode(args):
     model, checkpoint, pairs = settle(args)
     stream = read(args.input)
-    datasets.to_symbols(stream, model.K)                 # what cannot be coded is said before the search
+    datasets.to_symbols(stream, model.K)                 # what cannot be coded is said first
     order, plan = pairs[0] if len(pairs) == 1 else search(model, checkpoint, pairs)
     archive, bits = encode(model, checkpoint["kind"], stream, order, plan, args.verify)
     with replacing(args.output) as file:
         file.write(archive)
-    print(f"{args.input}: {len(stream):,} characters -> {len(archive):,} bytes, {8 * len(archive) / max(1, len(stream)):.3f} "
-          f"bits/char; order {order}, {len(plan)} network calls a block{', decoded and compared' if args.verify else ''}")
+    print(f"{args.input}: {len(stream):,} characters -> {len(archive):,} bytes, "
+          f"{8 * len(archive) / max(1, len(stream)):.3f} bits/char; order {order}, "
+          f"{len(plan)} network calls a block{', decoded and compared' if args.verify else ''}")
     print(f"back again: python compress.py decode --ckpt {args.ckpt} {args.output} FILE")
 
 
@@ -305,7 +322,8 @@ def run_bench(args):
     else:
         data = load_data(checkpoint["settings"], "cpu")
         stream = datasets.to_bytes(data.splits["test"][:20000], model.K)
-    symbols = torch.from_numpy(datasets.to_symbols(stream, model.K)).to(next(model.parameters()).device)
+    device = next(model.parameters()).device
+    symbols = torch.from_numpy(datasets.to_symbols(stream, model.K)).to(device)
     chunks, rest = datasets.cut(symbols, model.D)
     if not len(chunks):
         raise UserError(f"{args.input} is shorter than a chunk of {model.D}")
@@ -317,35 +335,45 @@ def run_bench(args):
     same = decode(model, archive, "the archive") == stream
     decoded = time.monotonic()
     n, payload = len(stream), sum(len(payload) for _, payload in unpack(archive, "the archive")[1])
-    print(f"{n:,} characters, chunks of {model.D}, order {order}, {len(plan)} network calls a block; bits/char:")
-    rows = {"bound, mean over all orders": f"{test['bits']:.4f} (standard error {test['stderr']:.4f})",
-            "exact nll of this order and plan": f"{bits / n:.4f}",
-            "archive, payload": f"{8 * payload / n:.4f} ({payload:,} bytes, {100 * (8 * payload / bits - 1):+.3f}% of the nll)",
-            "archive, whole file": f"{8 * len(archive) / n:.4f} ({len(archive):,} bytes)"}
+    print(f"{n:,} characters, chunks of {model.D}, order {order}, "
+          f"{len(plan)} network calls a block; bits/char:")
+    rows = {
+        "bound, mean over all orders": f"{test['bits']:.4f} (standard error {test['stderr']:.4f})",
+        "exact nll of this order and plan": f"{bits / n:.4f}",
+        "archive, payload": f"{8 * payload / n:.4f} ({payload:,} bytes, "
+                            f"{100 * (8 * payload / bits - 1):+.3f}% of the nll)",
+        "archive, whole file": f"{8 * len(archive) / n:.4f} ({len(archive):,} bytes)"}
     rows |= {name: f"{value:.4f}" for name, value in references(stream, model.D).items()}
     for name, text in rows.items():
         print(f"  {name:34} {text}")
-    print(f"encoded in {encoded - begin:.1f} s, decoded in {decoded - encoded:.1f} s, {'identical' if same else 'DIFFERENT'}; the "
-          f"weights, {4 * sum(p.numel() for p in model.parameters()):,} bytes, are in none of these numbers")
+    print(f"encoded in {encoded - begin:.1f} s, decoded in {decoded - encoded:.1f} s, "
+          f"{'identical' if same else 'DIFFERENT'}; the weights, "
+          f"{4 * sum(p.numel() for p in model.parameters()):,} bytes, "
+          "are in none of these numbers")
 
 
 def main():
     parser = Parser(description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True, metavar="encode | decode | bench")
+    commands = parser.add_subparsers(dest="command", required=True,
+                                     metavar="encode | decode | bench")
     for name, run in (("encode", run_encode), ("decode", run_decode), ("bench", run_bench)):
         command = commands.add_parser(name, help=run.__doc__)
         command.set_defaults(run=run)
         command.add_argument("--ckpt", required=True, help="a checkpoint of train.py")
         command.add_argument("--device", help="cuda, mps or cpu")
-        command.add_argument("input", nargs="?" if name == "bench" else None, help="the file to read")
+        command.add_argument("input", nargs="?" if name == "bench" else None,
+                             help="the file to read")
         if name != "bench":
             command.add_argument("output", help="the file to write")
         if name != "decode":
-            command.add_argument("--calls", type=int, help="network calls a block (default: one for each step)")
-            command.add_argument("--order", default="auto", help="forward, backward, random:SEED, spaced:G, or auto: "
-                                 "the best of several on training text")
+            command.add_argument("--calls", type=int,
+                                 help="network calls a block (default: one for each step)")
+            command.add_argument("--order", default="auto",
+                                 help="forward, backward, random:SEED, spaced:G, or auto: "
+                                      "the best of several on training text")
         if name == "encode":
-            command.add_argument("--no-verify", dest="verify", action="store_false", help="skip the decoding that proves it")
+            command.add_argument("--no-verify", dest="verify", action="store_false",
+                                 help="skip the decoding that proves it")
     args = parser.parse_args()
     if args.command != "bench" and Path(args.input).exists() and Path(args.output).exists() \
             and os.path.samefile(args.input, args.output):

@@ -1,4 +1,4 @@
-"""Data sets: integers 0..K-1, how they are split and cut into datapoints, and how to show them (App. D).
+"""Data sets: integers 0..K-1, how they are split, cut into datapoints and shown (App. D).
 
     pydoc          the help texts inside Python (pydoc_data.topics), reduced to a-z and space: real
                    English without a download. It changes with the Python version
@@ -6,8 +6,8 @@
     any file       27 symbols where it holds nothing but a-z and space, else bytes; a zip file with
                    one member is read through
 
-    data = load("pydoc", length=64)      data.batch(32, 64) -> (32, 64) int64, random training windows
-                                         data.chunks("test") -> (N, 64) uint8 and the shorter rest
+    data = load("pydoc", length=64)    data.batch(32, 64) -> (32, 64) int64, random training windows
+                                       data.chunks("test") -> (N, 64) uint8 and the shorter rest
 
 Every split is by position: the first 90% for training, 5% for validation, the last 5% for the test.
 """
@@ -36,8 +36,8 @@ class UserError(Exception):
 class Text:
     """A stream of characters (K = 27: space, a-z) or bytes (K = 256), on one device as uint8.
 
-    A datapoint is a chunk of D = `length` of them, without the text before it. `name` says where the
-    stream comes from.
+    A datapoint is a chunk of D = `length` of them, without the text before it. `name` says where
+    the stream comes from.
     """
 
     def __init__(self, name, stream, length, device="cpu"):
@@ -45,16 +45,18 @@ class Text:
         self.kind, self.K = ("text", 27) if is_text(stream) else ("bytes", 256)
         n = len(stream)
         if n < 20 * length:
-            raise UserError(f"{name}: {n} characters are too few for chunks of {length}; the 5% held out "
-                            f"must hold one, so it takes {20 * length}: use a longer text or a smaller --length")
+            raise UserError(f"{name}: {n} characters are too few for chunks of {length}; the 5% "
+                            f"held out must hold one, so it takes {20 * length}: use a longer "
+                            "text or a smaller --length")
         symbols = torch.from_numpy(to_symbols(stream, self.K)).to(device)
         self.splits = dict(zip(("train", "valid", "test"),
                                symbols.tensor_split((n * 90 // 100, n * 95 // 100))))
 
     def batch(self, B, length=None, generator=None):
-        """(B, length) int64: windows of the training text that begin anywhere, cut on the device."""
+        """(B, length) int64: windows of training text that begin anywhere, cut on the device."""
         stream, length = self.splits["train"], length or self.shape[0]
-        starts = torch.randint(len(stream) - length + 1, (B, 1), device=stream.device, generator=generator)
+        starts = torch.randint(len(stream) - length + 1, (B, 1), device=stream.device,
+                               generator=generator)
         return stream[starts + torch.arange(length, device=stream.device)].long()
 
     def chunks(self, split):
@@ -83,7 +85,7 @@ def load(name, length, data_dir="data", device="cpu"):
     return Text(name, stream, length, device)
 
 
-# -- Characters and symbols --------------------------------------------------------------------------
+# -- Characters and symbols ------------------------------------------------------------------------
 
 def is_text(stream):
     """True where bytes hold nothing but a-z and space."""
@@ -98,15 +100,19 @@ def to_symbols(stream, K):
     if K == 27 and not is_text(stream):
         bad = re.search(rb"[^a-z ]", stream)
         char = stream[bad.start():bad.start() + 4].decode("utf-8", errors="replace")[0]
-        raise UserError(f"character {char!r} at position {bad.start()}: this model knows a-z and space alone")
+        raise UserError(f"character {char!r} at position {bad.start()}: this model knows a-z "
+                        "and space alone")
     values = np.frombuffer(stream, dtype=np.uint8)
-    return np.where(values == ord(" "), 0, values - 96).astype(np.uint8) if K == 27 else values.copy()
+    return (np.where(values == ord(" "), 0, values - 96).astype(np.uint8) if K == 27
+            else values.copy())
 
 
 def to_bytes(symbols, K):
     """(n,) integers -> bytes: inverse of `to_symbols`."""
     values = np.asarray(symbols, dtype=np.uint8)
-    return (np.where(values == 0, ord(" "), values + 96).astype(np.uint8) if K == 27 else values).tobytes()
+    if K == 27:
+        values = np.where(values == 0, ord(" "), values + 96).astype(np.uint8)
+    return values.tobytes()
 
 
 def show(x, K, known=None):
@@ -120,10 +126,10 @@ def show(x, K, known=None):
     return "".join(char if char.isprintable() else " " for char in text)
 
 
-# -- Where the streams come from ---------------------------------------------------------------------
+# -- Where the streams come from -------------------------------------------------------------------
 
 def pydoc_stream():
-    """The topics of Python's help(), lower-cased, every run of other characters than a-z one space."""
+    """Topics of Python's help(), lower-cased, every run of other characters than a-z one space."""
     from pydoc_data.topics import topics
     text = " ".join(topics[key] for key in topics).lower()
     return re.sub("[^a-z]+", " ", text).strip().encode()
@@ -137,8 +143,9 @@ def upstream(name, folder):
         download(URLS[name], path := archive)
     stream = read_stream(path)
     if (found := hashlib.md5(stream).hexdigest()) != MD5[name]:
-        raise UserError(f"{path} is not the whole {name} (md5 {found}, expected {MD5[name]}); remove it to "
-                        f"download it again, or train on it as it is with --data {path}")
+        raise UserError(f"{path} is not the whole {name} (md5 {found}, expected {MD5[name]}); "
+                        "remove it to download it again, or train on it as it is with "
+                        f"--data {path}")
     return stream
 
 
@@ -150,11 +157,14 @@ def read_stream(path):
         with zipfile.ZipFile(path) as archive:
             members = [member for member in archive.infolist() if not member.is_dir()]
             if len(members) != 1:
-                raise UserError(f"{path} holds {len(members)} files: a zip file with exactly one can be read")
+                raise UserError(f"{path} holds {len(members)} files: a zip file with exactly one "
+                                "can be read")
             if members[0].file_size > LARGEST:
-                raise UserError(f"{path} unpacks to {members[0].file_size} bytes: more than {LARGEST}")
+                raise UserError(f"{path} unpacks to {members[0].file_size} bytes: "
+                                f"more than {LARGEST}")
             return archive.read(members[0])
-    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError) as error:
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError,
+            NotImplementedError) as error:
         raise UserError(f"{path} cannot be read: {error}")
 
 

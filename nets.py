@@ -1,7 +1,8 @@
 """Networks: net(x, m, t, s) -> (B, D, num_outputs) logits (App. D).
 
-x (B, D) int64 holds x^(s) where m (B, D, bool) is True and x^(s-1) elsewhere; t and s are (B,) int64.
-Every variable may look at every other: nothing here is causal, what is unknown is hidden by the mask.
+x (B, D) int64 holds x^(s) where m (B, D, bool) is True and x^(s-1) elsewhere; t and s are (B,)
+int64. Every variable may look at every other: nothing here is causal, what is unknown is hidden
+by the mask.
 """
 import torch
 from torch import nn
@@ -9,21 +10,21 @@ from torch.nn import functional as F
 
 
 class Transformer(nn.Module):
-    """Bidirectional pre-norm Transformer for text; D is the longest input, shorter ones may be given.
+    """Bidirectional pre-norm Transformer for text; D is the longest input, shorter may be given.
 
-    The paper's network is positions="sinusoidal", conv=0, qk_norm=False, zero_init=False. The defaults
-    learn more in the same time (bench.py ablation):
+    The paper's network is positions="sinusoidal", conv=0, qk_norm=False, zero_init=False. The
+    defaults learn more in the same time (bench.py ablation):
 
-    positions   rotary: queries and keys are turned by an angle that grows with the position, so that
-                attention knows distances from the first step on
+    positions   rotary: queries and keys are turned by an angle that grows with the position, so
+                that attention knows distances from the first step on
     conv        width of a depthwise convolution before attention, which mixes neighbours; 0: none
     qk_norm     queries and keys are brought to mean 0 and variance 1
     zero_init   every block begins as the identity and the output as the uniform distribution
     time        show the network t as well (Sec. 3: optional; the mask tells how much is known)
     """
 
-    def __init__(self, K, D, num_outputs=None, dim=128, depth=4, heads=2, mlp=None, positions="rotary",
-                 conv=5, qk_norm=True, zero_init=True, time=False):
+    def __init__(self, K, D, num_outputs=None, dim=128, depth=4, heads=2, mlp=None,
+                 positions="rotary", conv=5, qk_norm=True, zero_init=True, time=False):
         super().__init__()
         assert dim % (2 * heads) == 0, f"dim {dim} must be a multiple of 2 * heads = {2 * heads}"
         self.absorbed, self.rotary = K, positions == "rotary"    # class K: not yet known

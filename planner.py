@@ -1,13 +1,14 @@
-"""Which variables in which network call: plans for a budget of calls, and orders (Sec. 3.1, App. A.2).
+"""Which variables in which network call: plans for a budget of calls, orders (Sec. 3.1, App. A.2).
 
-Each of the k variables that one call at step t writes together costs L_t (Eq. 3), where one by one
-they would cost L_t + ... + L_{t+k-1}. The cheapest way to D variables in n calls is the cheapest path
-with n edges from 0 to D, where the edge i -> j (i variables known before the call, j after it) costs
+Each of the k variables that one call at step t writes together costs L_t (Eq. 3), where one by
+one they would cost L_t + ... + L_{t+k-1}. The cheapest way to D variables in n calls is the
+cheapest path with n edges from 0 to D, where the edge i -> j (i variables known before the call,
+j after it) costs
 
     (j - i) L_{i+1}           E_k[j] = min over i < j of  E_{k-1}[i] + (j - i) L_{i+1}
 
-The plain dynamic programme takes O(D^2) for each added call. Two facts, both true because L does not
-increase (Eq. 4), make it fast and let stages share one budget:
+The plain dynamic programme takes O(D^2) for each added call. Two facts, both true because L does
+not increase (Eq. 4), make it fast and let stages share one budget:
 
 - The best i grows with j. So the best i of the middle j bounds those on either side of it, and one
   more call takes O(D log D), in a few whole-array operations.
@@ -17,8 +18,8 @@ increase (Eq. 4), make it fast and let stages share one budget:
 Measured L_t are noisy and rise here and there; a plan would pick out the lucky ones. So `plan` and
 `costs` work on `smooth(L)`.
 
-L is (S, D), or (D,) for one stage, in any unit; L[s-1, t-1] is the component of step t in stage s. A plan
-is a list of (s, t, k), in the order of the calls: see ardm.py. This file needs NumPy alone.
+L is (S, D), or (D,) for one stage, in any unit; L[s-1, t-1] is the component of step t in stage s.
+A plan is a list of (s, t, k), in the order of the calls: see ardm.py. This file needs NumPy alone.
 """
 import hashlib
 import heapq
@@ -96,7 +97,7 @@ def uniform_plan(S, D, budget):
 
 
 def cosine_plan(S, D, budget):
-    """Few variables in the first calls, many in the last: 1 - cos(pi u / 2) known after a part u."""
+    """Few variables in the first calls, many in the last: 1 - cos(pi u / 2) known after part u."""
     return _by_curve(S, D, budget, lambda u: 1 - np.cos(np.pi / 2 * u))
 
 
@@ -181,29 +182,29 @@ def _best_paths(L):
 def _one_more_call(E, L, k):
     """E_{k-1} -> (E_k, start), both (D+1,): start[j] is the best i for the k-th call to end at j.
 
-    Solves every h-th j before those halfway between them: the best i of j lies between those of j - h
-    and j + h, so all candidates of one level are about D numbers, laid out in one array.
+    Solves every h-th j before those halfway between them: the best i of j lies between those of
+    j - h and j + h, so all candidates of one level are about D numbers, laid out in one array.
     """
     D = len(L)
-    line = E[:-1] - np.arange(D) * L                         # E[i] + (j - i) L[i] = line[i] + j L[i]
-    n = D - k + 1                                            # ends j = k..D, row q = j - k + 1 = 1..n
+    line = E[:-1] - np.arange(D) * L                       # E[i] + (j - i) L[i] = line[i] + j L[i]
+    n = D - k + 1                                          # ends j = k..D, row q = j - k + 1 = 1..n
     h = 1 << n.bit_length() - 1
-    start = np.full(n + h + 1, D - 1)                        # what bounds a row with none above it,
-    start[0] = k - 1                                         # and a row with none below it
+    start = np.full(n + h + 1, D - 1)                      # what bounds a row with none above it,
+    start[0] = k - 1                                       # and a row with none below it
     cost = np.empty(n + 1)
     while h:
         q = np.arange(h, n + 1, 2 * h)
         j = q + k - 1
         low = start[q - h]
-        width = np.minimum(start[q + h], j - 1) - low + 1    # candidates i = low..low + width - 1
+        width = np.minimum(start[q + h], j - 1) - low + 1  # candidates i = low..low + width - 1
         ends = np.cumsum(width)
         first = ends - width
         i = np.arange(ends[-1]) + np.repeat(low - first, width)
         value = line[i] + np.repeat(j, width) * L[i]
         cost[q] = np.minimum.reduceat(value, first)
         hits = np.flatnonzero(value == np.repeat(cost[q], width))
-        start[q] = i[hits[np.searchsorted(hits, first)]]     # the first best candidate of each row
+        start[q] = i[hits[np.searchsorted(hits, first)]]   # the first best candidate of each row
         h >>= 1
-    unreachable = np.zeros(k, dtype=np.int32)                # fewer than k variables in k calls
+    unreachable = np.zeros(k, dtype=np.int32)              # fewer than k variables in k calls
     return (np.concatenate((np.full(k, np.inf), cost[1:])),
             np.concatenate((unreachable, start[1:n + 1].astype(np.int32))))

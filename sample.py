@@ -1,8 +1,8 @@
-"""Sampling, in any order and under any budget of network calls, and filling in blanks (Algorithm 1).
+"""Sampling in any order and under any budget of network calls, and filling in blanks (Algorithm 1).
 
     python sample.py --ckpt out/pydoc/ckpt.pt --n 8 --calls 20
-    python sample.py --ckpt out/pydoc/ckpt.pt --calls 20 --frames            the process, step by step
-    python sample.py --ckpt out/pydoc/ckpt.pt --prompt "the ____ of"         underscores are the blanks
+    python sample.py --ckpt out/pydoc/ckpt.pt --calls 20 --frames         the process, step by step
+    python sample.py --ckpt out/pydoc/ckpt.pt --prompt "the ____ of"      underscores are the blanks
 
 Prints the samples and writes them to samples.txt (and frames.txt) beside the checkpoint.
 """
@@ -19,12 +19,13 @@ from train import Parser, command_line, load_model, replacing
 
 
 def read_prompt(prompt, model):
-    """A prompt -> x, known, absent (D,): underscores are unknown, what lies behind its end is absent."""
+    """A prompt -> x, known, absent (D,): underscores are unknown, all behind its end is absent."""
     n, D = len(stream := prompt.encode()), model.D
     if n > D:
         raise UserError(f"the prompt has {n} characters, the model takes {D}")
     if b"_" not in stream:
-        raise UserError("the prompt has no blank: write _ for each character that is to be filled in")
+        raise UserError("the prompt has no blank: write _ for each character that is to be "
+                        "filled in")
     blanks = torch.tensor([byte == ord("_") for byte in stream] + [False] * (D - n))
     filler = b" " if model.K == 27 else b"_"
     symbols = datasets.to_symbols(stream.replace(b"_", filler).ljust(D, filler), model.K)
@@ -33,21 +34,24 @@ def read_prompt(prompt, model):
 
 
 def make_plan(model, L, calls, known, absent):
-    """The best plan of `calls` network calls (None: one a variable) for the steps that are left to do."""
+    """The best plan of `calls` network calls (None: one a variable) for the steps left to do."""
     first, last = int(known.sum()) + 1, model.D - int(absent.sum())
     left = model.S * (last - first + 1)
     if calls is not None and not model.S <= calls <= left:
-        raise UserError(f"--calls {calls}: choose {model.S} to {left}, one for each variable to write at most")
+        raise UserError(f"--calls {calls}: choose {model.S} to {left}, one for each variable "
+                        "to write at most")
     if L is None and calls is not None:
-        raise UserError("this checkpoint has no L_t yet, which --calls needs: let train.py --resume finish the run")
+        raise UserError("this checkpoint has no L_t yet, which --calls needs: "
+                        "let train.py --resume finish the run")
     return planner.plan(L, calls, first, last) if calls else [
         entry for entry in planner.full_plan(model.S, model.D) if first <= entry[1] <= last]
 
 
 def make_sigma(rule, B, model, generator):
-    """(S, B, D): a fresh random order for each sample and stage, or the same one for all by its name."""
+    """(S, B, D): a fresh random order for each sample and stage, or the same for all by name."""
     if rule == "random":
-        return sample_sigma(model.S * B, model.D, generator.device, generator).view(model.S, B, model.D)
+        sigma = sample_sigma(model.S * B, model.D, generator.device, generator)
+        return sigma.view(model.S, B, model.D)
     try:
         sigma = torch.from_numpy(planner.order(rule, model.D)).to(generator.device)
         return sigma.expand(model.S, B, model.D)
@@ -71,11 +75,16 @@ def main():
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--ckpt", required=True, help="a checkpoint of train.py")
     parser.add_argument("--n", type=int, default=8, help="how many samples (default 8)")
-    parser.add_argument("--calls", type=int, help="network calls in all (default: one for each variable)")
-    parser.add_argument("--order", default="random", help="random, forward, backward, random:SEED, spaced:G")
-    parser.add_argument("--prompt", help="text to keep, with _ for every character that is to be filled in")
-    parser.add_argument("--temperature", type=float, default=1.0, help="below 1: likelier, less varied")
-    parser.add_argument("--frames", action="store_true", help="also show what is known at several steps")
+    parser.add_argument("--calls", type=int,
+                        help="network calls in all (default: one for each variable)")
+    parser.add_argument("--order", default="random",
+                        help="random, forward, backward, random:SEED, spaced:G")
+    parser.add_argument("--prompt",
+                        help="text to keep, with _ for every character that is to be filled in")
+    parser.add_argument("--temperature", type=float, default=1.0,
+                        help="below 1: likelier, less varied")
+    parser.add_argument("--frames", action="store_true",
+                        help="also show what is known at several steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cuda, mps or cpu")
     parser.add_argument("--out", help="folder for samples.txt; the default is the checkpoint's")
@@ -87,7 +96,8 @@ def main():
     x, known, absent = read_prompt("_" * D if args.prompt is None else args.prompt, model)
     plan = make_plan(model, checkpoint["L"], args.calls, known, absent)
     generator = torch.Generator(device).manual_seed(args.seed)
-    sigma = rerank(make_sigma(args.order, args.n, model, generator), known.to(device), absent.to(device))
+    sigma = rerank(make_sigma(args.order, args.n, model, generator),
+                   known.to(device), absent.to(device))
     with tqdm(plan, desc="sampling", unit="call", leave=False) as calls:
         x = model.sample(args.n, calls, sigma, x.expand(args.n, D).to(device),
                          temperature=args.temperature, generator=generator)
@@ -102,13 +112,15 @@ def report(model, x, sigma, plan, absent, args):
     if args.frames:
         steps = frames(model, x, sigma, plan)
         texts["frames.txt"] = "\n".join(
-            "".join(f"t = {t:4d}  {datasets.show(state[i, :length], model.K, m[i, :length].numpy())}\n"
-                    for t, state, m in steps) for i in range(len(x)))
+            "".join(
+                f"t = {t:4d}  {datasets.show(state[i, :length], model.K, m[i, :length].numpy())}\n"
+                for t, state, m in steps) for i in range(len(x)))
     for name, text in texts.items():
         with replacing(folder / name) as file:
             file.write(text.encode())
     print(texts["frames.txt" if args.frames else "samples.txt"], end="")
-    print(f"{len(x)} samples, {len(plan)} network calls; written to {' and '.join(str(folder / n) for n in texts)}")
+    print(f"{len(x)} samples, {len(plan)} network calls; "
+          f"written to {' and '.join(str(folder / n) for n in texts)}")
 
 
 if __name__ == "__main__":

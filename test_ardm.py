@@ -69,7 +69,7 @@ def all_sigma(D):
 
 
 def by_hand(net, x, sigma, plan):
-    """-log p(x | sigma) in nats, one datapoint, with plain loops: the chain rule over the calls of a plan."""
+    """-log p(x | sigma) in nats, one datapoint, with plain loops: the chain rule over a plan."""
     nats = 0.0
     for _, t, k in plan:
         m = torch.tensor([[step < t for step in sigma]])
@@ -78,13 +78,13 @@ def by_hand(net, x, sigma, plan):
     return nats
 
 
-# -- ardm.py -----------------------------------------------------------------------------------------
+# -- ardm.py ---------------------------------------------------------------------------------------
 
 def test_sigma_is_a_uniform_permutation():
     sigma = sample_sigma(6000, 3, generator=torch.Generator().manual_seed(0))
     orders, counts = sigma.unique(dim=0, return_counts=True)
     assert len(orders) == 6 and (sigma.sort(dim=1).values == torch.arange(1, 4)).all()
-    assert counts.min() > 850 and counts.max() < 1150                  # 1000 +- 5 standard deviations
+    assert counts.min() > 850 and counts.max() < 1150                  # +- 5 standard deviations
 
 
 def test_t_reaches_1_and_D_and_every_batch_covers_all_steps():
@@ -93,7 +93,7 @@ def test_t_reaches_1_and_D_and_every_batch_covers_all_steps():
         pairs = sorted(zip(s.tolist(), t.tolist()))
         assert pairs == sorted(2 * list(itertools.product(range(1, 3), range(1, 7))))
     first = torch.stack([stratified_steps(3, 1, 5)[0] for _ in range(2000)])
-    for column in first.T:                                             # each datapoint alone: uniform
+    for column in first.T:                                             # each alone: uniform
         assert (column.bincount(minlength=6)[1:] - 400).abs().max() < 100
 
 
@@ -138,19 +138,22 @@ def test_mean_loss_over_all_orders_and_steps_is_the_bound_of_eq_2():
     for x in all_x(D, K):
         losses = [model.loss(x[None], t=torch.tensor([t]), sigma=sigma[None]).item()
                   for sigma in all_sigma(D) for t in range(1, D + 1)]
-        chain = [by_hand(model.net, x.tolist(), sigma.tolist(), planner.full_plan(1, D)) for sigma in all_sigma(D)]
+        chain = [by_hand(model.net, x.tolist(), sigma.tolist(), planner.full_plan(1, D))
+                 for sigma in all_sigma(D)]
         assert math.isclose(np.mean(losses), np.mean(chain), rel_tol=1e-12)
 
 
 def test_random_draws_of_the_loss_average_to_the_bound():
     model = ARDM(Table(3, 2, dtype=torch.float64), 3, 2)
     x = torch.tensor([[1, 0, 1]])
-    exact = np.mean([by_hand(model.net, [1, 0, 1], s.tolist(), planner.full_plan(1, 3)) for s in all_sigma(3)])
+    exact = np.mean([by_hand(model.net, [1, 0, 1], s.tolist(), planner.full_plan(1, 3))
+                     for s in all_sigma(3)])
     draws = model.loss(x.expand(40000, 3), generator=torch.Generator().manual_seed(0))
     assert abs(draws.mean().item() - exact) < 5 * draws.std().item() / 200
 
 
-@pytest.mark.parametrize("plan", [[(1, 1, 1), (1, 2, 1), (1, 3, 1)], [(1, 1, 1), (1, 2, 2)], [(1, 1, 3)]])
+@pytest.mark.parametrize("plan", [
+    [(1, 1, 1), (1, 2, 1), (1, 3, 1)], [(1, 1, 1), (1, 2, 2)], [(1, 1, 3)]])
 def test_nll_is_the_chain_rule_and_sums_to_one(plan):
     D, K = 3, 3
     model, x = ARDM(Table(D, K, dtype=torch.float64), D, K), all_x(3, 3)
@@ -166,7 +169,8 @@ def test_samples_have_the_probabilities_that_nll_says(plan):
     D, K, n = 3, 2, 40000
     model, x = ARDM(Table(D, K), D, K), all_x(3, 2)
     sigma = all_sigma(D)
-    p = torch.stack([(-model.nll(x, plan, order.expand(len(x), D))).exp() for order in sigma]).mean(dim=0)
+    p = torch.stack([(-model.nll(x, plan, order.expand(len(x), D))).exp()
+                     for order in sigma]).mean(dim=0)
     drawn = model.sample(n, plan, generator=torch.Generator().manual_seed(0))
     share = (drawn * torch.tensor([4, 2, 1])).sum(dim=1).bincount(minlength=8) / n
     assert (share - p).abs().max() < 5 * math.sqrt(0.25 / n)
@@ -177,8 +181,8 @@ def test_expected_nll_under_a_plan_is_its_cost_by_L():
     D, K = 4, 2
     model, x = ARDM(Table(D, K, dtype=torch.float64), D, K), torch.tensor([[1, 0, 0, 1]])
     sigma = all_sigma(D)
-    L = [np.mean([model.loss(x, t=torch.tensor([t]), sigma=order[None]).item() / D for order in sigma])
-         for t in range(1, D + 1)]
+    L = [np.mean([model.loss(x, t=torch.tensor([t]), sigma=order[None]).item() / D
+                  for order in sigma]) for t in range(1, D + 1)]
     for plan in ([(1, 1, 1), (1, 2, 3)], [(1, 1, 2), (1, 3, 2)], planner.full_plan(1, D)):
         nll = model.nll(x.expand(len(sigma), D), plan, sigma).mean().item()
         assert math.isclose(nll, planner.plan_cost(L, plan), rel_tol=1e-12)
@@ -237,7 +241,8 @@ def test_infilling_has_the_conditional_distribution_of_the_model():
 def test_low_temperature_takes_the_likeliest_value():
     model = ARDM(Table(3, 4), 3, 4)
     plan, sigma = [(1, 1, 3)], sample_sigma(5, 3)
-    best = model.log_probs(torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, 3, dtype=torch.bool), *torch.ones(2, 1).long())
+    best = model.log_probs(torch.zeros(1, 3, dtype=torch.long),
+                           torch.zeros(1, 3, dtype=torch.bool), *torch.ones(2, 1).long())
     assert (model.sample(5, plan, sigma, temperature=1e-4) == best.argmax(dim=-1)).all()
 
 
@@ -245,7 +250,8 @@ def test_bfloat16_logits_still_give_probabilities_that_sum_to_one():
     model = ARDM(Spy(256).to(torch.bfloat16), 3, 256)
     x = torch.zeros(2, 3, dtype=torch.long)
     log_p = model.log_probs(x, x == 0, *torch.ones(2, 2).long())
-    assert log_p.dtype == torch.float32 and torch.allclose(log_p.exp().sum(dim=-1), torch.ones(2, 3), atol=1e-6)
+    assert log_p.dtype == torch.float32
+    assert torch.allclose(log_p.exp().sum(dim=-1), torch.ones(2, 3), atol=1e-6)
 
 
 def test_order_agnostic_model_is_one_stage():
@@ -256,7 +262,7 @@ def test_order_agnostic_model_is_one_stage():
     assert torch.equal(model.coarse(x, torch.tensor([0, 1, 0]))[1], x[1])
 
 
-# -- nets.py -----------------------------------------------------------------------------------------
+# -- nets.py ---------------------------------------------------------------------------------------
 
 def filled_transformer(**options):
     """A small Transformer in float64 in which nothing is zero."""
@@ -304,7 +310,8 @@ def test_rotary_network_cannot_tell_where_a_window_begins():
     q, k = torch.randn(1, 1, 2, 8).double(), torch.randn(1, 1, 2, 8).double()
     at = lambda x, i: nets.rotate(x, net.cos[i:i + 1], net.sin[i:i + 1])
     score = lambda i, j: (at(q, i) * at(k, j)).sum().item()
-    assert math.isclose(score(2, 5), score(7, 10), rel_tol=1e-6) and not math.isclose(score(2, 5), score(2, 6), rel_tol=1e-3)
+    assert math.isclose(score(2, 5), score(7, 10), rel_tol=1e-6)
+    assert not math.isclose(score(2, 5), score(2, 6), rel_tol=1e-3)
     assert torch.allclose(at(q, 3).norm(), q.norm())
 
 
@@ -321,7 +328,7 @@ def test_paper_network_has_the_papers_size():
     assert abs(sum(p.numel() for p in net.parameters()) - 85.1e6) < 0.2e6
 
 
-# -- planner.py --------------------------------------------------------------------------------------
+# -- planner.py ------------------------------------------------------------------------------------
 
 def compositions(n, parts):
     return [tuple(b - a for a, b in zip((0, *cuts), (*cuts, n)))
@@ -331,7 +338,8 @@ def compositions(n, parts):
 def cheapest_by_force(L, budget):
     """Over every way to split the calls over the stages and the steps over the calls."""
     S, D = L.shape
-    cost = [{n: min(sum(k * row[sum(ks[:i])] for i, k in enumerate(ks)) for ks in compositions(D, n))
+    cost = [{n: min(sum(k * row[sum(ks[:i])] for i, k in enumerate(ks))
+                    for ks in compositions(D, n))
              for n in range(1, D + 1)} for row in L]
     splits = [s for s in itertools.product(range(1, D + 1), repeat=S) if sum(s) == budget]
     return min(sum(c[n] for c, n in zip(cost, split)) for split in splits)
@@ -353,7 +361,8 @@ def assert_plan(plan, S, D, budget):
         assert t == D + 1
 
 
-@pytest.mark.parametrize("S, D, ties", [(1, 1, False), (1, 7, False), (1, 7, True), (2, 5, False), (3, 3, True)])
+@pytest.mark.parametrize("S, D, ties", [
+    (1, 1, False), (1, 7, False), (1, 7, True), (2, 5, False), (3, 3, True)])
 def test_plan_is_the_cheapest_of_all(S, D, ties):
     rng = np.random.default_rng(0)
     for _ in range(5):
@@ -369,7 +378,7 @@ def test_plan_is_the_cheapest_of_all(S, D, ties):
 
 def test_plan_equals_the_plain_programme_at_a_size_that_has_many_levels():
     D, L = 150, falling(np.random.default_rng(1), 1, 150)[0]
-    edge = (np.arange(1, D + 1)[None] - np.arange(D)[:, None]) * L[:, None]          # i -> j = column + 1
+    edge = (np.arange(1, D + 1)[None] - np.arange(D)[:, None]) * L[:, None]    # i -> j = column + 1
     edge[np.arange(D)[:, None] >= np.arange(1, D + 1)[None]] = np.inf
     E = np.r_[0.0, np.full(D, np.inf)]
     for budget in range(1, 40):
@@ -397,7 +406,8 @@ def test_costs_fall_and_are_convex():
 def test_smooth_is_the_isotonic_fit():
     rng = np.random.default_rng(3)
     for L in rng.normal(size=(20, 9)):
-        fit = [min(max(L[a:b + 1].mean() for b in range(i, 9)) for a in range(i + 1)) for i in range(9)]
+        fit = [min(max(L[a:b + 1].mean() for b in range(i, 9)) for a in range(i + 1))
+               for i in range(9)]
         assert np.allclose(planner.smooth(L), fit)
     L = falling(rng, 2, 6)
     assert np.array_equal(planner.smooth(L), L)
@@ -418,18 +428,21 @@ def test_simple_plans_have_the_calls_and_the_steps(make):
         assert_plan(make(S, D, budget), S, D, budget)
     assert_plan(planner.full_plan(2, 4), 2, 4, 8)
     sizes = [k for _, _, k in planner.cosine_plan(1, 100, 10)]
-    assert sizes == sorted(sizes) and [k for _, _, k in planner.uniform_plan(1, 100, 10)] == [10] * 10
+    assert sizes == sorted(sizes)
+    assert [k for _, _, k in planner.uniform_plan(1, 100, 10)] == [10] * 10
 
 
 @pytest.mark.parametrize("budget", [0, 1, 21, -3])
 def test_impossible_budgets_are_refused(budget):
-    for make in (lambda: planner.plan(np.ones((2, 10)), budget), lambda: planner.uniform_plan(2, 10, budget),
+    for make in (lambda: planner.plan(np.ones((2, 10)), budget),
+                 lambda: planner.uniform_plan(2, 10, budget),
                  lambda: planner.costs(np.ones((2, 10)), [budget])):
         with pytest.raises(ValueError, match="2 to 20"):
             make()
 
 
-@pytest.mark.parametrize("rule", ["forward", "backward", "random:0", "random:7", "spaced:1", "spaced:5", "spaced:99"])
+@pytest.mark.parametrize("rule", [
+    "forward", "backward", "random:0", "random:7", "spaced:1", "spaced:5", "spaced:99"])
 def test_orders_are_permutations(rule):
     for D in (1, 2, 13, 64):
         assert sorted(planner.order(rule, D)) == list(range(1, D + 1))
@@ -447,7 +460,7 @@ def test_orders_by_name():
             planner.order(rule, 5)
 
 
-# -- coder.py ----------------------------------------------------------------------------------------
+# -- coder.py --------------------------------------------------------------------------------------
 
 def message(K, n, seed=0, peaked=1.0):
     rng = np.random.default_rng(seed)
@@ -459,8 +472,8 @@ def message(K, n, seed=0, peaked=1.0):
 
 
 @pytest.mark.parametrize("K, n, precision, peaked", [
-    (2, 5000, 22, 3), (27, 5000, 22, 1), (27, 5000, 22, 6), (256, 3000, 22, 2), (65536, 60, 26, 3), (1, 10, 22, 1),
-    (27, 0, 22, 1), (27, 1, 22, 1), (256, 2, 22, 1)])
+    (2, 5000, 22, 3), (27, 5000, 22, 1), (27, 5000, 22, 6), (256, 3000, 22, 2),
+    (65536, 60, 26, 3), (1, 10, 22, 1), (27, 0, 22, 1), (27, 1, 22, 1), (256, 2, 22, 1)])
 def test_coder_gives_back_every_symbol_at_the_ideal_length(K, n, precision, peaked):
     probs, symbols = message(K, n, peaked=peaked)
     cdf = coder.quantize(probs.reshape(n, K), precision)
@@ -480,11 +493,14 @@ def test_rare_symbols_cost_what_they_must():
     assert 100 * 22 / 8 <= len(data) <= 100 * 22 / 8 + 4
 
 
-@pytest.mark.parametrize("K, T, M", [(2, 50, 3), (27, 300, 40), (256, 40, 5), (27, 0, 4), (27, 1, 1)])
+@pytest.mark.parametrize("K, T, M", [
+    (2, 50, 3), (27, 300, 40), (256, 40, 5), (27, 0, 4), (27, 1, 1)])
 def test_many_streams_are_the_same_bytes_as_one_by_one(K, T, M):
     probs, symbols = message(K, T * M, seed=1)
-    cdf, symbols = coder.quantize(probs.reshape(T * M, K)).reshape(T, M, K + 1), symbols.reshape(T, M)
-    starts, freqs = (a.reshape(T, M) for a in coder.intervals(cdf.reshape(T * M, K + 1), symbols.reshape(-1)))
+    cdf = coder.quantize(probs.reshape(T * M, K)).reshape(T, M, K + 1)
+    symbols = symbols.reshape(T, M)
+    starts, freqs = (a.reshape(T, M) for a in coder.intervals(
+        cdf.reshape(T * M, K + 1), symbols.reshape(-1)))
     streams = coder.encode_streams(starts, freqs)
     assert streams == [coder.encode(starts[:, i], freqs[:, i]) for i in range(M)]
     decoder = coder.DecoderStreams(streams)
@@ -515,12 +531,14 @@ def test_quantize_leaves_no_symbol_without_an_interval():
     probs = np.array([[1.0, 0, 0], [0, 0, 1.0], [1 / 3] * 3, [0.5, 0.5, 0], [1e-30, 1, 0]])
     for precision in (2, 8, 22, 26):
         cdf = coder.quantize(probs, precision)
-        assert (np.diff(cdf) >= 1).all() and (cdf[:, 0] == 0).all() and (cdf[:, -1] == 1 << precision).all()
+        assert (np.diff(cdf) >= 1).all()
+        assert (cdf[:, 0] == 0).all() and (cdf[:, -1] == 1 << precision).all()
     exact = coder.quantize(np.array([[0.25, 0.75]]), 22)
     assert abs(exact[0, 1] - (1 << 20)) <= 1
 
 
-@pytest.mark.parametrize("row", [[0.5, 0.4], [0.5, 0.6], [-0.1, 1.1], [np.nan, 1], [np.inf, 0], [0.5, 0.500003]])
+@pytest.mark.parametrize("row", [
+    [0.5, 0.4], [0.5, 0.6], [-0.1, 1.1], [np.nan, 1], [np.inf, 0], [0.5, 0.500003]])
 def test_what_is_no_distribution_is_refused(row):
     with pytest.raises(ValueError):
         coder.quantize(np.array([row]))
@@ -532,7 +550,7 @@ def test_empty_intervals_are_refused():
             coder.encode(np.array(starts), np.array(freqs))
 
 
-# -- data.py -----------------------------------------------------------------------------------------
+# -- data.py ---------------------------------------------------------------------------------------
 
 def test_symbols_and_bytes_are_inverse():
     text = b"the quick brown fox jumps over the lazy dog"
@@ -561,7 +579,8 @@ def test_splits_are_by_position_and_lose_nothing(tmp_path):
     assert b"".join(datasets.to_bytes(part, 256) for part in data.splits.values()) == stream
     assert [len(part) for part in data.splits.values()] == [1152, 64, 64]
     chunks, rest = data.chunks("test")
-    assert chunks.shape == (2, 30) and torch.equal(torch.cat((chunks.flatten(), rest)), data.splits["test"])
+    assert chunks.shape == (2, 30)
+    assert torch.equal(torch.cat((chunks.flatten(), rest)), data.splits["test"])
 
 
 def test_training_windows_come_from_everywhere_in_the_training_text(tmp_path):
@@ -605,12 +624,14 @@ def test_real_text8_prefix():
     if "ARDM_DATA" not in os.environ or not path.is_file():
         pytest.skip("ARDM_DATA has no text8/text8_prefix.zip")
     data = datasets.load(str(path), 250)
-    assert data.K == 27 and datasets.show(data.splits["train"][:30], 27) == " anarchism originated as a ter"
+    assert data.K == 27
+    assert datasets.show(data.splits["train"][:30], 27) == " anarchism originated as a ter"
 
 
-# -- train.py ----------------------------------------------------------------------------------------
+# -- train.py --------------------------------------------------------------------------------------
 
-SMALL = dict(data="pydoc", size="tiny", length=16, dim=16, depth=1, heads=1, mlp=32, batch=4, device="cpu", bf16=False)
+SMALL = dict(data="pydoc", size="tiny", length=16, dim=16, depth=1, heads=1, mlp=32, batch=4,
+             device="cpu", bf16=False)
 
 
 def test_a_resumed_run_is_the_run_that_was_never_stopped(tmp_path):
@@ -618,7 +639,8 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(tmp_path):
     data = train.load_data(c, "cpu")
 
     def go(run, upto):
-        return [train.train_step(run, data.batch(c.batch, generator=run.generator)).item() for _ in range(run.step, upto)]
+        return [train.train_step(run, data.batch(c.batch, generator=run.generator)).item()
+                for _ in range(run.step, upto)]
     whole, part = train.Run(c, 27, "text"), train.Run(c, 27, "text")
     losses = go(whole, 8)
     assert go(part, 5) == losses[:5]
@@ -641,7 +663,8 @@ def test_learning_rate_rises_and_falls_to_zero():
 def test_muon_gets_the_matrices_of_the_blocks_and_nothing_is_left_out():
     c = train.complete(SMALL)
     net = train.build_model(c, 27).net
-    groups = [[p for g in o.param_groups for p in g["params"]] for o in train.make_optimizers(net, c)]
+    groups = [[p for g in o.param_groups for p in g["params"]]
+              for o in train.make_optimizers(net, c)]
     assert sum(map(len, groups)) == len(list(net.parameters())) and len(groups[1]) == 4 * c.depth
     c.optimizer = "adam"
     assert len(train.make_optimizers(net, c)) == 1
@@ -649,7 +672,8 @@ def test_muon_gets_the_matrices_of_the_blocks_and_nothing_is_left_out():
 
 def test_bound_of_a_uniform_model_counts_every_character():
     model = ARDM(Spy(27), 10, 27)
-    result = train.bound(model, torch.zeros(7, 10, dtype=torch.uint8), torch.zeros(3, dtype=torch.uint8), passes=2)
+    result = train.bound(model, torch.zeros(7, 10, dtype=torch.uint8),
+                         torch.zeros(3, dtype=torch.uint8), passes=2)
     assert math.isclose(result["bits"], math.log2(27), rel_tol=1e-6) and result["rest"] == 3
     assert np.allclose(result["L"], math.log2(27)) and result["L"].shape == (1, 10)
     assert sum(x.numel() for x, _, _ in model.net.seen) == 2 * 73
@@ -678,19 +702,21 @@ def test_references_are_what_the_standard_library_gives():
 
 def test_paper_size_is_the_papers_recipe():
     c = train.complete(dict(size="paper", device="cpu"))
-    assert (c.length, c.dim, c.depth, c.heads, c.mlp, c.batch, c.steps) == (250, 768, 12, 12, 3072, 512, 3_000_000)
-    assert (c.optimizer, c.lr, c.warmup, c.clip, c.ema, c.positions) == ("adam", 5e-4, 5000, 0.25, 0.995, "sinusoidal")
+    assert (c.length, c.dim, c.depth, c.heads, c.mlp, c.batch, c.steps) == (
+        250, 768, 12, 12, 3072, 512, 3_000_000)
+    assert (c.optimizer, c.lr, c.warmup, c.clip, c.ema, c.positions) == (
+        "adam", 5e-4, 5000, 0.25, 0.995, "sinusoidal")
 
 
-# -- The scripts -------------------------------------------------------------------------------------
+# -- The scripts -----------------------------------------------------------------------------------
 
 def run(script, *arguments, **options):
-    return subprocess.run([sys.executable, HERE / script, *map(str, arguments)], capture_output=True, text=True,
-                          timeout=120, **options)
+    return subprocess.run([sys.executable, HERE / script, *map(str, arguments)],
+                          capture_output=True, text=True, timeout=120, **options)
 
 
-QUICK = ["--steps", 30, "--report", 10, "--length", 24, "--dim", 32, "--depth", 1, "--heads", 2, "--mlp", 64,
-         "--batch", 16, "--device", "cpu"]
+QUICK = ["--steps", 30, "--report", 10, "--length", 24, "--dim", 32, "--depth", 1, "--heads", 2,
+         "--mlp", 64, "--batch", 16, "--device", "cpu"]
 
 
 @pytest.fixture(scope="session")
@@ -705,7 +731,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def refused(capsys, monkeypatch, tmp_path):
-    """Calls a script that must refuse: exit code 2, one line on stderr that matches, nothing written."""
+    """Calls a script that must refuse: code 2, one matching line on stderr, nothing written."""
     def call(module, *arguments, match):
         monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, arguments)])
         before = sorted(tmp_path.rglob("*"))
@@ -720,13 +746,15 @@ def refused(capsys, monkeypatch, tmp_path):
 
 def test_training_prints_what_it_promises(folder):
     printed = (folder / "printed").read_text()
-    for part in ("bits/char, standard error", "loss components L_t", "network calls", "samples:", "single letters",
-                 "bz2 in chunks", "python sample.py --ckpt", "python compress.py encode"):
+    for part in ("bits/char, standard error", "loss components L_t", "network calls", "samples:",
+                 "single letters", "bz2 in chunks", "python sample.py --ckpt",
+                 "python compress.py encode"):
         assert part in printed
     results = json.loads((folder / "results.json").read_text())
     assert 0 < results["bits_per_dim"] < math.log2(27) and results["seed"] == 0
     assert [row["calls"] for row in results["calls"]] == [5, 10, 20, 24]
-    assert all(abs(row["predicted"] - row["measured"]) < 5 * row["stderr"] + 0.02 for row in results["calls"])
+    assert all(abs(row["predicted"] - row["measured"]) < 5 * row["stderr"] + 0.02
+               for row in results["calls"])
     assert len((folder / "log.csv").read_text().splitlines()) == 4
     L = train.read_checkpoint(folder / "ckpt.pt")["L"]
     assert L.shape == (1, 24) and L.dtype == torch.float64
@@ -734,15 +762,17 @@ def test_training_prints_what_it_promises(folder):
 
 def test_evaluating_a_checkpoint_gives_the_same_number(folder):
     done = run("train.py", "--evaluate", folder / "ckpt.pt", "--device=cpu")
-    line = next(line for line in (folder / "printed").read_text().splitlines() if line.startswith("test:"))
+    printed = (folder / "printed").read_text().splitlines()
+    line = next(line for line in printed if line.startswith("test:"))
     assert done.returncode == 0 and line in done.stdout
 
 
 def test_ctrl_c_saves_and_the_run_can_be_resumed(tmp_path):
-    arguments = [sys.executable, HERE / "train.py", *map(str, QUICK), "--steps", "100000", "--out", str(tmp_path)]
+    arguments = [sys.executable, HERE / "train.py", *map(str, QUICK), "--steps", "100000",
+                 "--out", str(tmp_path)]
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "log.csv").exists() or len((tmp_path / "log.csv").read_text().splitlines()) < 3:
+    deadline, log = time.monotonic() + 60, tmp_path / "log.csv"
+    while not log.exists() or len(log.read_text().splitlines()) < 3:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
@@ -757,25 +787,28 @@ def test_ctrl_c_saves_and_the_run_can_be_resumed(tmp_path):
 def test_a_second_run_keeps_the_first_ones_checkpoint(folder, tmp_path):
     (tmp_path / "ckpt.pt").write_bytes((folder / "ckpt.pt").read_bytes())
     done = run("train.py", *QUICK, "--steps", 2, "--out", tmp_path)
-    assert done.returncode == 0 and (tmp_path / "ckpt.old.pt").read_bytes() == (folder / "ckpt.pt").read_bytes()
+    assert done.returncode == 0
+    assert (tmp_path / "ckpt.old.pt").read_bytes() == (folder / "ckpt.pt").read_bytes()
 
 
 def test_samples_are_repeatable_and_obey_the_budget(folder, tmp_path):
-    one, two = (run("sample.py", "--ckpt", folder / "ckpt.pt", "--n", 3, "--calls", 5, "--seed", 4, "--out", tmp_path)
-                for _ in range(2))
+    one, two = (run("sample.py", "--ckpt", folder / "ckpt.pt", "--n", 3, "--calls", 5,
+                    "--seed", 4, "--out", tmp_path) for _ in range(2))
     assert one.returncode == 0 and one.stdout == two.stdout and "5 network calls" in one.stdout
     lines = (tmp_path / "samples.txt").read_text().splitlines()
-    assert len(lines) == 3 and all(len(line) == 24 and datasets.is_text(line.encode()) for line in lines)
+    assert len(lines) == 3
+    assert all(len(line) == 24 and datasets.is_text(line.encode()) for line in lines)
 
 
 @pytest.mark.parametrize("order", ["forward", "backward", "random:3", "spaced:4"])
 def test_blanks_are_filled_and_the_rest_stays(folder, tmp_path, order):
-    done = run("sample.py", "--ckpt", folder / "ckpt.pt", "--prompt", "the ____ of", "--frames", "--order", order,
-               "--n", 2, "--out", tmp_path)
+    done = run("sample.py", "--ckpt", folder / "ckpt.pt", "--prompt", "the ____ of", "--frames",
+               "--order", order, "--n", 2, "--out", tmp_path)
     assert done.returncode == 0 and "4 network calls" in done.stdout
     for line in (tmp_path / "samples.txt").read_text().splitlines():
         assert len(line) == 11 and line[:4] == "the " and line[8:] == " of" and "_" not in line
-    frames = [line[len("t =    1  "):] for line in (tmp_path / "frames.txt").read_text().splitlines() if line]
+    frames = [line[len("t =    1  "):]
+              for line in (tmp_path / "frames.txt").read_text().splitlines() if line]
     assert [frame.count("_") for frame in frames] == [4, 3, 2, 1, 0] * 2
     assert frames[0] == "the ____ of" and (order != "forward" or frames[1][5:] == "___ of")
 
@@ -811,8 +844,10 @@ def test_compress_on_the_command_line(folder, tmp_path):
     (tmp_path / "in").write_bytes((folder / "test.txt").read_bytes()[:2000])
     ckpt = ("--ckpt", folder / "ckpt.pt", "--device", "cpu")
     done = run("compress.py", "encode", *ckpt, "--calls", 8, tmp_path / "in", tmp_path / "archive")
-    assert done.returncode == 0 and "bits/char" in done.stdout and "spaced:" in done.stdout, done.stderr
-    done = run("compress.py", "decode", *ckpt, tmp_path / "archive", tmp_path / "out", env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert "bits/char" in done.stdout and "spaced:" in done.stdout, done.stderr
+    done = run("compress.py", "decode", *ckpt, tmp_path / "archive", tmp_path / "out",
+               env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out").read_bytes() == (tmp_path / "in").read_bytes()
     done = run("compress.py", "bench", *ckpt, "--order", "forward", tmp_path / "in")
@@ -822,10 +857,12 @@ def test_compress_on_the_command_line(folder, tmp_path):
 def test_bytes_are_trained_on_and_coded(tmp_path):
     source = b"".join(path.read_bytes() for path in HERE.glob("*.py"))
     (tmp_path / "source").write_bytes(source)
-    done = run("train.py", *QUICK, "--steps", 10, "--data", tmp_path / "source", "--out", tmp_path / "out")
+    done = run("train.py", *QUICK, "--steps", 10, "--data", tmp_path / "source",
+               "--out", tmp_path / "out")
     assert done.returncode == 0 and "K = 256" in done.stdout, done.stderr
     model, checkpoint = train.load_model(tmp_path / "out" / "ckpt.pt", "cpu")
-    archive, _ = compress.encode(model, checkpoint["kind"], source[:3000], "forward", planner.full_plan(1, 24))
+    archive, _ = compress.encode(model, checkpoint["kind"], source[:3000], "forward",
+                                 planner.full_plan(1, 24))
     assert compress.decode(model, archive, "archive") == source[:3000]
 
 
@@ -856,9 +893,10 @@ def test_headers_that_ask_for_too_much_are_refused(folder):
     model, _ = train.load_model(folder / "ckpt.pt", "cpu")
     archive, _ = compress.encode(model, "text", b"some text", "forward", planner.full_plan(1, 24))
     header, blocks = compress.unpack(archive, "archive")
-    for change in (dict(length=10 ** 12), dict(batch=0), dict(batch=10 ** 9), dict(length=-1), dict(plan=[[1, 0, 24]]),
-                   dict(plan=[[1, 1, 10 ** 12]]), dict(plan="x"), dict(order="sideways"), dict(threads=-1), dict(D="x"),
-                   dict(K=26), dict(weights="0")):
+    for change in (dict(length=10 ** 12), dict(batch=0), dict(batch=10 ** 9), dict(length=-1),
+                   dict(plan=[[1, 0, 24]]), dict(plan=[[1, 1, 10 ** 12]]), dict(plan="x"),
+                   dict(order="sideways"), dict(threads=-1), dict(D="x"), dict(K=26),
+                   dict(weights="0")):
         with pytest.raises(UserError):
             compress.decode(model, compress.pack(header | change, blocks), "archive")
 
@@ -867,9 +905,11 @@ def test_train_refuses_bad_input(refused, tmp_path):
     (tmp_path / "empty").touch()
     (tmp_path / "short").write_text("too short " * 20)
     out = ("--out", tmp_path / "out")
-    refused(train, "--data", "tex8", *out, match="no such file, and none of the names pydoc, text8, enwik8")
+    refused(train, "--data", "tex8", *out,
+            match="no such file, and none of the names pydoc, text8, enwik8")
     refused(train, "--data", tmp_path / "empty", *out, match="is empty")
-    refused(train, "--data", tmp_path / "short", *out, match="200 characters are too few for chunks of 64")
+    refused(train, "--data", tmp_path / "short", *out,
+            match="200 characters are too few for chunks of 64")
     refused(train, "--size", "huge", *out, match="choose tiny, small, paper")
     refused(train, "--steps", 0, *out, match="--steps or --minutes must be positive")
     refused(train, "--dim", 30, "--heads", 4, *out, match="multiple of")
@@ -888,8 +928,10 @@ def test_foreign_and_damaged_checkpoints_are_refused(refused, folder, tmp_path):
     (tmp_path / "in").write_text("text")
     for name in ("cut.pt", "text.pt", "other.pt", "code.pt"):
         refused(train, "--evaluate", tmp_path / name, match="is no checkpoint")
-        refused(sample, "--ckpt", tmp_path / name, "--out", tmp_path / "out", match="is no checkpoint")
-        refused(compress, "encode", "--ckpt", tmp_path / name, tmp_path / "in", tmp_path / "out", match="is no checkpoint")
+        refused(sample, "--ckpt", tmp_path / name, "--out", tmp_path / "out",
+                match="is no checkpoint")
+        refused(compress, "encode", "--ckpt", tmp_path / name, tmp_path / "in", tmp_path / "out",
+                match="is no checkpoint")
     refused(sample, "--ckpt", tmp_path / "none.pt", match="no such checkpoint")
 
 
@@ -913,9 +955,12 @@ def test_compress_refuses_bad_input(refused, folder, tmp_path):
     out = tmp_path / "out"
     refused(compress, "encode", *ckpt, tmp_path / "in", out, match="'H' at position 0")
     refused(compress, "encode", *ckpt, tmp_path / "none", out, match="cannot be read")
-    refused(compress, "encode", *ckpt, "--calls", 0, tmp_path / "in", out, match="--calls 0: choose 1 to 24")
-    refused(compress, "encode", *ckpt, "--calls", 99, tmp_path / "in", out, match="--calls 99: choose 1 to 24")
-    refused(compress, "encode", *ckpt, "--order", "up", tmp_path / "in", out, match="choose forward, backward")
+    refused(compress, "encode", *ckpt, "--calls", 0, tmp_path / "in", out,
+            match="--calls 0: choose 1 to 24")
+    refused(compress, "encode", *ckpt, "--calls", 99, tmp_path / "in", out,
+            match="--calls 99: choose 1 to 24")
+    refused(compress, "encode", *ckpt, "--order", "up", tmp_path / "in", out,
+            match="choose forward, backward")
     refused(compress, "encode", *ckpt, tmp_path / "in", tmp_path / "in", match="the same file")
     refused(compress, "decode", *ckpt, tmp_path / "foreign", out, match="is no archive")
     refused(compress, match="required")
@@ -928,7 +973,8 @@ def test_compress_refuses_bad_input(refused, folder, tmp_path):
     other["settings"] = vars(other["settings"])
     torch.save(other, tmp_path / "other.pt")
     (tmp_path / "archive").write_bytes(archive)
-    refused(compress, "decode", "--ckpt", tmp_path / "other.pt", tmp_path / "archive", out, match="another checkpoint")
+    refused(compress, "decode", "--ckpt", tmp_path / "other.pt", tmp_path / "archive", out,
+            match="another checkpoint")
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path):
@@ -936,7 +982,8 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
     with pytest.raises(UserError, match="No space left"):
         with train.replacing(tmp_path / "file"):
             raise OSError(28, "No space left on device")
-    assert [p.name for p in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "old"
 
 
 def test_every_script_explains_itself():

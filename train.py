@@ -6,8 +6,8 @@
     python train.py --resume                            goes on where an interrupted run stopped
     python train.py --evaluate out/pydoc/ckpt.pt        the number, its standard error, the protocol
 
-A run writes OUT/ckpt.pt, log.csv, test.txt (or test.bin: a piece of the test split, for compress.py)
-and, last, results.json.
+A run writes OUT/ckpt.pt, log.csv, test.txt (or test.bin: a piece of the test split, for
+compress.py) and, last, results.json.
 """
 import argparse
 import bz2
@@ -61,41 +61,50 @@ class Settings:
     qk_norm: bool = setting(True, "normalise queries and keys")
     zero_init: bool = setting(True, "every block begins as the identity")
     time: bool = setting(False, "show the step t to the network")
-    late: bool = setting(True, "draw late steps t more often, with a weight that keeps the loss unbiased")
+    late: bool = setting(True, "draw late steps t more often, "
+                               "with a weight that keeps the loss unbiased")
     batch: int = setting(None, "datapoints in a training step")
-    short: float = setting(None, "part of the run, at its start, that trains on more but shorter windows")
+    short: float = setting(None, "part of the run, at its start, "
+                                 "that trains on more but shorter windows")
     short_length: int = setting(64, "characters in those windows")
     steps: int = setting(None, "length of the run in training steps")
-    minutes: float = setting(None, "length of the run in minutes of training, where --steps is not given")
+    minutes: float = setting(None, "length of the run in minutes of training, "
+                                   "where --steps is not given")
     optimizer: str = setting("muon", "muon (AdamW for all but the matrices of the blocks) or adam")
     lr: float = setting(None, "learning rate of Adam")
     muon_lr: float = setting(0.02, "learning rate of Muon")
     weight_decay: float = setting(0.1, "of the matrices under Muon")
     warmup: int = setting(None, "steps of linear warm-up")
-    decay: float = setting(1.0, "part of the run, at its end, over which the rate falls to 0 in a line")
+    decay: float = setting(1.0, "part of the run, at its end, "
+                                "over which the rate falls to 0 in a line")
     clip: float = setting(1.0, "largest norm of the gradient")
-    ema: float = setting(0.99, "decay of the average of the weights; early on it looks back over a tenth of the steps")
-    bf16: bool = setting(None, "bfloat16 where it is safe; the default is yes where the processor has it")
+    ema: float = setting(0.99, "decay of the average of the weights; "
+                               "early on it looks back over a tenth of the steps")
+    bf16: bool = setting(None, "bfloat16 where it is safe; "
+                               "the default is yes where the processor has it")
     compile: bool = setting(None, "torch.compile; the default is yes on CUDA (it needs a compiler)")
     device: str = setting(None, "cuda, mps or cpu; the default is the first of them that is there")
     seed: int = setting(0, "of the weights and of every draw")
-    passes: int = setting(None, "passes over the test split; the default is as many as give every step t 128 chunks")
+    passes: int = setting(None, "passes over the test split; "
+                                "the default is as many as give every step t 128 chunks")
     report: int = setting(100, "training steps between rows of log.csv")
     out: str = setting(None, "folder for the results; the default is out/<data>")
 
 
 SIZES = {
-    "tiny": dict(length=64, dim=128, depth=4, heads=2, mlp=512, batch=64, minutes=2.75, lr=6e-3, warmup=50, short=0.8),
+    "tiny": dict(length=64, dim=128, depth=4, heads=2, mlp=512, batch=64, minutes=2.75, lr=6e-3,
+                 warmup=50, short=0.8),
     "small": dict(length=250, dim=512, depth=8, heads=8, mlp=2048, batch=64, minutes=30.0, lr=2e-3,
                   warmup=200, ema=0.998, short=0.0),
     "paper": dict(length=250, dim=768, depth=12, heads=12, mlp=3072, positions="sinusoidal", conv=0,
-                  qk_norm=False, zero_init=False, late=False, batch=512, steps=3_000_000, optimizer="adam", lr=5e-4,
-                  warmup=5000, decay=0.0, clip=0.25, ema=0.995, short=0.0),
+                  qk_norm=False, zero_init=False, late=False, batch=512, steps=3_000_000,
+                  optimizer="adam", lr=5e-4, warmup=5000, decay=0.0, clip=0.25, ema=0.995,
+                  short=0.0),
 }
 RESUMABLE = {"steps", "minutes", "device", "passes", "report", "out", "data_dir", "compile"}
 
 
-# -- Settings, models, checkpoints -------------------------------------------------------------------
+# -- Settings, models, checkpoints -----------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
     """argparse whose mistakes are one line, as all others are."""
@@ -125,7 +134,8 @@ def add_settings(parser):
         flag, text = "--" + field.name.replace("_", "-"), field.metadata["help"]
         if field.default is not None:
             text += f" (default {field.default})"
-        kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(type=field.type)
+        kind = (dict(action=argparse.BooleanOptionalAction) if field.type is bool
+                else dict(type=field.type))
         parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **kind)
 
 
@@ -144,12 +154,16 @@ def complete(given):
     c.out = c.out or f"out/{Path(c.data).stem}"
     checks = [(c.positions in ("rotary", "sinusoidal"), "--positions: choose rotary or sinusoidal"),
               (c.optimizer in ("muon", "adam"), "--optimizer: choose muon or adam"),
-              (min(c.length, c.dim, c.depth, c.heads, c.mlp, c.batch, c.report) > 0, "sizes must be positive"),
-              (c.dim % (2 * c.heads) == 0, f"--dim {c.dim} must be a multiple of 2 * heads = {2 * c.heads}"),
+              (min(c.length, c.dim, c.depth, c.heads, c.mlp, c.batch, c.report) > 0,
+               "sizes must be positive"),
+              (c.dim % (2 * c.heads) == 0,
+               f"--dim {c.dim} must be a multiple of 2 * heads = {2 * c.heads}"),
               (c.conv == 0 or c.conv > 0 and c.conv % 2 == 1, "--conv must be odd, or 0"),
-              (0 <= c.short <= 1 and c.short_length > 0, "--short must be 0 to 1 and --short-length positive"),
+              (0 <= c.short <= 1 and c.short_length > 0,
+               "--short must be 0 to 1 and --short-length positive"),
               (c.passes is None or c.passes > 0, "--passes must be at least 1"),
-              ((c.steps or 0) > 0 or c.steps is None and (c.minutes or 0) > 0, "--steps or --minutes must be positive")]
+              ((c.steps or 0) > 0 or c.steps is None and (c.minutes or 0) > 0,
+               "--steps or --minutes must be positive")]
     for holds, message in checks:
         if not holds:
             raise UserError(message)
@@ -158,7 +172,8 @@ def complete(given):
 
 def pick_device(name=None):
     """The device of that name; where none is given, the fastest kind there is."""
-    found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    found = ("cuda" if torch.cuda.is_available() else
+             "mps" if torch.backends.mps.is_available() else "cpu")
     try:
         return torch.empty(0, device=name or found).device
     except (RuntimeError, AssertionError) as error:
@@ -170,13 +185,15 @@ def has_bf16(device):
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    return device.type == "cpu" and bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return device.type == "cpu" and bool(
+        capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def build_model(c, K):
     """An untrained ARDM with the network of these settings."""
-    net = Transformer(K, c.length, dim=c.dim, depth=c.depth, heads=c.heads, mlp=c.mlp, positions=c.positions,
-                      conv=c.conv, qk_norm=c.qk_norm, zero_init=c.zero_init, time=c.time)
+    net = Transformer(K, c.length, dim=c.dim, depth=c.depth, heads=c.heads, mlp=c.mlp,
+                      positions=c.positions, conv=c.conv, qk_norm=c.qk_norm,
+                      zero_init=c.zero_init, time=c.time)
     return ARDM(net, D=c.length, K=K)
 
 
@@ -185,7 +202,7 @@ def load_data(c, device):
 
 
 def read_checkpoint(path):
-    """The dict that `Run.save` wrote. It holds tensors and plain values alone: nothing is unpickled."""
+    """The dict that `Run.save` wrote: tensors and plain values alone, nothing is unpickled."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         assert checkpoint["format"] == "ardm checkpoint 1"
@@ -193,7 +210,7 @@ def read_checkpoint(path):
         return checkpoint
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint; python train.py writes one")
-    except Exception as error:                           # whatever a damaged or foreign file brings up
+    except Exception as error:                           # what a damaged or foreign file brings up
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{path} is no checkpoint of train.py, or a damaged one ({reason[:80]})")
 
@@ -205,14 +222,15 @@ def load_model(path, device=None):
     try:
         model.load_state_dict(checkpoint["ema"])
     except RuntimeError as error:
-        raise UserError(f"{path}: the weights do not fit the settings ({str(error).splitlines()[0]})")
+        raise UserError(f"{path}: the weights do not fit the settings "
+                        f"({str(error).splitlines()[0]})")
     return model.eval().to(pick_device(device)), checkpoint
 
 
 @contextmanager
 def replacing(path, mode="wb"):
-    """A file that appears under its name only once it is complete; until then, and after an error, the
-    old one stays as it was."""
+    """A file that appears under its name only once it is complete; until then, and after an error,
+    the old one stays as it was."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
     try:
@@ -246,7 +264,8 @@ class Run:
         return self.step / self.c.steps if self.c.steps else self.seconds / (60 * self.c.minutes)
 
     def save(self, path):
-        state = dict(format="ardm checkpoint 1", settings=dataclasses.asdict(self.c), K=self.K, kind=self.kind,
+        state = dict(format="ardm checkpoint 1", settings=dataclasses.asdict(self.c),
+                     K=self.K, kind=self.kind,
                      model=self.model.state_dict(), ema=self.ema.state_dict(),
                      optimizers=[optimizer.state_dict() for optimizer in self.optimizers],
                      step=self.step, seconds=self.seconds, generator=self.generator.get_state(),
@@ -263,14 +282,15 @@ class Run:
         self.generator.set_state(checkpoint["generator"])
 
 
-# -- Training ----------------------------------------------------------------------------------------
+# -- Training --------------------------------------------------------------------------------------
 
 def make_optimizers(net, c):
     """Muon for the matrices of the blocks and AdamW for all the rest, or Adam for everything."""
     matrices = [p for p in net.blocks.parameters() if p.ndim == 2] if c.optimizer == "muon" else []
     chosen = set(map(id, matrices))
     rest = [p for p in net.parameters() if id(p) not in chosen]
-    optimizers = [torch.optim.AdamW(rest, lr=c.lr, betas=(0.9, 0.95 if matrices else 0.999), weight_decay=0.0)]
+    optimizers = [torch.optim.AdamW(rest, lr=c.lr, betas=(0.9, 0.95 if matrices else 0.999),
+                                    weight_decay=0.0)]
     if matrices:
         optimizers.append(torch.optim.Muon(matrices, lr=c.muon_lr, weight_decay=c.weight_decay))
     for optimizer in optimizers:
@@ -280,21 +300,25 @@ def make_optimizers(net, c):
 
 
 def learning_rate(c, step, progress):
-    """The factor on the full rate: up in a line, flat, and down to zero over the last part of the run."""
+    """The factor on the full rate: up in a line, flat, and down to zero over the last part."""
     up = (step + 1) / c.warmup if c.warmup else 1.0
     down = (1 - progress) / c.decay if c.decay else 1.0
     return min(1.0, up, max(down, 0.0))
 
 
 def window(c, progress):
-    """(B, D) of a training batch. For most of the run short windows, and as many more of them, teach more:
-    near letters tell most of what can be learnt, and attention to 64 of them costs a quarter."""
+    """(B, D) of a training batch. For most of the run short windows, and as many more of them,
+    teach more: near letters tell most of what can be learnt, and attention to 64 of them
+    costs a quarter."""
     D = min(c.length, c.short_length) if progress < c.short else c.length
     return c.batch * c.length // D, D
 
 
 def train_step(run, x):
-    """Algorithm 2 on x (B, D), one step of the optimisers, the average. Returns the loss, bits/dim, a tensor."""
+    """Algorithm 2 on x (B, D), one step of the optimisers, the average.
+
+    Returns the loss, bits/dim, a tensor.
+    """
     c, net = run.c, run.model.net
     rate = learning_rate(c, run.step, run.progress)
     for optimizer in run.optimizers:
@@ -302,7 +326,8 @@ def train_step(run, x):
             group["lr"] = rate * group["full_lr"]
         optimizer.zero_grad(set_to_none=True)
     (B, D), draw = x.shape, dict(device=x.device, generator=run.generator)
-    t, s, weight = late_steps(B, run.model.S, D, **draw) if c.late else (*stratified_steps(B, run.model.S, D, **draw), 1.0)
+    t, s, weight = (late_steps(B, run.model.S, D, **draw) if c.late
+                    else (*stratified_steps(B, run.model.S, D, **draw), 1.0))
     with torch.autocast(run.device.type, torch.bfloat16, enabled=c.bf16):
         loss = (weight * bits_per_dim(run.model.loss(x, t, s, generator=run.generator), D)).mean()
     loss.backward()
@@ -326,12 +351,14 @@ def train(run, data, folder):
                bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}")
     with bar, caught_signals() as stop:
         while run.progress < 1 and not stop:
-            losses.append(train_step(run, data.batch(*window(c, run.progress), generator=run.generator)))
+            x = data.batch(*window(c, run.progress), generator=run.generator)
+            losses.append(train_step(run, x))
             recent.append(losses[-1])
             run.seconds = time.monotonic() - begin
             speed = (run.step - mark[0]) * c.batch * c.length / (run.seconds - mark[1])
-            if run.step % 10 == 0:                       # seldom: reading the loss waits for the device
-                bar.set_postfix_str(f"step {run.step}, {torch.stack([*recent]).mean():.3f} bits/char, "
+            if run.step % 10 == 0:                       # seldom: the loss waits for the device
+                bar.set_postfix_str(f"step {run.step}, "
+                                    f"{torch.stack([*recent]).mean():.3f} bits/char, "
                                     f"{speed:,.0f} chars/s", refresh=False)
                 bar.update(min(run.progress, 1.0) - bar.n)
             if run.step % c.report == 0:
@@ -347,8 +374,8 @@ def train(run, data, folder):
 
 @contextmanager
 def caught_signals():
-    """Ctrl-C, or the end of a job's time, lets the loop finish its step: yields a list that is empty
-    until then. A second one stops at once."""
+    """Ctrl-C, or the end of a job's time, lets the loop finish its step: yields a list that is
+    empty until then. A second one stops at once."""
     asked, old = [], {}
 
     def ask(number, frame):
@@ -385,11 +412,11 @@ def read_log(path):
     if not path.is_file():
         return []
     with open(path, newline="") as file:
-        return [{name: float(value) if name != "step" else int(value) for name, value in row.items()}
-                for row in csv.DictReader(file)]
+        return [{name: float(value) if name != "step" else int(value)
+                 for name, value in row.items()} for row in csv.DictReader(file)]
 
 
-# -- Evaluation --------------------------------------------------------------------------------------
+# -- Evaluation ------------------------------------------------------------------------------------
 
 def spread(chunks, most):
     """At most that many of the chunks (N, D), evenly spread over all of them."""
@@ -399,10 +426,10 @@ def spread(chunks, most):
 
 @torch.no_grad()
 def bound(model, chunks, rest=(), passes=None, seed=1, progress=False):
-    """The bound of Eq. 2 on chunks (N, D) and a shorter rest, by one step t for each chunk and pass.
+    """The bound of Eq. 2 on chunks (N, D) and a shorter rest, by one step t per chunk and pass.
 
     t and s are stratified over each batch. passes None: as many as give every step 128 chunks.
-    Returns a dict: bits (per dim), stderr (over the chunks), L (S, D) in bits, passes, chunks, rest.
+    Returns a dict: bits (per dim), stderr (over chunks), L (S, D) in bits, passes, chunks, rest.
     """
     (N, D), device = chunks.shape, chunks.device
     passes = passes or -(-128 * model.S * D // N)
@@ -425,18 +452,19 @@ def bound(model, chunks, rest=(), passes=None, seed=1, progress=False):
 
 
 def components(sums, counts, S):
-    """Sums of samples of L_t in nats, (S*D,), and their counts -> L (S, D) float64 in bits; a step that
-    no datapoint has met takes the value between its neighbours."""
+    """Sums of samples of L_t in nats, (S*D,), and their counts -> L (S, D) float64 in bits; a step
+    that no datapoint has met takes the value between its neighbours."""
     sums, counts = sums.double().cpu().numpy().reshape(S, -1), counts.cpu().numpy().reshape(S, -1)
     L = np.empty_like(sums)
     for row, total, count in zip(L, sums, counts):
         met = np.flatnonzero(count)
-        row[:] = np.interp(np.arange(len(row)), met, total[met] / count[met]) if len(met) else np.nan
+        row[:] = (np.interp(np.arange(len(row)), met, total[met] / count[met])
+                  if len(met) else np.nan)
     return bits_per_dim(L, 1)
 
 
 def measure_plans(model, chunks, plans, seed=1):
-    """Exact bits/dim of chunks (N, D) under each plan, every chunk in a random order of its own: [dict].
+    """Exact bits/dim of chunks (N, D) under each plan, every chunk in its own random order: [dict].
 
     The prediction beside it is the plan's cost by the L_t of the same chunks.
     """
@@ -447,7 +475,8 @@ def measure_plans(model, chunks, plans, seed=1):
     for plan in tqdm(plans, desc="exact nll under each plan", unit="plan", leave=False):
         parts = zip(chunks.split(max(1, 32768 // D)), sigma.split(max(1, 32768 // D)))
         bits = bits_per_dim(torch.cat([model.nll(x.long(), plan, order) for x, order in parts]), D)
-        rows.append(dict(calls=len(plan), predicted=planner.plan_cost(L, plan) / D, measured=bits.mean().item(),
+        rows.append(dict(calls=len(plan), predicted=planner.plan_cost(L, plan) / D,
+                         measured=bits.mean().item(),
                          stderr=bits.std(correction=min(1, N - 1)).item() / N ** 0.5, chunks=N))
     return rows
 
@@ -455,21 +484,24 @@ def measure_plans(model, chunks, plans, seed=1):
 def references(stream, D):
     """What simple means reach on the same bytes, in bits/char: {name: number}.
 
-    The general-purpose compressors see the whole text, or each chunk of D by itself as the model does.
+    The general-purpose compressors see the whole text, or each chunk of D by itself
+    as the model does.
     """
     share = np.bincount(np.frombuffer(stream, np.uint8)) / len(stream)
     share = share[share > 0]
-    packers = {"bz2": bz2.compress, "lzma": lzma.compress, "zlib": lambda part: zlib.compress(part, 9)}
+    packers = {"bz2": bz2.compress, "lzma": lzma.compress,
+               "zlib": lambda part: zlib.compress(part, 9)}
     chunks = [stream[i:i + D] for i in range(0, min(len(stream), 1000 * D), D)]
     bits = {name: 8 * len(pack(stream)) / len(stream) for name, pack in packers.items()}
-    bits |= {f"{name} in chunks": 8 * sum(len(pack(part)) for part in chunks) / sum(map(len, chunks))
+    bits |= {f"{name} in chunks":
+             8 * sum(len(pack(part)) for part in chunks) / sum(map(len, chunks))
              for name, pack in packers.items()}
     return {"uniform": math.log2(27 if datasets.is_text(stream) else 256),
             "single letters": float(-(share * np.log2(share)).sum())} | bits
 
 
 def evaluate(model, data, passes=None, budgets=(5, 10, 20, 50)):
-    """All that a run reports: see `describe` for it in words. L (S, D), for plans, is from validation."""
+    """All that a run reports, in words by `describe`. L (S, D), for plans, is from validation."""
     D, calls = model.D, model.S * model.D
     begin = time.monotonic()
     L = bound(model, *data.chunks("valid"), progress=True)["L"]
@@ -477,9 +509,11 @@ def evaluate(model, data, passes=None, budgets=(5, 10, 20, 50)):
     plans = [planner.plan(L, budget) for budget in budgets if model.S <= budget < calls]
     plans.append(planner.full_plan(model.S, D))
     stream = datasets.to_bytes(data.splits["test"].cpu(), model.K)
-    return dict(bits_per_dim=test["bits"], stderr=test["stderr"], passes=test["passes"], chunks=test["chunks"],
-                length=D, rest=test["rest"], L_valid=L.tolist(), L_test=test["L"].tolist(),
-                calls=measure_plans(model, spread(data.chunks("test")[0], max(1, 10000 // D)), plans),
+    return dict(bits_per_dim=test["bits"], stderr=test["stderr"], passes=test["passes"],
+                chunks=test["chunks"], length=D, rest=test["rest"], L_valid=L.tolist(),
+                L_test=test["L"].tolist(),
+                calls=measure_plans(model, spread(data.chunks("test")[0], max(1, 10000 // D)),
+                                    plans),
                 references=references(stream, D), evaluation_seconds=time.monotonic() - begin)
 
 
@@ -487,16 +521,22 @@ def describe(results):
     """The results of `evaluate` in words and tables, to be read on a terminal."""
     r, L = results, np.array(results["L_test"]).mean(axis=0)
     rest = f", and the last {r['rest']} characters as a shorter chunk" if r["rest"] else ""
-    lines = [f"test: {r['bits_per_dim']:.3f} bits/char, standard error {r['stderr']:.3f} over chunks",
-             f"  the bound of Eq. 2 with averaged weights: {r['passes']} passes over {r['chunks']} chunks of {r['length']} "
-             f"without context{rest};", "  in each pass every chunk has a new random order and one step t, stratified",
-             f"for comparison, bits/char: " + ", ".join(f"{k} {v:.2f}" for k, v in r["references"].items()),
-             f"loss components L_t, bits a character, t = 1..{len(L)}:", f"  {L[0]:.2f} {bars(L)} {L[-1]:.2f}",
+    lines = [f"test: {r['bits_per_dim']:.3f} bits/char, "
+             f"standard error {r['stderr']:.3f} over chunks",
+             "  the bound of Eq. 2 with averaged weights: "
+             f"{r['passes']} passes over {r['chunks']} chunks of {r['length']} "
+             f"without context{rest};",
+             "  in each pass every chunk has a new random order and one step t, stratified",
+             f"for comparison, bits/char: "
+             + ", ".join(f"{k} {v:.2f}" for k, v in r["references"].items()),
+             f"loss components L_t, bits a character, t = 1..{len(L)}:",
+             f"  {L[0]:.2f} {bars(L)} {L[-1]:.2f}",
              "network calls -> bits/char   predicted from L_t   measured"]
     for row in r["calls"]:
         lines.append(f"  {row['calls']:>22}   {row['predicted']:>18.3f}   {row['measured']:.3f}")
     row = r["calls"][-1]
-    lines.append(f"  (exact, on {row['chunks']} test chunks, each in one random order; standard error {row['stderr']:.3f})")
+    lines.append(f"  (exact, on {row['chunks']} test chunks, each in one random order; "
+                 f"standard error {row['stderr']:.3f})")
     return "\n".join(lines)
 
 
@@ -507,12 +547,13 @@ def bars(numbers, width=48):
 
 
 def plot(folder, results):
-    """folder/results.png: the loss over time, L_t, and the price of few calls (the paper's Fig. 3)."""
+    """folder/results.png: loss over time, L_t, and the price of few calls (the paper's Fig. 3)."""
     from matplotlib import pyplot
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(15, 4))
     log = read_log(folder / "log.csv")
     for name in ("train", "valid"):
-        left.plot([row["seconds"] for row in log], [row[f"{name}_bits_per_dim"] for row in log], label=name)
+        left.plot([row["seconds"] for row in log], [row[f"{name}_bits_per_dim"] for row in log],
+                  label=name)
     left.set(title="loss", xlabel="seconds", ylabel="bits/char")
     left.legend()
     L = np.array(results["L_test"])
@@ -527,9 +568,10 @@ def plot(folder, results):
     middle.set(title="loss components and a plan", xlabel="t", ylabel="bits", ylim=0)
     middle.legend()
     budgets = np.unique(np.geomspace(len(L), L.size, 30).round().astype(int)).tolist()
-    right.plot(budgets, [planner.plan_cost(L, planner.plan(results["L_valid"], n)) / L.shape[1] for n in budgets],
-               label="predicted")
-    right.plot(*zip(*((row["calls"], row["measured"]) for row in results["calls"])), "o", label="measured")
+    right.plot(budgets, [planner.plan_cost(L, planner.plan(results["L_valid"], n)) / L.shape[1]
+                         for n in budgets], label="predicted")
+    right.plot(*zip(*((row["calls"], row["measured"]) for row in results["calls"])), "o",
+               label="measured")
     right.set(title="bits under a budget", xlabel="network calls", ylabel="bits/char", xscale="log")
     right.legend()
     figure.tight_layout()
@@ -538,7 +580,7 @@ def plot(folder, results):
     pyplot.close(figure)
 
 
-# -- The command -------------------------------------------------------------------------------------
+# -- The command -----------------------------------------------------------------------------------
 
 def machine(device):
     """What a speed depends on, in words: the processor, and how many threads of it."""
@@ -575,9 +617,11 @@ def finish(run, data, folder, with_plot):
     x = run.ema.sample(2, planner.plan(run.L, min(50, run.L.size)), generator=run.generator)
     print("samples:", *(f"  {datasets.show(row.cpu(), data.K)}" for row in x), sep="\n")
     calls = -(-run.L.size // 4)
-    blanks = [f'python sample.py --ckpt {checkpoint} --prompt "the ____ of"'] if data.kind == "text" else []
+    blanks = ([f'python sample.py --ckpt {checkpoint} --prompt "the ____ of"']
+              if data.kind == "text" else [])
     print("what to run next:", f"python sample.py --ckpt {checkpoint} --calls 20 --frames", *blanks,
-          f"python compress.py encode --ckpt {checkpoint} --calls {calls} {piece} {folder / 'test.ardm'}",
+          f"python compress.py encode --ckpt {checkpoint} --calls {calls} {piece} "
+          f"{folder / 'test.ardm'}",
           f"python compress.py bench --ckpt {checkpoint} --calls {calls}", sep="\n  ")
 
 
@@ -588,18 +632,20 @@ def resumed(given):
     c = checkpoint["settings"]
     for name, value in given.items():
         if name not in RESUMABLE and getattr(c, name) != value:
-            raise UserError(f"--{name.replace('_', '-')} {value}: the run in {folder} has {getattr(c, name)}, "
-                            "and cannot be resumed with another")
+            raise UserError(f"--{name.replace('_', '-')} {value}: the run in {folder} has "
+                            f"{getattr(c, name)}, and cannot be resumed with another")
     if "minutes" in given and "steps" not in given:
         c.steps = None
     return dataclasses.replace(c, **{**given, "out": folder}), checkpoint
 
 
 def main():
-    parser = Parser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=__doc__.split("\n")[0],
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--evaluate", metavar="CKPT", help="only evaluate this checkpoint")
-    parser.add_argument("--plot", action="store_true", help="also draw results.png (needs matplotlib)")
+    parser.add_argument("--plot", action="store_true",
+                        help="also draw results.png (needs matplotlib)")
     add_settings(parser)
     given = vars(parser.parse_args())
     resume, path, with_plot = given.pop("resume"), given.pop("evaluate"), given.pop("plot")
@@ -617,12 +663,14 @@ def main():
         print(f"the run that was in {folder} is kept as ckpt.old.pt")
     folder.mkdir(parents=True, exist_ok=True)
     sizes = ", ".join(f"{name} {len(part):,}" for name, part in data.splits.items())
-    print(f"{data.name}: K = {data.K}, D = {c.length}, {sizes} characters; {sum(p.numel() for p in run.model.parameters()):,} "
-          f"weights on {c.device}{', bfloat16' if c.bf16 else ''}; results go to {folder}")
+    print(f"{data.name}: K = {data.K}, D = {c.length}, {sizes} characters; "
+          f"{sum(p.numel() for p in run.model.parameters()):,} weights on {c.device}"
+          f"{', bfloat16' if c.bf16 else ''}; results go to {folder}")
     if train(run, data, folder):
         finish(run, data, folder, with_plot)
     else:
-        print(f"stopped at step {run.step} and saved; go on with: python train.py --resume --out {folder}")
+        print(f"stopped at step {run.step} and saved; go on with: "
+              f"python train.py --resume --out {folder}")
         sys.exit(130)
 
 
@@ -632,7 +680,8 @@ def evaluate_only(path, given, with_plot):
     c = dataclasses.replace(checkpoint["settings"], **given)
     data = load_data(c, next(model.parameters()).device)
     if (data.kind, data.K) != (checkpoint["kind"], checkpoint["K"]):
-        raise UserError(f"{data.name} has K = {data.K}, the checkpoint was trained on K = {checkpoint['K']}")
+        raise UserError(f"{data.name} has K = {data.K}, "
+                        f"the checkpoint was trained on K = {checkpoint['K']}")
     results = evaluate(model, data, c.passes)
     if with_plot:
         plot(path.parent, results)
