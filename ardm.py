@@ -35,6 +35,16 @@ def bits_per_dim(nats, D):
     return nats / (D * math.log(2))
 
 
+def num_stages(K, b):
+    """S = ceil(log_b K) (Sec. 3.2), in integers: in floats log_5 125 is a little above 3."""
+    if not 2 <= b <= K:
+        raise ValueError(f"branching factor {b}: choose 2 to K = {K}")
+    S = 1
+    while b ** S < K:
+        S += 1
+    return S
+
+
 def sample_sigma(B, D, device=None, generator=None):
     """sigma ~ U(S_D), one order a row: (B, D), each row a permutation of 1..D.
 
@@ -170,6 +180,10 @@ class ARDM(nn.Module):
             x = torch.where(where, self.write(x, a, s), x)
         return x
 
+    def orders(self, B, D, device=None, generator=None):
+        """sigma ~ U(S_D), a fresh one for every datapoint and stage: (S, B, D)."""
+        return sample_sigma(self.S * B, D, device, generator).view(self.S, B, D)
+
     def every_step(self, D=None):
         """The plan of Algorithm 1: one variable a call, S * D calls."""
         return [(s, t, 1) for s in range(1, self.S + 1) for t in range(1, (D or self.D) + 1)]
@@ -184,8 +198,7 @@ class ARDM(nn.Module):
         device = next(self.parameters()).device
         x = torch.zeros(B, self.D, dtype=torch.long, device=device) if x is None else x
         plan = self.every_step() if plan is None else plan
-        if sigma is None:                                              # sigma ~ U(S_D), one a stage
-            sigma = sample_sigma(self.S * B, self.D, device, generator).view(self.S, B, self.D)
+        sigma = self.orders(B, self.D, device, generator) if sigma is None else sigma
         sigma = sigma.expand(self.S, B, self.D)
         if known is not None:
             sigma = rerank(sigma, known, absent=sigma > self.D)
@@ -208,7 +221,7 @@ class ARDM(nn.Module):
         float64, where the device has it.
         """
         plan = self.every_step(x.shape[1]) if plan is None else plan
-        sigma = sample_sigma(*x.shape, x.device) if sigma is None else sigma
+        sigma = self.orders(*x.shape, x.device) if sigma is None else sigma
         exact = torch.float32 if x.device.type == "mps" else torch.float64
         nats = torch.zeros(len(x), dtype=exact, device=x.device)
 
@@ -219,6 +232,68 @@ class ARDM(nn.Module):
 
         self.walk(self.coarse(x, 0), plan, sigma, read)
         return nats
+
+
+class UpscaleARDM(ARDM):
+    """Upscale ARDM (Sec. 3.2, App. A.1): S stages, each writes one base-b digit, highest first.
+
+    net: net(x, m, t, s) -> (B, D, K) logits of the values, parametrization "data", which gives the
+    digits by summing values; or (B, D, S * b), "direct": the digits of stage s at [(s-1)b, sb).
+    Where K is no power of b, a digit that leads to no value below K has probability 0.
+    """
+
+    def __init__(self, net, D, K, b, parametrization="data"):
+        super().__init__(net, D, K)
+        if parametrization not in ("data", "direct"):
+            raise ValueError(f"parametrization {parametrization!r}: choose data or direct")
+        self.S, self.A, self.b, self.parametrization = num_stages(K, b), b, b, parametrization
+
+    def unit(self, x, s):
+        """b^(S-s), (1, 1) or (B, 1): what a step of the digit of stage s adds to a value of x."""
+        return self.b ** (self.S - torch.as_tensor(s, device=x.device).view(-1, 1))
+
+    def coarse(self, x, s):
+        return x // self.unit(x, s) * self.unit(x, s)                  # the lower digits are 0
+
+    def symbol(self, x, s):
+        return x // self.unit(x, s) % self.b
+
+    def write(self, x, a, s):
+        return self.coarse(x, s - 1) + a * self.unit(x, s)
+
+    def log_probs(self, x, m, t, s):
+        x = self.state(x, m, s)
+        logits = self.net(x, m, t, s)                                  # (B, D, K) or (B, D, S * b)
+        outputs = self.K if self.parametrization == "data" else self.S * self.b
+        assert logits.shape == (*x.shape, outputs), f"net gave {tuple(logits.shape)}"
+        stages = s.unique().tolist()
+        if len(stages) == 1:
+            digits = self.digit_logits(logits, x, stages[0])           # (B, D, b)
+        else:
+            rows = [(s == stage).nonzero()[:, 0] for stage in stages]
+            digits = torch.cat([self.digit_logits(logits[row], x[row], stage)
+                                for row, stage in zip(rows, stages)])
+            digits = digits[torch.cat(rows).argsort()]                 # back in their places
+        a = torch.arange(self.b, device=x.device)
+        values = self.coarse(x, s - 1)[..., None] + a * self.unit(x, s)[..., None]
+        return log_softmax(digits.masked_fill(values >= self.K, -torch.inf))
+
+    def digit_logits(self, logits, x, s):
+        """(n, D, outputs) logits, x (n, D) -> (n, D, b) unnormalised log p(digit s | x^(s-1)).
+
+        Data parametrisation: K, filled up to b^S, is prefix x digit x suffix. The prefix is known,
+        and the values that differ in the suffix alone are added up: no K x K matrix is needed.
+        """
+        if self.parametrization == "direct":
+            return logits[..., (s - 1) * self.b:s * self.b]
+        unit, b = self.b ** (self.S - s), self.b
+        if b ** self.S > self.K:
+            logits = nn.functional.pad(logits, (0, b ** self.S - self.K), value=-torch.inf)
+        blocks = logits.unflatten(-1, (-1, b, unit))                   # (n, D, prefixes, b, unit)
+        prefix = (x // (b * unit))[..., None, None]                    # (n, D, 1, 1)
+        # Digit by digit: all at once would need twice the memory of the logits.
+        return torch.stack([blocks[..., a, :].take_along_dim(prefix, dim=2)[:, :, 0].logsumexp(-1)
+                            for a in range(b)], dim=-1)
 
 
 def log_softmax(logits):

@@ -52,11 +52,12 @@ BLOCK = 1 << 15                                      # symbols in a block, about
 class Codec:
     """Blocks to payloads and back: a model, an order, a plan and a batch size.
 
-    A block has 1..batch * D symbols; what it lacks to the full number is absent.
+    A block has 1..batch * D symbols; what it lacks to the full number is absent. tick() is called
+    once for every network call.
     """
 
     def __init__(self, model, order, plan, batch):
-        self.model, self.plan, self.batch = model, plan, batch
+        self.model, self.plan, self.batch, self.tick = model, plan, batch, lambda: None
         self.device = next(model.parameters()).device
         self.sigma = torch.from_numpy(planner.order(order, model.D)).to(self.device)
 
@@ -103,10 +104,14 @@ class Codec:
 
     def _walk(self, x, n, choose):
         """One walk over the plan, as far as a block of n symbols needs it."""
+        def counted(*call):
+            self.tick()
+            return choose(*call)
+
         absent = torch.arange(x.numel(), device=self.device).view(x.shape) >= n
         sigma = rerank(self.sigma.expand(x.shape), absent=absent)
         plan = [(s, t, k) for s, t, k in self.plan if t <= n]
-        return self.model.walk(self.model.coarse(x, 0), plan, sigma, choose)
+        return self.model.walk(self.model.coarse(x, 0), plan, sigma, counted)
 
 
 def tables(log_p):
@@ -157,8 +162,9 @@ def unpack(archive, name):
     try:
         header, blocks, at = json.loads(archive[7:end]), [], end + 4
         symbols = header["batch"] * header["D"]
-        assert 0 <= header["length"] and 0 < symbols <= 1 << 24 and type(header["length"]) is int
-    except (ValueError, KeyError, TypeError, AssertionError):
+        assert 0 <= header["length"] and type(header["length"]) is type(symbols) is int
+        assert 0 < symbols <= max(BLOCK, header["D"])    # what `encode` would write
+    except (ValueError, KeyError, TypeError, AssertionError, RecursionError):
         raise UserError(f"{name} is damaged: its header makes no sense")
     for number in range(1, -(-header["length"] // symbols) + 1):
         size, crc = struct.unpack(">II", archive[at:at + 8].rjust(8, b"\xff"))
@@ -176,6 +182,7 @@ def open_codec(header, model, name):
     if (header.get("weights"), header["D"], header.get("K")) != (digest(model), model.D, model.K):
         raise UserError(f"{name} was written with another checkpoint")
     try:
+        assert 0 < header["threads"] <= 1024
         torch.set_num_threads(header["threads"])
         runs, step, plan = header["plan"], collections.Counter(), []
         assert (all(times > 0 for _, _, times in runs)
@@ -203,15 +210,18 @@ def encode(model, kind, stream, order, plan, verify=True):
     symbols = torch.from_numpy(datasets.to_symbols(stream, model.K))
     chunks = max(1, -(-len(symbols) // model.D))
     codec = Codec(model, order, plan, batch=-(-chunks // -(-chunks // max(1, BLOCK // model.D))))
-    blocks, bits = [], 0.0
+    blocks, bits, done = [], 0.0, 0
     parts = symbols.split(codec.batch * model.D) if len(symbols) else ()
-    for block in tqdm(parts, desc="encoding", unit="block"):
-        payload, ideal = codec.encode(block)
-        if verify and not torch.equal(codec.decode(payload, len(block))[0], block):
-            raise UserError("a block does not decode to what went in: this machine does not "
-                            "compute the same probabilities twice, and nothing was written")
-        blocks.append((zlib.crc32(block.numpy().tobytes()), payload))
-        bits += ideal
+    with tqdm(desc="encoding", unit="call", total=len(parts) * len(plan) * (1 + verify)) as bar:
+        codec.tick = bar.update
+        for block in parts:
+            payload, ideal = codec.encode(block)
+            if verify and not torch.equal(codec.decode(payload, len(block))[0], block):
+                raise UserError("a block does not decode to what went in: this machine does not "
+                                "compute the same probabilities twice, and nothing was written")
+            blocks.append((zlib.crc32(block.numpy().tobytes()), payload))
+            bits, done = bits + ideal, done + len(block)
+            bar.set_postfix_str(f"{bits / done:.3f} bits/char")
     return pack(make_header(model, codec, kind, len(symbols), order), blocks), bits
 
 
@@ -219,13 +229,15 @@ def decode(model, archive, name):
     """Archive -> bytes; UserError where anything does not match."""
     header, blocks = unpack(archive, name)
     codec, left, parts = open_codec(header, model, name), header["length"], []
-    for number, (crc, payload) in enumerate(tqdm(blocks, desc="decoding", unit="block"), start=1):
-        symbols, done = codec.decode(payload, n := min(left, codec.batch * model.D))
-        if not done or zlib.crc32(symbols.numpy().tobytes()) != crc:
-            raise UserError(f"{name} is damaged: block {number} of {len(blocks)} does not decode "
-                            "to its checksum")
-        parts.append(datasets.to_bytes(symbols, model.K))
-        left -= n
+    with tqdm(desc="decoding", unit="call", total=len(blocks) * len(codec.plan)) as bar:
+        codec.tick = bar.update
+        for number, (crc, payload) in enumerate(blocks, start=1):
+            symbols, done = codec.decode(payload, n := min(left, codec.batch * model.D))
+            if not done or zlib.crc32(symbols.numpy().tobytes()) != crc:
+                raise UserError(f"{name} is damaged: block {number} of {len(blocks)} does not "
+                                "decode to its checksum")
+            parts.append(datasets.to_bytes(symbols, model.K))
+            left -= n
     return b"".join(parts)
 
 

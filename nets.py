@@ -21,14 +21,17 @@ class Transformer(nn.Module):
     qk_norm     queries and keys are brought to mean 0 and variance 1
     zero_init   every block begins as the identity and the output as the uniform distribution
     time        show the network t as well (Sec. 3: optional; the mask tells how much is known)
+    stages      S of an upscale model: what is unknown holds x^(s-1), the network is told s and m
     """
 
     def __init__(self, K, D, num_outputs=None, dim=128, depth=4, heads=2, mlp=None,
-                 positions="rotary", conv=5, qk_norm=True, zero_init=True, time=False):
+                 positions="rotary", conv=5, qk_norm=True, zero_init=True, time=False,
+                 stages=1):
         super().__init__()
         assert dim % (2 * heads) == 0, f"dim {dim} must be a multiple of 2 * heads = {2 * heads}"
         self.absorbed, self.rotary = K, positions == "rotary"    # class K: not yet known
         self.embed = nn.Embedding(K + 1, dim)
+        self.stage = nn.Embedding(2 * stages, dim) if stages > 1 else None
         self.time = nn.Linear(dim, dim) if time else None
         self.blocks = nn.ModuleList(Block(dim, heads, mlp or 4 * dim, conv, qk_norm, zero_init)
                                     for _ in range(depth))
@@ -42,7 +45,10 @@ class Transformer(nn.Module):
 
     def forward(self, x, m, t, s):
         D = x.shape[1]
-        h = self.embed(torch.where(m, x, self.absorbed))         # (B, D, dim)
+        if self.stage is None:
+            h = self.embed(torch.where(m, x, self.absorbed))     # (B, D, dim)
+        else:
+            h = self.embed(x) + self.stage(2 * s[:, None] - 2 + m)
         cos, sin = self.cos[:D], self.sin[:D]
         if not self.rotary:
             h, cos, sin = h + torch.cat((sin, cos), dim=-1), None, None
@@ -72,12 +78,13 @@ class Block(nn.Module):
         h = self.norm1(x)
         if self.conv is not None:
             h = self.conv(h.transpose(1, 2)).transpose(1, 2)
-        q, k, v = self.qkv(h).view(B, D, 3, self.heads, -1).unbind(dim=2)        # (B, D, heads, d)
+        qkv = self.qkv(h).view(B, D, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        qk, v = qkv[:2], qkv[2]                                  # (2, B, heads, D, d) and one
         if self.qk_norm:
-            q, k = F.layer_norm(q, q.shape[-1:]), F.layer_norm(k, k.shape[-1:])
+            qk = F.layer_norm(qk, qk.shape[-1:])
         if cos is not None:
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        h = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))   # (B, heads, D, d)
+            qk = rotate(qk, cos, sin)
+        h = attention(*qk, v)                                    # (B, heads, D, d)
         x = x + self.out(h.transpose(1, 2).reshape(B, D, dim))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
@@ -89,8 +96,8 @@ def wave_angles(positions, dim):
 
 
 def rotate(x, cos, sin):
-    """Rotary positions: turns the pairs (x_i, x_{i+d/2}) of x (B, D, heads, d) by the angles."""
-    cos, sin = cos.to(x.dtype)[:, None], sin.to(x.dtype)[:, None]                # (D, 1, d/2)
+    """Rotary positions: turns the pairs (x_i, x_{i+d/2}) of x (..., D, d) by the angles."""
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)                  # (D, d/2)
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x1 * sin + x2 * cos), dim=-1)
 

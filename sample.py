@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import data as datasets
 import planner
-from ardm import rerank, sample_sigma
+from ardm import rerank
 from data import UserError
 from train import Parser, command_line, load_model, replacing
 
@@ -50,8 +50,7 @@ def make_plan(model, L, calls, known, absent):
 def make_sigma(rule, B, model, generator):
     """(S, B, D): a fresh random order for each sample and stage, or the same for all by name."""
     if rule == "random":
-        sigma = sample_sigma(model.S * B, model.D, generator.device, generator)
-        return sigma.view(model.S, B, model.D)
+        return model.orders(B, model.D, generator.device, generator)
     try:
         sigma = torch.from_numpy(planner.order(rule, model.D)).to(generator.device)
         return sigma.expand(model.S, B, model.D)

@@ -26,7 +26,8 @@ import nets
 import planner
 import sample
 import train
-from ardm import ARDM, bits_per_dim, late_steps, rerank, sample_sigma, stratified_steps
+from ardm import (ARDM, UpscaleARDM, bits_per_dim, late_steps, num_stages, pick, rerank,
+                  sample_sigma, stratified_steps)
 from data import UserError
 
 HERE = Path(__file__).parent
@@ -85,6 +86,17 @@ def test_sigma_is_a_uniform_permutation():
     orders, counts = sigma.unique(dim=0, return_counts=True)
     assert len(orders) == 6 and (sigma.sort(dim=1).values == torch.arange(1, 4)).all()
     assert counts.min() > 850 and counts.max() < 1150                  # +- 5 standard deviations
+
+
+@pytest.mark.parametrize("K, b, S", [
+    (256, 2, 8), (256, 4, 4), (256, 16, 2), (256, 256, 1), (27, 3, 3), (27, 27, 1), (28, 27, 2),
+    (125, 5, 3), (216, 6, 3), (243, 3, 5), (65536, 4, 8), (3, 2, 2), (2, 2, 1)])
+def test_125_classes_in_digits_of_5_are_3_stages_not_4(K, b, S):
+    """ceil(log(125) / log(5)) is 4 in floats."""
+    assert num_stages(K, b) == S
+    for bad in (0, 1, K + 1):
+        with pytest.raises(ValueError, match=f"2 to K = {K}"):
+            num_stages(K, bad)
 
 
 def test_t_reaches_1_and_D_and_every_batch_covers_all_steps():
@@ -262,6 +274,173 @@ def test_order_agnostic_model_is_one_stage():
     assert torch.equal(model.coarse(x, torch.tensor([0, 1, 0]))[1], x[1])
 
 
+# -- UpscaleARDM -----------------------------------------------------------------------------------
+
+class StageTable(Table):
+    """A table as above for every state of an upscale model: a value, and whether it is written."""
+
+    def __init__(self, D, K, outputs, S, seed=0):
+        super().__init__(D, K, seed)
+        generator = torch.Generator().manual_seed(seed)
+        size = (S, (2 * K) ** D, D, outputs)
+        self.logits = nn.Parameter(torch.randn(size, generator=generator, dtype=torch.float64))
+
+    def forward(self, x, m, t, s):
+        index = ((x + self.K * m) * (2 * self.K) ** torch.arange(self.D)).sum(dim=1)
+        return self.logits[s - 1, index]
+
+
+class Fixed(nn.Module):
+    """The same logits whatever it is shown."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = nn.Parameter(logits)
+
+    def forward(self, x, m, t, s):
+        return self.logits.expand(len(x), *self.logits.shape)
+
+
+BASES = [(256, 2), (256, 4), (256, 16), (27, 3), (27, 2), (5, 3), (8, 2), (125, 5)]
+
+
+@pytest.mark.parametrize("K, b", BASES)
+def test_stages_lead_from_nothing_to_x_and_symbols_are_its_digits(K, b):
+    model, x = UpscaleARDM(None, 4, K, b), torch.arange(K).view(1, -1)
+    assert (model.coarse(x, 0) == 0).all() and torch.equal(model.coarse(x, model.S), x)
+    digits = 0
+    for s in range(1, model.S + 1):
+        a = model.symbol(x, s)
+        assert 0 <= a.min() and a.max() < b == model.A
+        assert torch.equal(model.write(model.coarse(x, s - 1), a, s), model.coarse(x, s))
+        digits = digits * b + a
+        assert torch.equal(model.coarse(x, s), digits * b ** (model.S - s))
+    s = torch.tensor([0, model.S])
+    assert torch.equal(model.coarse(x.expand(2, -1), s)[1:], x)
+
+
+@pytest.mark.parametrize("K, b", BASES)
+def test_with_one_fixed_output_the_stages_multiply_to_its_softmax(K, b):
+    logits = 3 * torch.randn(1, K, dtype=torch.float64)
+    model, x = UpscaleARDM(Fixed(logits), 1, K, b), torch.arange(K)[:, None]
+    log_p, t = 0, torch.ones(K, dtype=torch.long)
+    for s in range(1, model.S + 1):
+        log_p = log_p + pick(model.log_probs(x, x < 0, t, s * t), model.symbol(x, s))
+    assert torch.allclose(log_p[:, 0], torch.log_softmax(logits[0], dim=-1))
+
+
+def test_data_parametrisation_is_the_papers_matrices_written_out():
+    """P^(s) (K x K) takes a distribution over values to one over what stage s knows of them."""
+    K, b, S = 8, 2, 3
+    logits = torch.randn(1, K, dtype=torch.float64)
+    theta = torch.softmax(logits[0], dim=-1).numpy()
+    model = UpscaleARDM(Fixed(logits), 1, K, b)
+    values = np.arange(K)
+    for s in range(1, S + 1):
+        unit = b ** (S - s)
+        P = (values[:, None] // unit * unit == values[None]).astype(float)   # x -> x^(s)
+        parent = values // (unit * b) * unit * b                              # x^(s-1) of x^(s)
+        for x in values:
+            p = (theta @ P) * (parent == parent[x])
+            t = torch.ones(1, dtype=torch.long)
+            log_p = model.log_probs(torch.tensor([[x]]), torch.zeros(1, 1) > 0, t, s * t)
+            digits = p[parent[x] + unit * np.arange(b)] / p.sum()
+            assert np.allclose(log_p[0, 0].exp().detach().numpy(), digits)
+
+
+@pytest.mark.parametrize("parametrization", ["data", "direct"])
+def test_digits_that_lead_nowhere_have_probability_zero(parametrization):
+    K, b, S = 5, 3, 2                                                  # 5 = 12 in base 3: 12, 2x no
+    outputs = K if parametrization == "data" else S * b
+    model = UpscaleARDM(Fixed(torch.randn(1, outputs)), 1, K, b, parametrization)
+    x, t = torch.arange(K)[:, None], torch.ones(K, dtype=torch.long)
+    first, second = (model.log_probs(x, x < 0, t, s * t).exp()[:, 0] for s in (1, 2))
+    assert (first[:, 2] == 0).all() and (second[3:, 2] == 0).all()
+    assert (first[:, :2] > 0).all() and (second[:3] > 0).all() and (second[3:, :2] > 0).all()
+    assert torch.allclose(first.sum(dim=1), torch.ones(K))
+    model.loss(x).sum().backward()
+    assert torch.isfinite(model.net.logits.grad).all()
+
+
+def upscale_with_tables(K, b, parametrization, D=2):
+    S = num_stages(K, b)
+    outputs = K if parametrization == "data" else S * b
+    return UpscaleARDM(StageTable(D, K, outputs, S), D, K, b, parametrization)
+
+
+@pytest.mark.parametrize("parametrization", ["data", "direct"])
+@pytest.mark.parametrize("K, b", [(3, 2), (4, 2), (5, 3)])
+def test_upscale_loss_over_all_orders_steps_and_stages_is_the_bound(K, b, parametrization):
+    model, x = upscale_with_tables(K, b, parametrization), all_x(2, K)
+    S, pairs = model.S, list(itertools.product(range(1, model.S + 1), (1, 2), all_sigma(2)))
+    full = lambda value: torch.full((len(x),), value)
+    losses = [model.loss(x, full(t), full(s), sigma.expand(len(x), 2)) for s, t, sigma in pairs]
+    chains = [model.nll(x, sigma=torch.stack(orders)[:, None].expand(S, len(x), 2))
+              for orders in itertools.product(all_sigma(2), repeat=S)]
+    assert torch.allclose(torch.stack(losses).mean(dim=0), torch.stack(chains).mean(dim=0))
+    for nll in chains:
+        assert math.isclose((-nll).exp().sum().item(), 1.0, rel_tol=1e-9)
+    drawn = model.loss(x[-1:].expand(40000, 2), generator=torch.Generator().manual_seed(0))
+    exact = torch.stack(chains).mean(dim=0)[-1].item()                 # stages mixed in one batch
+    assert abs(drawn.mean().item() - exact) < 5 * drawn.std().item() / 200
+
+
+@pytest.mark.parametrize("plan", [None, [(1, 1, 2), (2, 1, 1), (2, 2, 1)]])
+def test_upscale_samples_have_the_probabilities_that_nll_says(plan):
+    model, x, n = upscale_with_tables(3, 2, "data"), all_x(2, 3), 40000
+    p = torch.stack([(-model.nll(x, plan, torch.stack(orders)[:, None].expand(2, 9, 2))).exp()
+                     for orders in itertools.product(all_sigma(2), repeat=2)]).mean(dim=0)
+    drawn = model.sample(n, plan, generator=torch.Generator().manual_seed(0))
+    share = (drawn * torch.tensor([3, 1])).sum(dim=1).bincount(minlength=9) / n
+    assert (share - p).abs().max() < 5 * math.sqrt(0.25 / n)
+
+
+def test_one_stage_of_base_K_is_the_order_agnostic_model():
+    one, other = ARDM(Table(3, 4), 3, 4), UpscaleARDM(Table(3, 4), 3, 4, b=4)
+    x, sigma, t = torch.randint(4, (20, 3)), sample_sigma(20, 3), torch.randint(1, 4, (20,))
+    assert torch.equal(one.loss(x, t, sigma=sigma), other.loss(x, t, sigma=sigma))
+    assert torch.equal(one.nll(x, sigma=sigma), other.nll(x, sigma=sigma))
+
+
+def test_finer_digits_never_reach_the_network_before_their_stage():
+    seen, K, b = [], 27, 3
+
+    class Watch(Spy):
+        def forward(self, x, m, t, s):
+            seen.append(x)
+            return super().forward(x, m, t, s)
+
+    model, x = UpscaleARDM(Watch(K), 6, K, b), torch.randint(K, (9, 6))
+    m, s = torch.rand(9, 6) < 0.5, torch.arange(9) % 3 + 1
+    fine = torch.randint(1, 3, (9, 6))
+    unit = model.unit(x, torch.where(m, s[:, None], s[:, None] - 1).view(-1)).view(9, 6)
+    other = x // unit * unit + (x + fine) % unit                       # other digits below
+    model.log_probs(x, m, s, s), model.log_probs(other, m, s, s)
+    assert torch.equal(*seen) and (x != other).any()
+
+
+MEMORY = """
+import resource, torch
+from ardm import UpscaleARDM
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+logits, t = torch.randn(16, 3072, 256), torch.ones(16, dtype=torch.long)
+x, begin = torch.zeros(16, 3072, dtype=torch.long), peak()
+for b in (2, 4, 16):
+    model = UpscaleARDM(lambda x, m, t, s: logits, 3072, 256, b)
+    for s in (t, model.S * t, 1 + torch.arange(16) % model.S):
+        with torch.no_grad():
+            model.log_probs(x, x < 0, t, s)
+print((peak() - begin) / (4 * logits.numel()))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the unit of ru_maxrss is Linux's")
+def test_data_parametrisation_needs_no_matrices():
+    """At K = 256 on 32x32x3: at most one and a half times the memory of the logits themselves."""
+    done = subprocess.run([sys.executable, "-c", MEMORY], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0 and float(done.stdout) < 1.5, done.stdout + done.stderr
+
+
 # -- nets.py ---------------------------------------------------------------------------------------
 
 def filled_transformer(**options):
@@ -307,7 +486,7 @@ def test_absorbed_is_a_class_of_its_own():
 
 def test_rotary_network_cannot_tell_where_a_window_begins():
     net = filled_transformer(conv=0)
-    q, k = torch.randn(1, 1, 2, 8).double(), torch.randn(1, 1, 2, 8).double()
+    q, k = torch.randn(2, 1, 2, 1, 8).double()
     at = lambda x, i: nets.rotate(x, net.cos[i:i + 1], net.sin[i:i + 1])
     score = lambda i, j: (at(q, i) * at(k, j)).sum().item()
     assert math.isclose(score(2, 5), score(7, 10), rel_tol=1e-6)

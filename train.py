@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 import data as datasets
 import planner
-from ardm import ARDM, bits_per_dim, late_steps, sample_sigma, stratified_steps
+from ardm import (ARDM, UpscaleARDM, bits_per_dim, late_steps, num_stages, stratified_steps)
 from data import UserError
 from nets import Transformer
 
@@ -52,6 +52,9 @@ class Settings:
     data_dir: str = setting("data", "where downloaded data sets are looked for and kept")
     size: str = setting(None, "tiny, small or paper; the default is small on CUDA, else tiny")
     length: int = setting(None, "D: characters in a datapoint")
+    branch: int = setting(None, "b of an upscale model, which writes base-b digits in stages; "
+                                "without it the model is order-agnostic")
+    parametrization: str = setting("data", "of an upscale model: data or direct")
     dim: int = setting(None, "width of the network")
     depth: int = setting(None, "blocks of the network")
     heads: int = setting(None, "attention heads")
@@ -73,7 +76,7 @@ class Settings:
     optimizer: str = setting("muon", "muon (AdamW for all but the matrices of the blocks) or adam")
     lr: float = setting(None, "learning rate of Adam")
     muon_lr: float = setting(0.02, "learning rate of Muon")
-    weight_decay: float = setting(0.1, "of the matrices under Muon")
+    weight_decay: float = setting(0.02, "of the matrices under Muon")
     warmup: int = setting(None, "steps of linear warm-up")
     decay: float = setting(1.0, "part of the run, at its end, "
                                 "over which the rate falls to 0 in a line")
@@ -153,6 +156,7 @@ def complete(given):
     c.compile = device.type == "cuda" if c.compile is None else c.compile
     c.out = c.out or f"out/{Path(c.data).stem}"
     checks = [(c.positions in ("rotary", "sinusoidal"), "--positions: choose rotary or sinusoidal"),
+              (c.parametrization in ("data", "direct"), "--parametrization: choose data or direct"),
               (c.optimizer in ("muon", "adam"), "--optimizer: choose muon or adam"),
               (min(c.length, c.dim, c.depth, c.heads, c.mlp, c.batch, c.report) > 0,
                "sizes must be positive"),
@@ -190,11 +194,18 @@ def has_bf16(device):
 
 
 def build_model(c, K):
-    """An untrained ARDM with the network of these settings."""
-    net = Transformer(K, c.length, dim=c.dim, depth=c.depth, heads=c.heads, mlp=c.mlp,
-                      positions=c.positions, conv=c.conv, qk_norm=c.qk_norm,
-                      zero_init=c.zero_init, time=c.time)
-    return ARDM(net, D=c.length, K=K)
+    """An untrained model with the network of these settings."""
+    try:
+        S = num_stages(K, c.branch) if c.branch is not None else 1
+    except ValueError as error:
+        raise UserError(f"--branch: {error}")
+    outputs = S * c.branch if c.branch and c.parametrization == "direct" else K
+    net = Transformer(K, c.length, outputs, dim=c.dim, depth=c.depth, heads=c.heads,
+                      mlp=c.mlp, positions=c.positions, conv=c.conv, qk_norm=c.qk_norm,
+                      zero_init=c.zero_init, time=c.time, stages=S)
+    if c.branch is None:
+        return ARDM(net, c.length, K)
+    return UpscaleARDM(net, c.length, K, c.branch, c.parametrization)
 
 
 def load_data(c, device):
@@ -469,11 +480,11 @@ def measure_plans(model, chunks, plans, seed=1):
     The prediction beside it is the plan's cost by the L_t of the same chunks.
     """
     (N, D), generator = chunks.shape, torch.Generator(chunks.device).manual_seed(seed)
-    sigma = sample_sigma(N, D, chunks.device, generator)
+    sigma = model.orders(N, D, chunks.device, generator)
     L = planner.smooth(bound(model, chunks, progress=True)["L"])
     rows = []
     for plan in tqdm(plans, desc="exact nll under each plan", unit="plan", leave=False):
-        parts = zip(chunks.split(max(1, 32768 // D)), sigma.split(max(1, 32768 // D)))
+        parts = zip(chunks.split(max(1, 32768 // D)), sigma.split(max(1, 32768 // D), dim=1))
         bits = bits_per_dim(torch.cat([model.nll(x.long(), plan, order) for x, order in parts]), D)
         rows.append(dict(calls=len(plan), predicted=planner.plan_cost(L, plan) / D,
                          measured=bits.mean().item(),
