@@ -286,14 +286,16 @@ class UpscaleARDM(ARDM):
         """
         if self.parametrization == "direct":
             return logits[..., (s - 1) * self.b:s * self.b]
-        unit, b = self.b ** (self.S - s), self.b
+        unit, b, prefixes = self.b ** (self.S - s), self.b, self.b ** (s - 1)
         if b ** self.S > self.K:
             logits = nn.functional.pad(logits, (0, b ** self.S - self.K), value=-torch.inf)
-        blocks = logits.unflatten(-1, (-1, b, unit))                   # (n, D, prefixes, b, unit)
-        prefix = (x // (b * unit))[..., None, None]                    # (n, D, 1, 1)
+        rows = logits.reshape(-1, b * unit)                            # (n * D * prefixes, b * unit)
+        if prefixes > 1:
+            first = torch.arange(x.numel(), device=x.device) * prefixes
+            rows = rows.index_select(0, first + x.flatten() // (b * unit))
         # Digit by digit: all at once would need twice the memory of the logits.
-        return torch.stack([blocks[..., a, :].take_along_dim(prefix, dim=2)[:, :, 0].logsumexp(-1)
-                            for a in range(b)], dim=-1)
+        digits = [part.logsumexp(-1) for part in rows.unflatten(-1, (b, unit)).unbind(dim=1)]
+        return torch.stack(digits, dim=-1).view(*x.shape, b)
 
 
 def log_softmax(logits):
