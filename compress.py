@@ -69,7 +69,8 @@ class Codec:
             a = self.model.symbol(x, s)
             cdf, written = tables(log_p[where]), a[where]
             pushed.append(coder.intervals(cdf, written.cpu().numpy()))
-            bits[0] -= log_p[where].gather(1, written[:, None]).double().sum().item() / np.log(2)
+            nats = -log_p[where].gather(1, written[:, None]).cpu().double().sum().item()
+            bits[0] += bits_per_dim(nats, 1)
             return a
 
         x = self._blank()
@@ -116,7 +117,7 @@ class Codec:
 
 def tables(log_p):
     """(n, A) log-probabilities -> (n, A + 1) integer tables."""
-    return coder.quantize(torch.softmax(log_p.double(), dim=-1).cpu().numpy(), PRECISION)
+    return coder.quantize(torch.softmax(log_p.cpu().double(), dim=-1).numpy(), PRECISION)
 
 
 # -- The archive -----------------------------------------------------------------------------------

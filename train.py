@@ -89,7 +89,7 @@ class Settings:
     device: str = setting(None, "cuda, mps or cpu; the default is the first of them that is there")
     seed: int = setting(0, "of the weights and of every draw")
     passes: int = setting(None, "passes over the test split; "
-                                "the default is as many as give every step t 128 chunks")
+                                "the default is as many as make half a million characters")
     report: int = setting(100, "training steps between rows of log.csv")
     out: str = setting(None, "folder for the results; the default is out/<data>")
 
@@ -439,11 +439,11 @@ def spread(chunks, most):
 def bound(model, chunks, rest=(), passes=None, seed=1, progress=False):
     """The bound of Eq. 2 on chunks (N, D) and a shorter rest, by one step t per chunk and pass.
 
-    t and s are stratified over each batch. passes None: as many as give every step 128 chunks.
+    t and s are stratified over each batch. passes None: as many as make half a million variables.
     Returns a dict: bits (per dim), stderr (over chunks), L (S, D) in bits, passes, chunks, rest.
     """
     (N, D), device = chunks.shape, chunks.device
-    passes = passes or -(-128 * model.S * D // N)
+    passes = passes or -(-(1 << 19) // (N * D))
     generator = torch.Generator(device).manual_seed(seed)
     nats, rest_nats = torch.zeros(N, device=device), 0.0
     sums, counts = torch.zeros(2, model.S * D, device=device)
@@ -456,7 +456,8 @@ def bound(model, chunks, rest=(), passes=None, seed=1, progress=False):
             counts.index_add_(0, (s - 1) * D + t - 1, torch.ones_like(loss))
         if len(rest):
             rest_nats += model.loss(rest[None].long(), generator=generator).item() / passes
-    total = nats.double().sum().item() + rest_nats
+    nats = nats.cpu().double()                           # cpu: MPS has no float64
+    total = nats.sum().item() + rest_nats
     return dict(bits=bits_per_dim(total, N * D + len(rest)), L=components(sums, counts, model.S),
                 stderr=bits_per_dim(nats, D).std(correction=min(1, N - 1)).item() / N ** 0.5,
                 passes=passes, chunks=N, rest=len(rest))
@@ -465,7 +466,7 @@ def bound(model, chunks, rest=(), passes=None, seed=1, progress=False):
 def components(sums, counts, S):
     """Sums of samples of L_t in nats, (S*D,), and their counts -> L (S, D) float64 in bits; a step
     that no datapoint has met takes the value between its neighbours."""
-    sums, counts = sums.double().cpu().numpy().reshape(S, -1), counts.cpu().numpy().reshape(S, -1)
+    sums, counts = sums.cpu().double().numpy().reshape(S, -1), counts.cpu().numpy().reshape(S, -1)
     L = np.empty_like(sums)
     for row, total, count in zip(L, sums, counts):
         met = np.flatnonzero(count)
