@@ -5,16 +5,22 @@
     speed       training steps a second at the size for which the released code was timed
                 (also: --size paper)
     ablation    each ingredient of the recipe taken away alone, in equal time, on pydoc
+    run         `python train.py`, its peak memory and a sample in the making
+    compress    archives of the test text of that run, under several budgets of network calls
     text8       our recipe against the paper's at the same size, in equal time
                 (ARDM_DATA: folder with the data)
 
-Prints tables, and keeps the numbers with machine and versions in --out (assets/bench.json). Run
-it alone: a rival on the same cores halves every speed. --quick shrinks everything to seconds, to
+Prints tables, keeps the numbers with machine and versions in --out (assets/bench.json), and writes
+them into the README. Run it alone: a rival on the same cores halves every speed. --quick shrinks everything to seconds, to
 see that it runs.
 """
 import json
 import os
+import re
+import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -23,6 +29,7 @@ import numpy as np
 import torch
 
 import coder
+import compress
 import data as datasets
 import planner
 import train
@@ -198,6 +205,7 @@ def table(variants, data, minutes, **common):
 def bench_ablation(args):
     variants = {"the recipe": {}, "the recipe, another seed": dict(seed=1),
                 "sinusoidal positions": dict(positions="sinusoidal"),
+                "no pairs of neighbours": dict(pairs=False),
                 "no depthwise convolution": dict(conv=0),
                 "no QK-norm": dict(qk_norm=False), "t uniform": dict(late=False),
                 "no zero initialisation": dict(zero_init=False),
@@ -208,7 +216,7 @@ def bench_ablation(args):
     return table(variants, lambda c: train.load_data(c, "cpu"), minutes, device="cpu")
 
 
-PAPER = dict(positions="sinusoidal", conv=0, qk_norm=False, zero_init=False, late=False,
+PAPER = dict(positions="sinusoidal", pairs=False, conv=0, qk_norm=False, zero_init=False, late=False,
              optimizer="adam", lr=5e-4, decay=0.0, clip=0.25, ema=0.995, short=0.0)
 
 
@@ -260,6 +268,91 @@ def matmul_tflops(device, n=8192):
     return 2 * n ** 3 / median_seconds(product) / 1e12
 
 
+# -- the default run and its archives --------------------------------------------------------------
+
+def bench_run(args):
+    """`python train.py` as a newcomer types it, its peak memory, and one sample in the making."""
+    folder = Path(args.ckpt).parent
+    short = ["--steps", "30", "--report", "10"] if args.quick else []
+    command([sys.executable, "train.py", "--out", str(folder), *short])
+    frames = command([sys.executable, "sample.py", "--ckpt", args.ckpt, "--n", "1", "--calls", "20",
+                      "--frames", "--out", str(folder)])
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9       # Linux: kB
+    print(f"  peak memory {peak:.2f} GB")
+    return [dict(json.loads((folder / "results.json").read_text()), peak_gigabytes=peak,
+                 frames=frames.splitlines()[:-2])]
+
+
+def command(arguments):
+    """What a script prints on stdout; its progress bars stay on the screen."""
+    printed = subprocess.run(arguments, stdout=subprocess.PIPE, text=True, check=True).stdout
+    print(printed)
+    return printed
+
+
+def bench_compress(args):
+    """The test text of the default run, under several budgets of calls, beside the usual tools."""
+    model, checkpoint = train.load_model(args.ckpt, "cpu")
+    text = train.load_data(checkpoint["settings"], "cpu").splits["test"]
+    stream, rows = datasets.to_bytes(text[:2000 if args.quick else 20000], model.K), []
+    for calls in (model.D // 8, model.D // 4, model.D // 2, model.D):
+        pairs = compress.candidates(model, checkpoint["L"], calls)
+        bits, facts = compress.compare(model, "text", stream,
+                                       *compress.search(model, checkpoint, pairs))
+        rows.append({**facts, "bits": bits})
+        print("  {calls} calls  {percent_over_nll:+.3f}% over the nll".format(**facts))
+        print("  " + "  ".join(f"{name} {value:.3f}" for name, value in bits.items()))
+    return rows
+
+
+# -- the README ------------------------------------------------------------------------------------
+
+TABLES = {                           # section -> {head of a column: format of a row}
+    "planner": {"stages": "{stages}", "D": "{D:,}", "calls": "{calls}", "seconds": "{seconds:.3f}",
+                "plain programme": "{plain_seconds:.1f}"},
+    "coder": {"coder": "{coder}", "K": "{K}", "encode, Msym/s": "{encode:.1f}",
+              "decode, Msym/s": "{decode:.1f}", "bytes over the ideal": "{extra_bytes:+.0f}"},
+    "speed": {"training step": "{name}", "weights": "{params:,}",
+              "samples/s": "{samples_per_second:.1f}", "share of bf16 peak":
+              "{share_of_bf16_peak:.0%}"},
+    "ablation": {"": "{name}", "bits/char": "{bits:.3f}", "steps": "{steps:,}"},
+    "text8": {"": "{name}", "bits/char": "{bits:.3f}", "steps": "{steps:,}",
+              "characters/s": "{chars_per_second:,.0f}"},
+    "compress": {"calls": "{calls}", "order": "{order}",
+                 "exact nll": "{bits[exact nll of this order and plan]:.3f}",
+                 "archive": "{bits[archive, whole file]:.3f}", "encode": "{encode_seconds:.0f} s",
+                 "decode": "{decode_seconds:.0f} s"},
+}
+
+
+def markdown(rows, columns):
+    """Rows as a table; a row without a column's key has that place empty, an empty column goes."""
+    def cell(form, row):
+        try:
+            return form.format_map(row)
+        except KeyError:
+            return ""
+    cells = [[cell(form, row) for row in rows] for form in columns.values()]
+    kept = [[head, "---", *column] for head, column in zip(columns, cells) if any(column)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in zip(*kept))
+
+
+def fill(readme, kept):
+    """The README with every figure between <!-- NAME --> and <!-- /NAME --> as it was measured."""
+    def block(match):
+        section = kept[match[1].split()[0]]
+        if match[1] == "run printed":
+            text = f"```\n{train.describe(section['rows'][0])}\n```\n"
+        elif match[1] == "run frames":
+            text = "```\n" + "\n".join(section["rows"][0]["frames"]) + "\n```\n"
+        else:
+            text = markdown(section["rows"], TABLES[match[1]])
+        text += ("\n*{machine}; Python {versions[python]}, torch {versions[torch]}; seed 0; {date}*\n"
+                 .format_map(section))
+        return f"<!-- {match[1]} -->\n{text}<!-- /{match[1]} -->"
+    return re.sub(r"<!-- ([\w ]+) -->\n.*?<!-- /\1 -->", block, readme, flags=re.S)
+
+
 SECTIONS = {name[6:]: value for name, value in list(globals().items()) if name.startswith("bench_")}
 
 
@@ -271,6 +364,8 @@ def main():
     parser.add_argument("--minutes", type=float, help="of each training run")
     parser.add_argument("--size", choices=list(train.SIZES), help="for speed: this size instead")
     parser.add_argument("--batch", type=int, help="for speed with --size")
+    parser.add_argument("--ckpt", default="out/pydoc/ckpt.pt",
+                        help="for run, which makes it, and compress, which needs it")
     parser.add_argument("--out", default="assets/bench.json", help="where the numbers are kept")
     args = parser.parse_args()
     path = Path(args.out)
@@ -278,10 +373,14 @@ def main():
     for name in args.sections:
         print(name)
         rows = SECTIONS[name](args)
-        kept[name] = dict(rows=rows, **train.conditions(train.complete({})))
+        kept[name] = dict(rows=rows, date=time.strftime("%Y-%m-%d"),
+                          **train.conditions(train.complete({})))
         if not args.quick:
             with train.replacing(path, "w") as file:
                 json.dump(kept, file, indent=1)
+            readme = fill(Path("README.md").read_text(), kept)
+            with train.replacing("README.md", "w") as file:
+                file.write(readme)
 
 
 if __name__ == "__main__":

@@ -327,42 +327,52 @@ def run_decode(args):
     print(f"{args.output}: {len(stream):,} characters, checksums match")
 
 
+def compare(model, kind, stream, order, plan):
+    """What one text costs by every measure. Returns ({name: bits/char}, facts about the archive)."""
+    n, device = len(stream), next(model.parameters()).device
+    symbols = torch.from_numpy(datasets.to_symbols(stream, model.K)).to(device)
+    test = bound(model, *datasets.cut(symbols, model.D), progress=True)
+    begin = time.monotonic()
+    archive, bits = encode(model, kind, stream, order, plan, verify=False)
+    encoded = time.monotonic()
+    same = decode(model, archive, "the archive") == stream
+    decoded = time.monotonic()
+    payload = sum(len(part) for _, part in unpack(archive, "the archive")[1])
+    rows = {"bound, mean over all orders": test["bits"],
+            "exact nll of this order and plan": bits / n,
+            "archive, payload": 8 * payload / n, "archive, whole file": 8 * len(archive) / n}
+    facts = dict(characters=n, order=order, calls=len(plan), stderr=test["stderr"],
+                 payload_bytes=payload, archive_bytes=len(archive),
+                 percent_over_nll=100 * (8 * payload / bits - 1), encode_seconds=encoded - begin,
+                 decode_seconds=decoded - encoded, identical=same,
+                 weight_bytes=4 * sum(p.numel() for p in model.parameters()))
+    return rows | references(stream, model.D), facts
+
+
 def run_bench(args):
     """Everything in bits/char, on one file or on the beginning of the test split."""
     model, checkpoint, pairs = settle(args)
     if args.input:
         stream = read(args.input)
+        datasets.to_symbols(stream, model.K)             # what cannot be coded is said first
     else:
         data = load_data(checkpoint["settings"], "cpu")
         stream = datasets.to_bytes(data.splits["test"][:20000], model.K)
-    device = next(model.parameters()).device
-    symbols = torch.from_numpy(datasets.to_symbols(stream, model.K)).to(device)
-    chunks, rest = datasets.cut(symbols, model.D)
-    if not len(chunks):
+    if len(stream) < model.D:
         raise UserError(f"{args.input} is shorter than a chunk of {model.D}")
     order, plan = pairs[0] if len(pairs) == 1 else search(model, checkpoint, pairs)
-    test = bound(model, chunks, rest, progress=True)
-    begin = time.monotonic()
-    archive, bits = encode(model, checkpoint["kind"], stream, order, plan, verify=False)
-    encoded = time.monotonic()
-    same = decode(model, archive, "the archive") == stream
-    decoded = time.monotonic()
-    n, payload = len(stream), sum(len(payload) for _, payload in unpack(archive, "the archive")[1])
-    print(f"{n:,} characters, chunks of {model.D}, order {order}, "
+    rows, f = compare(model, checkpoint["kind"], stream, order, plan)
+    print(f"{f['characters']:,} characters, chunks of {model.D}, order {order}, "
           f"{len(plan)} network calls a block; bits/char:")
-    rows = {
-        "bound, mean over all orders": f"{test['bits']:.4f} (standard error {test['stderr']:.4f})",
-        "exact nll of this order and plan": f"{bits / n:.4f}",
-        "archive, payload": f"{8 * payload / n:.4f} ({payload:,} bytes, "
-                            f"{100 * (8 * payload / bits - 1):+.3f}% of the nll)",
-        "archive, whole file": f"{8 * len(archive) / n:.4f} ({len(archive):,} bytes)"}
-    rows |= {name: f"{value:.4f}" for name, value in references(stream, model.D).items()}
-    for name, text in rows.items():
-        print(f"  {name:34} {text}")
-    print(f"encoded in {encoded - begin:.1f} s, decoded in {decoded - encoded:.1f} s, "
-          f"{'identical' if same else 'DIFFERENT'}; the weights, "
-          f"{4 * sum(p.numel() for p in model.parameters()):,} bytes, "
-          "are in none of these numbers")
+    notes = {"bound, mean over all orders": f" (standard error {f['stderr']:.4f})",
+             "archive, payload": f" ({f['payload_bytes']:,} bytes, "
+                                 f"{f['percent_over_nll']:+.3f}% of the nll)",
+             "archive, whole file": f" ({f['archive_bytes']:,} bytes)"}
+    for name, value in rows.items():
+        print(f"  {name:34} {value:.4f}{notes.get(name, '')}")
+    print(f"encoded in {f['encode_seconds']:.1f} s, decoded in {f['decode_seconds']:.1f} s, "
+          f"{'identical' if f['identical'] else 'DIFFERENT'}; the weights, "
+          f"{f['weight_bytes']:,} bytes, are in none of these numbers")
 
 
 def main():

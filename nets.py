@@ -8,15 +8,20 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+NEIGHBOURS = ((-1, 1), (-2, -1), (1, 2))     # relative positions of the pairs that are embedded
+MOST_PAIRS = 8191                            # rows of such an embedding; of bytes many share one
+
 
 class Transformer(nn.Module):
     """Bidirectional pre-norm Transformer for text; D is the longest input, shorter may be given.
 
-    The paper's network is positions="sinusoidal", conv=0, qk_norm=False, zero_init=False. The
-    defaults learn more in the same time (bench.py ablation):
+    The paper's network is positions="sinusoidal", pairs=False, conv=0, qk_norm=False,
+    zero_init=False. The defaults learn more in the same time (bench.py ablation):
 
     positions   rotary: queries and keys are turned by an angle that grows with the position, so
                 that attention knows distances from the first step on
+    pairs       embeddings of pairs of known neighbours, the nearest context there is: the two
+                beside a position, the two before it, the two behind it
     conv        width of a depthwise convolution before attention, which mixes neighbours; 0: none
     qk_norm     queries and keys are brought to mean 0 and variance 1
     zero_init   every block begins as the identity and the output as the uniform distribution
@@ -25,18 +30,22 @@ class Transformer(nn.Module):
     """
 
     def __init__(self, K, D, num_outputs=None, dim=128, depth=4, heads=2, mlp=None,
-                 positions="rotary", conv=5, qk_norm=True, zero_init=True, time=False,
+                 positions="rotary", pairs=True, conv=5, qk_norm=True, zero_init=True, time=False,
                  stages=1):
         super().__init__()
         assert dim % (2 * heads) == 0, f"dim {dim} must be a multiple of 2 * heads = {2 * heads}"
         self.absorbed, self.rotary = K, positions == "rotary"    # class K: not yet known
         self.embed = nn.Embedding(K + 1, dim)
+        rows = min((K + 1) ** 2, MOST_PAIRS)
+        self.pairs = nn.ModuleList(nn.Embedding(rows, dim) for _ in (NEIGHBOURS if pairs else ()))
         self.stage = nn.Embedding(2 * stages, dim) if stages > 1 else None
         self.time = nn.Linear(dim, dim) if time else None
         self.blocks = nn.ModuleList(Block(dim, heads, mlp or 4 * dim, conv, qk_norm, zero_init)
                                     for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, num_outputs or K)
+        for embed in self.pairs:                                 # a correction, not the main thing
+            nn.init.normal_(embed.weight, std=0.02)
         if zero_init:
             nn.init.zeros_(self.head.weight), nn.init.zeros_(self.head.bias)
         angles = wave_angles(torch.arange(D).double(), dim // heads if self.rotary else dim)
@@ -46,9 +55,14 @@ class Transformer(nn.Module):
     def forward(self, x, m, t, s):
         D = x.shape[1]
         if self.stage is None:
-            h = self.embed(torch.where(m, x, self.absorbed))     # (B, D, dim)
-        else:
-            h = self.embed(x) + self.stage(2 * s[:, None] - 2 + m)
+            x = torch.where(m, x, self.absorbed)                 # (B, D), text without stages
+        h = self.embed(x)                                        # (B, D, dim)
+        if self.stage is not None:
+            h = h + self.stage(2 * s[:, None] - 2 + m)
+        around = F.pad(x, (2, 2), value=self.absorbed)           # (B, 2 + D + 2)
+        for (i, j), embed in zip(NEIGHBOURS, self.pairs):
+            pair = around[:, 2 + i:2 + i + D] * (self.absorbed + 1) + around[:, 2 + j:2 + j + D]
+            h = h + embed(pair % embed.num_embeddings)
         cos, sin = self.cos[:D], self.sin[:D]
         if not self.rotary:
             h, cos, sin = h + torch.cat((sin, cos), dim=-1), None, None
@@ -67,7 +81,9 @@ class Block(nn.Module):
         super().__init__()
         self.heads, self.qk_norm = heads, qk_norm
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.conv = nn.Conv1d(dim, dim, conv, padding="same", groups=dim) if conv else None
+        # 2-d, for (B, dim, 1, D): a transposed h is channels-last then, and nothing is copied, which
+        # on a CPU makes it six times as fast as Conv1d.
+        self.conv = (nn.Conv2d(dim, dim, (1, conv), padding="same", groups=dim) if conv else None)
         self.qkv, self.out = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim, bias=False)
         self.up, self.down = nn.Linear(dim, mlp), nn.Linear(mlp, dim)
         if zero_init:
@@ -77,7 +93,7 @@ class Block(nn.Module):
         B, D, dim = x.shape
         h = self.norm1(x)
         if self.conv is not None:
-            h = self.conv(h.transpose(1, 2)).transpose(1, 2)
+            h = self.conv(h.transpose(1, 2)[:, :, None])[:, :, 0].transpose(1, 2)
         qkv = self.qkv(h).view(B, D, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         qk, v = qkv[:2], qkv[2]                                  # (2, B, heads, D, d) and one
         if self.qk_norm:

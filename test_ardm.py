@@ -452,7 +452,7 @@ def filled_transformer(**options):
     return net
 
 
-PAPER = dict(positions="sinusoidal", conv=0, qk_norm=False, zero_init=False)
+PAPER = dict(positions="sinusoidal", pairs=False, conv=0, qk_norm=False, zero_init=False)
 
 
 def test_new_transformer_gives_exactly_D_log_K():
@@ -482,6 +482,29 @@ def test_absorbed_is_a_class_of_its_own():
     net, x = filled_transformer(), torch.full((1, 12), 6)
     m, s = torch.ones(1, 12, dtype=torch.bool), torch.ones(1, dtype=torch.long)
     assert (net(x, m, s, s) - net(x, ~m, s, s)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("pairs", [True, False])
+def test_pairs_show_two_known_neighbours_on_either_side(pairs):
+    """Blocks apart, a position sees i-2..i+2 and nothing beyond, at the ends of the text too."""
+    net, m = filled_transformer(pairs=pairs), torch.ones(1, 12, dtype=torch.bool)
+    net.blocks, s = nn.ModuleList(), torch.ones(1, dtype=torch.long)
+    x = torch.randint(7, (1, 12))
+    for j in range(12):
+        other = x.clone()
+        other[0, j] = (other[0, j] + 1) % 7
+        moved = ((net(other, m, s, s) - net(x, m, s, s)).abs().amax(dim=2) > 1e-9)[0].tolist()
+        assert moved == [abs(i - j) <= (2 if pairs else 0) for i in range(12)]
+        m[0, j] = False                                                # unknown: changes nothing
+        assert torch.equal(net(other, m, s, s), net(x, m, s, s))
+        m[0, j] = True
+
+
+def test_pairs_of_bytes_share_rows():
+    net = nets.Transformer(256, 8, dim=8, depth=1)
+    assert {embed.num_embeddings for embed in net.pairs} == {8191}
+    x, m = torch.full((1, 8), 255), torch.arange(8)[None] % 2 == 0
+    assert net(x, m, *torch.ones(2, 1).long()).shape == (1, 8, 256)
 
 
 def test_rotary_network_cannot_tell_where_a_window_begins():
@@ -837,6 +860,41 @@ def test_learning_rate_rises_and_falls_to_zero():
     assert rates[0] == 0.1 and max(rates) == rates[9] and rates[-1] == 0 and rates[50] == 0.5
     c.decay = 0.0
     assert train.learning_rate(c, 90, 0.9) == 1
+
+
+def test_orthogonal_keeps_the_directions_and_evens_out_the_lengths():
+    for shape in [(2, 5, 9), (2, 9, 5)]:
+        X = torch.randn(shape, dtype=torch.float64)
+        U, _, Vh = torch.linalg.svd(X, full_matrices=False)
+        S = U.mT @ train.orthogonal(X) @ Vh.mT                         # diagonal, all near 1
+        lengths = S.diagonal(dim1=1, dim2=2)
+        assert torch.allclose(S, torch.diag_embed(lengths), atol=1e-6)
+        assert lengths.min() > 0.65 and lengths.max() < 1.15
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_muon_goes_where_torchs_muon_goes():
+    """torch's rounds to bfloat16, so only nearly."""
+    ours, theirs = (nn.Parameter(torch.ones(6, 4)) for _ in range(2))
+    pair = [(ours, train.Muon([ours], lr=0.1, weight_decay=0.2)),
+            (theirs, torch.optim.Muon([theirs], lr=0.1, weight_decay=0.2))]
+    for seed in range(3):
+        gradient = torch.randn(6, 4, generator=torch.Generator().manual_seed(seed))
+        for p, optimizer in pair:
+            p.grad = gradient.clone()
+            optimizer.step()
+    assert torch.allclose(ours, theirs, atol=0.02) and (ours - 1).abs().max() > 0.1
+
+
+def test_muon_treats_queries_keys_and_values_one_by_one():
+    whole = nn.Parameter(torch.zeros(12, 4))
+    parts = [nn.Parameter(torch.zeros(4, 4)) for _ in range(3)]
+    whole.grad = torch.randn(12, 4) * torch.tensor([1.0, 10, 100]).repeat_interleave(4)[:, None]
+    for p, gradient in zip(parts, whole.grad.chunk(3)):
+        p.grad = gradient.clone()
+    for p in [[whole], parts]:
+        train.Muon(p, lr=0.1, weight_decay=0.0).step()
+    assert torch.allclose(whole, torch.cat(parts), atol=1e-6)
 
 
 def test_muon_gets_the_matrices_of_the_blocks_and_nothing_is_left_out():

@@ -32,6 +32,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import data as datasets
@@ -60,6 +61,7 @@ class Settings:
     heads: int = setting(None, "attention heads")
     mlp: int = setting(None, "width of the hidden layer in each block")
     positions: str = setting("rotary", "rotary or sinusoidal")
+    pairs: bool = setting(True, "embed pairs of neighbours too")
     conv: int = setting(5, "width of the depthwise convolution before attention, odd; 0: none")
     qk_norm: bool = setting(True, "normalise queries and keys")
     zero_init: bool = setting(True, "every block begins as the identity")
@@ -99,7 +101,7 @@ SIZES = {
                  warmup=50, short=0.8),
     "small": dict(length=250, dim=512, depth=8, heads=8, mlp=2048, batch=64, minutes=30.0, lr=2e-3,
                   warmup=200, ema=0.998, short=0.0),
-    "paper": dict(length=250, dim=768, depth=12, heads=12, mlp=3072, positions="sinusoidal", conv=0,
+    "paper": dict(length=250, dim=768, depth=12, heads=12, mlp=3072, positions="sinusoidal", pairs=False, conv=0,
                   qk_norm=False, zero_init=False, late=False, batch=512, steps=3_000_000,
                   optimizer="adam", lr=5e-4, warmup=5000, decay=0.0, clip=0.25, ema=0.995,
                   short=0.0),
@@ -201,8 +203,8 @@ def build_model(c, K):
         raise UserError(f"--branch: {error}")
     outputs = S * c.branch if c.branch and c.parametrization == "direct" else K
     net = Transformer(K, c.length, outputs, dim=c.dim, depth=c.depth, heads=c.heads,
-                      mlp=c.mlp, positions=c.positions, conv=c.conv, qk_norm=c.qk_norm,
-                      zero_init=c.zero_init, time=c.time, stages=S)
+                      mlp=c.mlp, positions=c.positions, pairs=c.pairs, conv=c.conv,
+                      qk_norm=c.qk_norm, zero_init=c.zero_init, time=c.time, stages=S)
     if c.branch is None:
         return ARDM(net, c.length, K)
     return UpscaleARDM(net, c.length, K, c.branch, c.parametrization)
@@ -295,15 +297,60 @@ class Run:
 
 # -- Training --------------------------------------------------------------------------------------
 
+class Muon(torch.optim.Optimizer):
+    """Momentum whose steps are made orthogonal: every direction of a matrix is learnt at one rate.
+
+    What `torch.optim.Muon` does, but in the precision of the weights (bfloat16, to which it rounds,
+    takes a CPU without it five times as long), all matrices of one shape in one product, and
+    queries, keys and values as the three matrices that they are.
+    """
+
+    def __init__(self, matrices, lr, weight_decay, momentum=0.95):
+        super().__init__(matrices, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            lr, momentum, by_shape = group["lr"], group["momentum"], collections.defaultdict(list)
+            for p in group["params"]:
+                if p not in self.state:
+                    self.state[p]["mean"] = torch.zeros_like(p)
+                mean = self.state[p]["mean"].lerp_(p.grad, 1 - momentum)
+                step = p.grad.lerp(mean, momentum)       # Nesterov's: one step ahead
+                parts = 3 if p.shape[0] == 3 * p.shape[1] else 1
+                for part, step in zip(p.chunk(parts), step.chunk(parts)):
+                    by_shape[part.shape].append((part, step))
+            for (rows, columns), pairs in by_shape.items():
+                parts, steps = zip(*pairs)
+                size = lr * max(1, rows / columns) ** 0.5
+                for part, step in zip(parts, orthogonal(torch.stack(steps))):
+                    part.mul_(1 - lr * group["weight_decay"]).sub_(step, alpha=size)
+
+
+def orthogonal(X):
+    """(n, rows, columns) -> nearly U V^T of each U S V^T, by five Newton-Schulz steps.
+
+    p(s) = 3.4445 s - 4.775 s^3 + 2.0315 s^5, five times over, takes every singular value s of
+    0.01..1 to about 0.7..1.2: near enough to 1, and nothing but matrix products.
+    """
+    if X.shape[1] > X.shape[2]:
+        return orthogonal(X.mT).mT                       # X X^T is to be the small one
+    X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)    # so that no singular value is above 1
+    for _ in range(5):
+        A = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=-4.775, alpha=2.0315), X, beta=3.4445)
+    return X
+
+
 def make_optimizers(net, c):
     """Muon for the matrices of the blocks and AdamW for all the rest, or Adam for everything."""
     matrices = [p for p in net.blocks.parameters() if p.ndim == 2] if c.optimizer == "muon" else []
     chosen = set(map(id, matrices))
     rest = [p for p in net.parameters() if id(p) not in chosen]
     optimizers = [torch.optim.AdamW(rest, lr=c.lr, betas=(0.9, 0.95 if matrices else 0.999),
-                                    weight_decay=0.0)]
+                                    weight_decay=0.0, fused=c.device.split(":")[0] != "mps")]
     if matrices:
-        optimizers.append(torch.optim.Muon(matrices, lr=c.muon_lr, weight_decay=c.weight_decay))
+        optimizers.append(Muon(matrices, lr=c.muon_lr, weight_decay=c.weight_decay))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["full_lr"] = group["lr"]
@@ -347,9 +394,7 @@ def train_step(run, x):
         optimizer.step()
     run.step += 1
     decay = min(c.ema, 1 - 1 / (1 + 0.1 * run.step))     # early on, the beginning is soon forgotten
-    with torch.no_grad():
-        for average, p in zip(run.ema.parameters(), run.model.parameters()):
-            average.lerp_(p, 1 - decay)
+    get_ema_multi_avg_fn(decay)([*run.ema.parameters()], [*run.model.parameters()], run.step)
     return loss.detach()
 
 
