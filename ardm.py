@@ -289,7 +289,7 @@ class UpscaleARDM(ARDM):
         unit, b, prefixes = self.b ** (self.S - s), self.b, self.b ** (s - 1)
         if b ** self.S > self.K:
             logits = nn.functional.pad(logits, (0, b ** self.S - self.K), value=-torch.inf)
-        rows = logits.reshape(-1, b * unit)                            # (n * D * prefixes, b * unit)
+        rows = logits.reshape(-1, b * unit)                    # (n * D * prefixes, b * unit)
         if prefixes > 1:
             first = torch.arange(x.numel(), device=x.device) * prefixes
             rows = rows.index_select(0, first + x.flatten() // (b * unit))

@@ -8,16 +8,17 @@
     run         `python train.py`, its peak memory and a sample in the making
     compress    archives of the test text of that run, under several budgets of network calls
     text8       our recipe against the paper's at the same size, in equal time
-                (ARDM_DATA: folder with the data)
+                (downloads text8 where ARDM_DATA names no folder with the prefix of it)
 
 Prints tables, keeps the numbers with machine and versions in --out (assets/bench.json), and writes
-them into the README. Run it alone: a rival on the same cores halves every speed. --quick shrinks everything to seconds, to
-see that it runs.
+them into the README. Run it alone: a rival on the same cores halves every speed. --quick shrinks
+everything to seconds, to see that it runs, and writes nothing.
 """
+import importlib.util
 import json
 import os
 import re
-import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -180,13 +181,11 @@ def timed_training(data, **given):
 
 
 def text8_prefix(c):
-    """The shared prefix of text8, its last 200,000 characters held out for the test."""
+    """The first 6,877,825 characters of text8, the last 200,000 of them held out for the test."""
     folder = os.environ.get("ARDM_DATA")
-    if not folder:
-        raise train.UserError("this section needs ARDM_DATA, "
-                              "a folder that holds text8/text8_prefix.zip")
-    data = datasets.load(f"{folder}/text8/text8_prefix.zip", c.length)
-    stream = torch.cat(list(data.splits.values()))
+    name = f"{folder}/text8/text8_prefix.zip" if folder else "text8"
+    data = datasets.load(name, c.length, c.data_dir)
+    stream = torch.cat(list(data.splits.values()))[:6_877_825]
     data.splits = dict(train=stream[:-220_000], valid=stream[-220_000:-200_000],
                        test=stream[-200_000:])
     return data
@@ -211,19 +210,22 @@ def bench_ablation(args):
                 "no zero initialisation": dict(zero_init=False),
                 "Adam alone, no Muon": dict(optimizer="adam", lr=2e-3),
                 "no decay of the rate": dict(decay=0.0),
-                "no average of the weights": dict(ema=0.0), "float32": dict(bf16=False)}
+                "long windows from the start": dict(short=0.0),
+                "no average of the weights": dict(ema=0.0)}
+    if train.has_bf16(torch.device("cpu")):
+        variants["float32"] = dict(bf16=False)
     minutes = 0.02 if args.quick else args.minutes or 1.0
     return table(variants, lambda c: train.load_data(c, "cpu"), minutes, device="cpu")
 
 
-PAPER = dict(positions="sinusoidal", pairs=False, conv=0, qk_norm=False, zero_init=False, late=False,
-             optimizer="adam", lr=5e-4, decay=0.0, clip=0.25, ema=0.995, short=0.0)
+PAPER = dict(positions="sinusoidal", pairs=False, conv=0, qk_norm=False, zero_init=False,
+             late=False, optimizer="adam", lr=5e-4, decay=0.0, clip=0.25, ema=0.995, short=0.0)
 
 
 def bench_text8(args):
     """4 layers of 128 and chunks of 250 for all."""
     minutes = 0.02 if args.quick else args.minutes or 10.0
-    ours = dict(length=250, batch=16)
+    ours = dict(length=250, batch=8)
     variants = {"our tiny recipe": ours,
                 "the paper's recipe, the same size": {**ours, **PAPER, "warmup": 100}}
     return table(variants, text8_prefix, minutes, size="tiny", device="cpu")
@@ -232,8 +234,9 @@ def bench_text8(args):
 def bench_speed(args):
     """Full training steps on random symbols, the optimiser included."""
     given = dict(length=250, batch=32, dim=256, depth=4, heads=4, mlp=1024)
-    variants = {"our network": {}, "the paper's network": PAPER,
-                "the paper's network, float32": dict(PAPER, bf16=False)}
+    variants = {"our network": {}, "the paper's network": PAPER}
+    if train.complete({}).bf16:
+        variants["the paper's network, float32"] = dict(PAPER, bf16=False)
     if args.size:
         given = dict(size=args.size, batch=args.batch or train.SIZES[args.size]["batch"])
         variants = {args.size: {}}
@@ -246,15 +249,27 @@ def bench_speed(args):
         x = torch.randint(27, (c.batch, c.length), device=c.device)
         seconds = median_seconds(lambda: train.train_step(run, x).item(), 3 if args.quick else 15)
         params = sum(p.numel() for p in run.model.parameters())
-        row = dict(name=name, samples_per_second=c.batch / seconds,
+        row = dict(name=name, seconds=seconds, samples_per_second=c.batch / seconds,
                    chars_per_second=c.batch * c.length / seconds,
                    params=params, tflops=6 * params * c.batch * c.length / seconds / 1e12)
         if c.device.startswith("cuda"):
             row |= dict(share_of_bf16_peak=row["tflops"] / matmul_tflops(c.device),
                         gigabytes=torch.cuda.max_memory_allocated() / 1e9)
         rows.append(row)
+        if c.optimizer == "muon":
+            rows += muon_seconds(run)
+    for row in rows:
         print("  " + "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
                                for k, v in row.items()))
+    return rows
+
+
+def muon_seconds(run):
+    """A step of Muon on the matrices of this run, ours and torch's."""
+    matrices, rows = run.optimizers[1].param_groups[0]["params"], []
+    for name, make in (("Muon alone, ours", train.Muon), ("Muon alone, torch's", torch.optim.Muon)):
+        optimizer = make(matrices, lr=0.0, weight_decay=0.0)
+        rows.append(dict(name=name, seconds=median_seconds(optimizer.step)))
     return rows
 
 
@@ -272,9 +287,12 @@ def matmul_tflops(device, n=8192):
 
 def bench_run(args):
     """`python train.py` as a newcomer types it, its peak memory, and one sample in the making."""
-    folder = Path(args.ckpt).parent
-    short = ["--steps", "30", "--report", "10"] if args.quick else []
-    command([sys.executable, "train.py", "--out", str(folder), *short])
+    import resource                                                    # not on Windows
+    folder, plots = Path(args.ckpt).parent, importlib.util.find_spec("matplotlib") is not None
+    options = ["--steps", "30", "--report", "10"] if args.quick else ["--plot"] if plots else []
+    command([sys.executable, "train.py", "--out", str(folder), *options])
+    if "--plot" in options:
+        shutil.copy(folder / "results.png", Path(args.out).parent)
     frames = command([sys.executable, "sample.py", "--ckpt", args.ckpt, "--n", "1", "--calls", "20",
                       "--frames", "--out", str(folder)])
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9       # Linux: kB
@@ -312,7 +330,7 @@ TABLES = {                           # section -> {head of a column: format of a
                 "plain programme": "{plain_seconds:.1f}"},
     "coder": {"coder": "{coder}", "K": "{K}", "encode, Msym/s": "{encode:.1f}",
               "decode, Msym/s": "{decode:.1f}", "bytes over the ideal": "{extra_bytes:+.0f}"},
-    "speed": {"training step": "{name}", "weights": "{params:,}",
+    "speed": {"training step": "{name}", "weights": "{params:,}", "seconds": "{seconds:.3f}",
               "samples/s": "{samples_per_second:.1f}", "share of bf16 peak":
               "{share_of_bf16_peak:.0%}"},
     "ablation": {"": "{name}", "bits/char": "{bits:.3f}", "steps": "{steps:,}"},
@@ -347,8 +365,8 @@ def fill(readme, kept):
             text = "```\n" + "\n".join(section["rows"][0]["frames"]) + "\n```\n"
         else:
             text = markdown(section["rows"], TABLES[match[1]])
-        text += ("\n*{machine}; Python {versions[python]}, torch {versions[torch]}; seed 0; {date}*\n"
-                 .format_map(section))
+        text += ("\n*{machine}; Python {versions[python]}, torch {versions[torch]}; seed 0; "
+                 "{date}*\n".format_map(section))
         return f"<!-- {match[1]} -->\n{text}<!-- /{match[1]} -->"
     return re.sub(r"<!-- ([\w ]+) -->\n.*?<!-- /\1 -->", block, readme, flags=re.S)
 

@@ -328,7 +328,7 @@ def run_decode(args):
 
 
 def compare(model, kind, stream, order, plan):
-    """What one text costs by every measure. Returns ({name: bits/char}, facts about the archive)."""
+    """What one text costs by every measure: ({name: bits/char}, facts about the archive)."""
     n, device = len(stream), next(model.parameters()).device
     symbols = torch.from_numpy(datasets.to_symbols(stream, model.K)).to(device)
     test = bound(model, *datasets.cut(symbols, model.D), progress=True)

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import bench
 import coder
 import compress
 import data as datasets
@@ -1228,6 +1230,31 @@ def test_every_script_explains_itself():
         done = run(script, "--help")
         assert done.returncode == 0 and "--help" in done.stdout
     assert run("sample.py").returncode == 2
+
+
+def test_readme_names_functions_and_tests_that_exist():
+    rows = re.findall(r"^\| .*? \| (`.*?`) \| (`.*?`) \|$", (HERE / "README.md").read_text(), re.M)
+    functions, tests = (re.findall(r"`([\w.]+)`", " ".join(column)) for column in zip(*rows))
+    assert len(functions) > 8 and len(tests) > 8
+    for name in functions:
+        if "." in name.strip("."):                                     # module.function
+            module, *path = name.split(".")
+            thing = __import__(module)
+            for part in path:
+                thing = getattr(thing, part)
+    assert all(name in globals() for name in tests)
+
+
+def test_readme_shows_the_figures_that_were_measured():
+    readme, kept = (HERE / "README.md").read_text(), (HERE / "assets" / "bench.json").read_text()
+    assert bench.fill(readme, json.loads(kept)) == readme
+
+
+def test_tables_leave_out_what_was_not_measured():
+    rows = [dict(name="one", bits=1.23456), dict(name="two", bits=2.0)]
+    columns = {"": "{name}", "bits": "{bits:.2f}", "GPU": "{share:.0%}"}
+    lines = ["|  | bits |", "| --- | --- |", "| one | 1.23 |", "| two | 2.00 |"]
+    assert bench.markdown(rows, columns).splitlines() == lines
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -97,14 +97,14 @@ class Settings:
 
 
 SIZES = {
-    "tiny": dict(length=64, dim=128, depth=4, heads=2, mlp=512, batch=64, minutes=2.75, lr=6e-3,
-                 warmup=50, short=0.8),
+    "tiny": dict(length=64, dim=128, depth=4, heads=2, mlp=512, batch=32, minutes=2.75, lr=6e-3,
+                 muon_lr=0.03, weight_decay=0.1, warmup=50, short=0.7, short_length=32),
     "small": dict(length=250, dim=512, depth=8, heads=8, mlp=2048, batch=64, minutes=30.0, lr=2e-3,
                   warmup=200, ema=0.998, short=0.0),
-    "paper": dict(length=250, dim=768, depth=12, heads=12, mlp=3072, positions="sinusoidal", pairs=False, conv=0,
-                  qk_norm=False, zero_init=False, late=False, batch=512, steps=3_000_000,
-                  optimizer="adam", lr=5e-4, warmup=5000, decay=0.0, clip=0.25, ema=0.995,
-                  short=0.0),
+    "paper": dict(length=250, dim=768, depth=12, heads=12, mlp=3072, positions="sinusoidal",
+                  pairs=False, conv=0, qk_norm=False, zero_init=False, late=False, batch=512,
+                  steps=3_000_000, optimizer="adam", lr=5e-4, warmup=5000, decay=0.0, clip=0.25,
+                  ema=0.995, short=0.0),
 }
 RESUMABLE = {"steps", "minutes", "device", "passes", "report", "out", "data_dir", "compile"}
 
@@ -301,7 +301,7 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose steps are made orthogonal: every direction of a matrix is learnt at one rate.
 
     What `torch.optim.Muon` does, but in the precision of the weights (bfloat16, to which it rounds,
-    takes a CPU without it five times as long), all matrices of one shape in one product, and
+    takes a CPU without it four times as long), all matrices of one shape in one product, and
     queries, keys and values as the three matrices that they are.
     """
 
