@@ -14,8 +14,8 @@ Symbols, as in the paper (everything is counted from 1):
     m = sigma < t  (B, D) True where x is known
     s, S           stage 1..S, number of stages (order-agnostic model: S = 1)
     x^(s)          x at the end of stage s: x^(0) says nothing, x^(S) = x
-    a, A           symbol that a stage writes, 0..A-1
-                   (order-agnostic model: the value itself, A = K)
+    a, A           symbol that a stage writes, 0..A-1 (order-agnostic model: the value itself,
+                   A = K). The paper's a, the absorbing state, is each network's own affair
     L_t            loss component of step t: what one variable costs that is predicted at step t
     plan           [(s, t, k), ...]: in stage s, show what sigma < t has written, write the
                    k variables with t <= sigma < t + k together. One entry is one network
@@ -175,9 +175,9 @@ class ARDM(nn.Module):
         for s, t, k in plan:
             m = sigma[s - 1] < t                                       # (B, D) known
             where = ~m & (sigma[s - 1] < t + k)                        # (B, D) written in this call
-            t, s = x.new_full((len(x),), t), x.new_full((len(x),), s)  # (B,)
-            a = choose(self.log_probs(x, m, t, s), where, s)           # (B, D) symbols
-            x = torch.where(where, self.write(x, a, s), x)
+            ts, ss = x.new_full((len(x),), t), x.new_full((len(x),), s)          # (B,)
+            a = choose(self.log_probs(x, m, ts, ss), where, ss)        # (B, D) symbols
+            x = torch.where(where, self.write(x, a, ss), x)
         return x
 
     def orders(self, B, D, device=None, generator=None):
@@ -222,6 +222,7 @@ class ARDM(nn.Module):
         """
         plan = self.every_step(x.shape[1]) if plan is None else plan
         sigma = self.orders(*x.shape, x.device) if sigma is None else sigma
+        known = sigma.expand(self.S, *x.shape)[0] == 0                 # beforehand: costs nothing
         exact = torch.float32 if x.device.type == "mps" else torch.float64
         nats = torch.zeros(len(x), dtype=exact, device=x.device)
 
@@ -230,7 +231,7 @@ class ARDM(nn.Module):
             nats.sub_(torch.where(where, pick(log_p, a), 0).sum(dim=1))
             return a
 
-        self.walk(self.coarse(x, 0), plan, sigma, read)
+        self.walk(torch.where(known, x, self.coarse(x, 0)), plan, sigma, read)
         return nats
 
 

@@ -218,8 +218,8 @@ def bench_ablation(args):
     return table(variants, lambda c: train.load_data(c, "cpu"), minutes, device="cpu")
 
 
-PAPER = dict(positions="sinusoidal", pairs=False, conv=0, qk_norm=False, zero_init=False,
-             late=False, optimizer="adam", lr=5e-4, decay=0.0, clip=0.25, ema=0.995, short=0.0)
+PAPER = {name: value for name, value in train.SIZES["paper"].items()      # all but the size
+         if name not in ("length", "dim", "depth", "heads", "mlp", "batch", "steps", "warmup")}
 
 
 def bench_text8(args):
@@ -287,6 +287,8 @@ def matmul_tflops(device, n=8192):
 
 def bench_run(args):
     """`python train.py` as a newcomer types it, its peak memory, and one sample in the making."""
+    if args.quick:                                                     # not where a real run may be
+        args.ckpt = str(Path(args.scratch) / "ckpt.pt")
     import resource                                                    # not on Windows
     folder, plots = Path(args.ckpt).parent, importlib.util.find_spec("matplotlib") is not None
     options = ["--steps", "30", "--report", "10"] if args.quick else ["--plot"] if plots else []
@@ -358,7 +360,8 @@ def markdown(rows, columns):
 def fill(readme, kept):
     """The README with every figure between <!-- NAME --> and <!-- /NAME --> as it was measured."""
     def block(match):
-        section = kept[match[1].split()[0]]
+        if (section := kept.get(match[1].split()[0])) is None:         # not yet measured
+            return match[0]
         if match[1] == "run printed":
             text = f"```\n{train.describe(section['rows'][0])}\n```\n"
         elif match[1] == "run frames":
@@ -388,11 +391,14 @@ def main():
     args = parser.parse_args()
     path = Path(args.out)
     kept = json.loads(path.read_text()) if path.is_file() else {}
+    scratch = tempfile.TemporaryDirectory()
+    args.scratch = scratch.name
     for name in args.sections:
         print(name)
         rows = SECTIONS[name](args)
+        device = {} if name in ("run", "speed") else dict(device="cpu")
         kept[name] = dict(rows=rows, date=time.strftime("%Y-%m-%d"),
-                          **train.conditions(train.complete({})))
+                          **train.conditions(train.complete(device)))
         if not args.quick:
             with train.replacing(path, "w") as file:
                 json.dump(kept, file, indent=1)

@@ -59,6 +59,7 @@ def quantize(probs, precision=22):
         freqs = (part * scale).astype(np.int32)          # floor: none is below 0
         freqs += 1
         np.add.accumulate(freqs, axis=1, out=cdf[i:i + rows, 1:])
+    assert (cdf[:, A] <= 1 << precision).all(), "frequencies sum to more than 2^P"
     cdf[:, 0], cdf[:, A] = 0, 1 << precision
     return cdf
 
@@ -111,6 +112,7 @@ class Decoder:
             if x <= WORD and words:
                 x = x << 32 | words.pop()
             symbols.append(i - row)
+        assert 0 <= x < 1 << 64, "the state left its interval"
         self.x = x
         return np.array(symbols, dtype=np.int64)
 

@@ -16,6 +16,7 @@ last block is filled up with absent variables. An archive, all numbers big-endia
     7 + h       4       CRC-32 of all before it
     then for each block
                 4       p, length of the payload
+                4       CRC-32 of the payload
                 4       CRC-32 of the symbols that it decodes to, one byte each
                 p       payload: coder.py
 
@@ -29,6 +30,7 @@ import hashlib
 import itertools
 import json
 import os
+import shlex
 import struct
 import time
 import zlib
@@ -144,7 +146,8 @@ def pack(header, blocks):
     """Header dict and [(crc, payload)] -> the bytes of an archive."""
     text = json.dumps(header, separators=(",", ":")).encode()
     head = MAGIC + struct.pack(">BH", VERSION, len(text)) + text
-    body = b"".join(struct.pack(">II", len(payload), crc) + payload for crc, payload in blocks)
+    body = b"".join(struct.pack(">III", len(payload), zlib.crc32(payload), crc) + payload
+                    for crc, payload in blocks)
     return head + struct.pack(">I", zlib.crc32(head)) + body
 
 
@@ -163,19 +166,28 @@ def unpack(archive, name):
     try:
         header, blocks, at = json.loads(archive[7:end]), [], end + 4
         symbols = header["batch"] * header["D"]
-        assert 0 <= header["length"] and type(header["length"]) is type(symbols) is int
-        assert 0 < symbols <= max(BLOCK, header["D"])    # what `encode` would write
-    except (ValueError, KeyError, TypeError, AssertionError, RecursionError):
+        require(type(header["length"]) is type(symbols) is int and 0 <= header["length"])
+        require(0 < symbols <= max(BLOCK, header["D"]))  # what `encode` would write
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{name} is damaged: its header makes no sense")
     for number in range(1, -(-header["length"] // symbols) + 1):
-        size, crc = struct.unpack(">II", archive[at:at + 8].rjust(8, b"\xff"))
-        if len(archive) < at + 8 + size:
+        size, check, crc = struct.unpack(">III", archive[at:at + 12].rjust(12, b"\xff"))
+        payload = archive[at + 12:at + 12 + size]
+        if len(payload) < size:
             raise UserError(f"{name} is cut off: block {number} is not there, or not whole")
-        blocks.append((crc, archive[at + 8:at + 8 + size]))
-        at += 8 + size
+        if zlib.crc32(payload) != check:
+            raise UserError(f"{name} is damaged: block {number} does not match its checksum")
+        blocks.append((crc, payload))
+        at += 12 + size
     if at != len(archive):
         raise UserError(f"{name} is damaged: {len(archive) - at} bytes follow the last block")
     return header, blocks
+
+
+def require(holds):
+    """What a header must fulfil; unlike an assert it also counts under python -O."""
+    if not holds:
+        raise ValueError
 
 
 def open_codec(header, model, name):
@@ -183,23 +195,24 @@ def open_codec(header, model, name):
     if (header.get("weights"), header["D"], header.get("K")) != (digest(model), model.D, model.K):
         raise UserError(f"{name} was written with another checkpoint")
     try:
-        assert 0 < header["threads"] <= 1024
+        probe, written = header["probe"], "torch {torch}, {threads} threads, {device}"
+        require(0 < header["threads"] <= 1024)
         torch.set_num_threads(header["threads"])
         runs, step, plan = header["plan"], collections.Counter(), []
-        assert (all(times > 0 for _, _, times in runs)
+        require(all(times > 0 for _, _, times in runs)
                 and sum(times for _, _, times in runs) <= model.S * model.D)
         for s, k in (call for s, k, times in runs for call in [(s, k)] * times):
             plan.append((s, step[s] + 1, k))
             step[s] += k
-        assert (step == {s: model.D for s in range(1, model.S + 1)}
+        require(step == {s: model.D for s in range(1, model.S + 1)}
                 and all(k > 0 for _, _, k in plan))
+        written = written.format_map(header)
         codec = Codec(model, header["order"], plan, header["batch"])
-    except (KeyError, TypeError, ValueError, AssertionError, RuntimeError):
+    except (KeyError, TypeError, ValueError, RuntimeError):
         raise UserError(f"{name} is damaged: its header makes no sense")
-    if codec.fingerprint() != header["probe"]:
+    if codec.fingerprint() != probe:
         raise UserError(f"{name} cannot be decoded here: this machine computes other probabilities "
-                        f"than the one that wrote it (torch {header['torch']}, "
-                        f"{header['threads']} threads, {header['device']})")
+                        f"than the one that wrote it ({written})")
     return codec
 
 
@@ -244,9 +257,9 @@ def decode(model, archive, name):
 
 # -- Which order and plan --------------------------------------------------------------------------
 
-def candidates(model, L, calls):
+def candidates(model, L, calls, rule="auto"):
     """[(order, plan)] to try: the cheapest plan by L, and for fewer calls than steps an even one,
-    whose calls of k variables suit k readers that march together."""
+    whose calls of k variables suit k readers that march together. rule: only this order."""
     full = model.S * model.D
     if not model.S <= calls <= full:
         raise UserError(f"--calls {calls}: choose {model.S} to {full}")
@@ -259,26 +272,35 @@ def candidates(model, L, calls):
         plans = [planner.plan(L, calls), planner.uniform_plan(model.S, model.D, calls)]
     widest = sorted({max(k for _, _, k in plan) for plan in plans} - {1}) or [2]
     rules = ["forward", "backward", "random:1", "random:2"] + [f"spaced:{k}" for k in widest]
-    return list(itertools.product(rules, plans))
+    return list(itertools.product(rules if rule == "auto" else [rule], plans))
+
+
+def label(order, plan, model):
+    """An order and plan in words."""
+    if len(plan) == model.S * model.D:
+        return order
+    even = plan == planner.uniform_plan(model.S, model.D, len(plan))
+    return f"{order} ({'even' if even else 'cheapest'} plan)"
 
 
 def search(model, checkpoint, pairs):
     """The best of several (order, plan), by the exact nll of some training chunks (App. D)."""
+    if len(pairs) == 1:
+        return pairs[0]
     try:
-        data = load_data(checkpoint["settings"], next(model.parameters()).device)
+        data = load_data(checkpoint["settings"], next(model.parameters()).device, model.K,
+                         fetch=False)
     except UserError as error:
-        print(f"no search for an order, {pairs[0][0]} is taken: "
+        print(f"no search for an order, {label(*pairs[0], model)} is taken: "
               f"the training data is not there ({error})")
         return pairs[0]
     x, scores = spread(data.chunks("train")[0], max(1, 2048 // model.D)).long(), []
-    for rule, plan in tqdm(pairs, desc="searching an order (--order skips this)", unit="order",
-                           leave=False):
+    for rule, plan in tqdm(pairs, desc="searching an order", unit="order", leave=False):
         sigma = torch.from_numpy(planner.order(rule, model.D)).to(x.device).expand(x.shape)
         scores.append(bits_per_dim(model.nll(x, plan, sigma).mean().item(), model.D))
     table = sorted(zip(scores, range(len(pairs))))
     print("orders, bits/char of training text: " + ", ".join(
-        f"{pairs[i][0]}{'' if pairs[i][1] == pairs[0][1] else ' (even plan)'} {score:.3f}"
-        for score, i in table))
+        f"{label(*pairs[i], model)} {score:.3f}" for score, i in table))
     return pairs[table[0][1]]
 
 
@@ -295,33 +317,35 @@ def settle(args):
     """(model, checkpoint, order, plan) that a command line asks for."""
     model, checkpoint = load_model(args.ckpt, args.device)
     calls = model.S * model.D if args.calls is None else args.calls
-    pairs = candidates(model, checkpoint["L"], calls)
-    if args.order != "auto":
-        try:
-            planner.order(args.order, model.D)
-        except ValueError as error:
-            raise UserError(f"--order: {error}")
-        pairs = [(args.order, pairs[0][1])]
-    return model, checkpoint, pairs
+    try:
+        args.order == "auto" or planner.order(args.order, model.D)
+    except ValueError as error:
+        raise UserError(f"--order: {error}, or auto")
+    return model, checkpoint, candidates(model, checkpoint["L"], calls, args.order)
 
 
 def run_encode(args):
+    """a file to an archive"""
     model, checkpoint, pairs = settle(args)
     stream = read(args.input)
     datasets.to_symbols(stream, model.K)                 # what cannot be coded is said first
-    order, plan = pairs[0] if len(pairs) == 1 else search(model, checkpoint, pairs)
+    order, plan = search(model, checkpoint, pairs)
     archive, bits = encode(model, checkpoint["kind"], stream, order, plan, args.verify)
     with replacing(args.output) as file:
         file.write(archive)
     print(f"{args.input}: {len(stream):,} characters -> {len(archive):,} bytes, "
-          f"{8 * len(archive) / max(1, len(stream)):.3f} bits/char; order {order}, "
-          f"{len(plan)} network calls a block{', decoded and compared' if args.verify else ''}")
-    print(f"back again: python compress.py decode --ckpt {args.ckpt} {args.output} FILE")
+          f"{8 * len(archive) / max(1, len(stream)):.3f} bits/char; "
+          f"order {label(order, plan, model)}, {len(plan)} network calls a block{', decoded and compared' if args.verify else ''}")
+    print(f"back again: python compress.py decode --ckpt {shlex.quote(args.ckpt)} "
+          f"{shlex.quote(args.output)} FILE")
 
 
 def run_decode(args):
-    model, _ = load_model(args.ckpt, args.device)
-    stream = decode(model, read(args.input), args.input)
+    """an archive to the file it was made of"""
+    archive = read(args.input)
+    header, _ = unpack(archive, args.input)
+    model, _ = load_model(args.ckpt, args.device or str(header.get("device")))
+    stream = decode(model, archive, args.input)
     with replacing(args.output) as file:
         file.write(stream)
     print(f"{args.output}: {len(stream):,} characters, checksums match")
@@ -332,38 +356,38 @@ def compare(model, kind, stream, order, plan):
     n, device = len(stream), next(model.parameters()).device
     symbols = torch.from_numpy(datasets.to_symbols(stream, model.K)).to(device)
     test = bound(model, *datasets.cut(symbols, model.D), progress=True)
-    begin = time.monotonic()
+    begin = time.perf_counter()
     archive, bits = encode(model, kind, stream, order, plan, verify=False)
-    encoded = time.monotonic()
+    encoded = time.perf_counter()
     same = decode(model, archive, "the archive") == stream
-    decoded = time.monotonic()
+    decoded = time.perf_counter()
     payload = sum(len(part) for _, part in unpack(archive, "the archive")[1])
     rows = {"bound, mean over all orders": test["bits"],
             "exact nll of this order and plan": bits / n,
             "archive, payload": 8 * payload / n, "archive, whole file": 8 * len(archive) / n}
-    facts = dict(characters=n, order=order, calls=len(plan), stderr=test["stderr"],
+    facts = dict(characters=n, order=label(order, plan, model), calls=len(plan), stderr=test["stderr"],
                  payload_bytes=payload, archive_bytes=len(archive),
                  percent_over_nll=100 * (8 * payload / bits - 1), encode_seconds=encoded - begin,
                  decode_seconds=decoded - encoded, identical=same,
                  weight_bytes=4 * sum(p.numel() for p in model.parameters()))
-    return rows | references(stream, model.D), facts
+    return rows | references(stream, model.D, model.K), facts
 
 
 def run_bench(args):
-    """Everything in bits/char, on one file or on the beginning of the test split."""
+    """what a file costs by every measure; without FILE, the beginning of the test split"""
     model, checkpoint, pairs = settle(args)
     if args.input:
         stream = read(args.input)
         datasets.to_symbols(stream, model.K)             # what cannot be coded is said first
     else:
-        data = load_data(checkpoint["settings"], "cpu")
+        data = load_data(checkpoint["settings"], "cpu", model.K)
         stream = datasets.to_bytes(data.splits["test"][:20000], model.K)
     if len(stream) < model.D:
         raise UserError(f"{args.input} is shorter than a chunk of {model.D}")
-    order, plan = pairs[0] if len(pairs) == 1 else search(model, checkpoint, pairs)
+    order, plan = search(model, checkpoint, pairs)
     rows, f = compare(model, checkpoint["kind"], stream, order, plan)
-    print(f"{f['characters']:,} characters, chunks of {model.D}, order {order}, "
-          f"{len(plan)} network calls a block; bits/char:")
+    print(f"{f['characters']:,} characters, chunks of {model.D}, "
+          f"order {label(order, plan, model)}, {len(plan)} network calls a block; bits/char:")
     notes = {"bound, mean over all orders": f" (standard error {f['stderr']:.4f})",
              "archive, payload": f" ({f['payload_bytes']:,} bytes, "
                                  f"{f['percent_over_nll']:+.3f}% of the nll)",
@@ -398,9 +422,11 @@ def main():
             command.add_argument("--no-verify", dest="verify", action="store_false",
                                  help="skip the decoding that proves it")
     args = parser.parse_args()
-    if args.command != "bench" and Path(args.input).exists() and Path(args.output).exists() \
-            and os.path.samefile(args.input, args.output):
-        raise UserError("IN and OUT are the same file")
+    if args.command != "bench" and Path(args.output).exists():
+        if Path(args.output).is_dir():
+            raise UserError(f"{args.output} is a folder, not a file to write")
+        if Path(args.input).exists() and os.path.samefile(args.input, args.output):
+            raise UserError("IN and OUT are the same file")
     args.run(args)
 
 

@@ -13,6 +13,7 @@ Every split is by position: the first 90% for training, 5% for validation, the l
 """
 import hashlib
 import os
+import platform
 import re
 import urllib.request
 import zipfile
@@ -70,12 +71,15 @@ def cut(stream, D):
     return stream[:whole].view(-1, D), stream[whole:]
 
 
-def load(name, length, data_dir="data", device="cpu"):
-    """The data set of that name, or the file at that path, in chunks of `length`."""
+def load(name, length, data_dir="data", device="cpu", fetch=True):
+    """The data set of that name, or the file at that path, in chunks of `length`.
+
+    fetch: download text8 or enwik8 where `data_dir` does not have it.
+    """
     if name == "pydoc":
-        stream = pydoc_stream()
+        name, stream = f"pydoc of Python {platform.python_version()}", pydoc_stream()
     elif name in URLS:
-        stream = upstream(name, Path(data_dir))
+        stream = upstream(name, Path(data_dir), fetch)
     elif Path(name).is_file():
         stream = read_stream(Path(name))
     else:
@@ -135,12 +139,19 @@ def pydoc_stream():
     return re.sub("[^a-z]+", " ", text).strip().encode()
 
 
-def upstream(name, folder):
+def upstream(name, folder, fetch=True):
     """text8 or enwik8 from `folder`, whole and checked; fetched first where it is not there."""
     archive = folder / f"{name}.zip"
     path = next((p for p in (folder / name, archive) if p.is_file()), None)
+    if path is None and not fetch:
+        raise UserError(f"neither {folder / name} nor {archive} is there")
     if path is None:
-        download(URLS[name], path := archive)
+        return download(URLS[name], archive, lambda part: whole(name, part))
+    return whole(name, path)
+
+
+def whole(name, path):
+    """The bytes of text8 or enwik8; UserError where the file holds anything else."""
     stream = read_stream(path)
     if (found := hashlib.md5(stream).hexdigest()) != MD5[name]:
         raise UserError(f"{path} is not the whole {name} (md5 {found}, expected {MD5[name]}); "
@@ -168,8 +179,9 @@ def read_stream(path):
         raise UserError(f"{path} cannot be read: {error}")
 
 
-def download(url, path):
-    """Fetches url to path with a progress bar, under a temporary name until it is complete."""
+def download(url, path, check=lambda part: None):
+    """Fetches url to path with a progress bar, under a temporary name until it is complete and
+    check(temporary path) has found nothing wrong. Returns what check returns."""
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -181,7 +193,10 @@ def download(url, path):
                     bar.update(len(block))
             if size and bar.n != size:
                 raise OSError(f"the connection ended after {bar.n} of {size} bytes")
+        found = check(part)
         os.replace(part, path)
-    except (OSError, ValueError) as error:                   # URLError and HTTPError are OSErrors
-        part.unlink(missing_ok=True)
+        return found
+    except (OSError, ValueError, UserError) as error:        # URLError and HTTPError are OSErrors
         raise UserError(f"cannot download {url} ({error}): fetch it elsewhere and put it at {path}")
+    finally:
+        part.unlink(missing_ok=True)

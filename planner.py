@@ -105,8 +105,8 @@ def order(rule, D):
     """An order by its name: sigma (D,) int64, the step that writes each position.
 
     forward, backward; random:SEED, a permutation that depends on SEED and D alone, on any machine;
-    spaced:G, G readers that march forward together, D/G apart: neighbours are never written in one
-    call of up to G variables. ValueError for any other name.
+    spaced:G, G readers that march forward together, D/G apart: where G divides D, calls of G
+    variables keep them as far apart as can be. ValueError for any other name.
     """
     name, _, number = rule.partition(":")
     here = range(D)

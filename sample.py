@@ -6,6 +6,7 @@
 
 Prints the samples and writes them to samples.txt (and frames.txt) beside the checkpoint.
 """
+import os
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from train import Parser, command_line, load_model, replacing
 
 def read_prompt(prompt, model):
     """A prompt -> x, known, absent (D,): underscores are unknown, all behind its end is absent."""
-    n, D = len(stream := prompt.encode()), model.D
+    n, D = len(stream := os.fsencode(prompt)), model.D
     if n > D:
         raise UserError(f"the prompt has {n} characters, the model takes {D}")
     if b"_" not in stream:
@@ -59,15 +60,15 @@ def make_sigma(rule, B, model, generator):
 
 
 def frames(model, x, sigma, plan, most=12):
-    """[(t, state (B, D), known (B, D))]: the process that led to x, at up to `most` of its steps.
+    """[(s, t, state (B, D), known (B, D))]: the process that led to x, at up to `most` points.
 
     x and sigma tell all that went before: at step t of stage s, x^(s) is known where sigma < t.
     """
-    ends = [(s, t + k) for s, t, k in plan]
-    shown = [ends[i * len(ends) // most] for i in range(1, most)] if len(ends) > most else ends[:-1]
-    first = plan[0][:2]
-    return [(t, model.state(x, sigma[s - 1] < t, torch.tensor([s])), sigma[s - 1] < t)
-            for s, t in [first, *shown, ends[-1]]]
+    points = [plan[0][:2]] + [(s, t + k) for s, t, k in plan]
+    n = min(most, len(points))
+    shown = [points[i * (len(points) - 1) // (n - 1)] for i in range(n)]
+    return [(s, t, model.state(x, sigma[s - 1] < t, torch.tensor([s])), sigma[s - 1] < t)
+            for s, t in shown]
 
 
 def main():
@@ -83,13 +84,14 @@ def main():
     parser.add_argument("--temperature", type=float, default=1.0,
                         help="below 1: likelier, less varied")
     parser.add_argument("--frames", action="store_true",
-                        help="also show what is known at several steps")
+                        help="also show what is known at several steps of each stage, "
+                             "_ for what is not")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cuda, mps or cpu")
     parser.add_argument("--out", help="folder for samples.txt; the default is the checkpoint's")
     args = parser.parse_args()
-    if args.n < 1 or args.temperature <= 0:
-        raise UserError("--n must be at least 1 and --temperature above 0")
+    if args.n < 1 or not args.temperature > 0 or not 0 <= args.seed < 1 << 63:
+        raise UserError("--n must be at least 1, --temperature above 0 and --seed 0 to 2^63 - 1")
     model, checkpoint = load_model(args.ckpt, args.device)
     device, D = next(model.parameters()).device, model.D
     x, known, absent = read_prompt("_" * D if args.prompt is None else args.prompt, model)
@@ -106,20 +108,22 @@ def main():
 def report(model, x, sigma, plan, absent, args):
     """Prints the samples and writes them to files."""
     folder, length = Path(args.out or Path(args.ckpt).parent), model.D - int(absent.sum())
-    lines = [datasets.show(row[:length], model.K) for row in x]
-    texts = {"samples.txt": "\n".join(lines) + "\n"}
+    shown = "".join(datasets.show(row[:length], model.K) + "\n" for row in x)
+    files = {"samples.txt": b"".join(datasets.to_bytes(row[:length], model.K) + b"\n"
+                                     for row in x)}
     if args.frames:
         steps = frames(model, x, sigma, plan)
-        texts["frames.txt"] = "\n".join(
-            "".join(
-                f"t = {t:4d}  {datasets.show(state[i, :length], model.K, m[i, :length].numpy())}\n"
-                for t, state, m in steps) for i in range(len(x)))
-    for name, text in texts.items():
+        shown = "\n".join(
+            "".join(f"{f's = {s}  ' if model.S > 1 else ''}t = {t:4d}  "
+                    f"{datasets.show(state[i, :length], model.K, m[i, :length].numpy())}\n"
+                    for s, t, state, m in steps) for i in range(len(x)))
+        files["frames.txt"] = shown.encode()
+    for name, content in files.items():
         with replacing(folder / name) as file:
-            file.write(text.encode())
-    print(texts["frames.txt" if args.frames else "samples.txt"], end="")
+            file.write(content)
+    print(shown, end="")
     print(f"{len(x)} samples, {len(plan)} network calls; "
-          f"written to {' and '.join(str(folder / n) for n in texts)}")
+          f"written to {' and '.join(str(folder / n) for n in files)}")
 
 
 if __name__ == "__main__":

@@ -236,6 +236,15 @@ def test_rerank_keeps_the_order_of_the_others():
     assert rerank(sigma, known, absent).tolist() == [[4, 0, 6, 3, 2]]
 
 
+def test_nll_of_the_unknown_given_the_known_is_conditional():
+    model, x = ARDM(Table(3, 2, dtype=torch.float64), 3, 2), all_x(3, 2)
+    sigma = torch.tensor([[0, 2, 3]]).expand(8, 3)                     # x_1 is given
+    nll = model.nll(x, [(1, 2, 1), (1, 3, 1)], sigma)
+    whole = model.nll(x, sigma=torch.tensor([[1, 2, 3]]).expand(8, 3))
+    first = model.nll(x, [(1, 1, 1)], torch.tensor([[1, 2, 3]]).expand(8, 3))
+    assert torch.allclose(nll, whole - first)
+
+
 def test_infilling_runs_no_call_for_what_is_known():
     model = ARDM(Spy(3), 8, 3)
     known = torch.arange(8) < 5
@@ -813,6 +822,17 @@ def test_text8_that_is_not_the_whole_text8_is_refused(tmp_path):
         datasets.load("text8", 20, tmp_path)
 
 
+def test_a_download_that_is_something_else_is_not_kept(tmp_path, monkeypatch):
+    """A login page instead of the file must not stay behind under the file's name."""
+    (tmp_path / "page").write_text("please log in " * 100)
+    monkeypatch.setitem(datasets.URLS, "text8", (tmp_path / "page").as_uri())
+    with pytest.raises(UserError, match="md5"):
+        datasets.load("text8", 20, tmp_path / "data")
+    assert list((tmp_path / "data").iterdir()) == []
+    with pytest.raises(UserError, match="neither"):
+        datasets.load("text8", 20, tmp_path / "data", fetch=False)
+
+
 def test_a_download_is_complete_or_not_there(tmp_path):
     source = tmp_path / "source"
     source.write_bytes(b"x" * 1000)
@@ -895,7 +915,7 @@ def test_muon_treats_queries_keys_and_values_one_by_one():
     for p, gradient in zip(parts, whole.grad.chunk(3)):
         p.grad = gradient.clone()
     for p in [[whole], parts]:
-        train.Muon(p, lr=0.1, weight_decay=0.0).step()
+        train.Muon(p, lr=0.1, weight_decay=0.0, parts=3 if len(p) == 1 else 1).step()
     assert torch.allclose(whole, torch.cat(parts), atol=1e-6)
 
 
@@ -905,8 +925,18 @@ def test_muon_gets_the_matrices_of_the_blocks_and_nothing_is_left_out():
     groups = [[p for g in o.param_groups for p in g["params"]]
               for o in train.make_optimizers(net, c)]
     assert sum(map(len, groups)) == len(list(net.parameters())) and len(groups[1]) == 4 * c.depth
+    qkv = train.make_optimizers(net, c)[1].param_groups[0]
+    assert qkv["parts"] == 3 and qkv["params"][0] is net.blocks[0].qkv.weight
     c.optimizer = "adam"
     assert len(train.make_optimizers(net, c)) == 1
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_checkpoint(tmp_path):
+    c = train.complete(dict(SMALL, steps=30, lr=1e30))
+    data = train.load_data(c, "cpu")
+    with pytest.raises(UserError, match="smaller --lr"):
+        train.train(train.Run(c, 27, "text"), data, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["log.csv"]
 
 
 def test_bound_of_a_uniform_model_counts_every_character():
@@ -933,7 +963,7 @@ def test_steps_that_were_never_met_take_their_neighbours_value():
 
 def test_references_are_what_the_standard_library_gives():
     text = b"abracadabra" * 30
-    bits = train.references(text, 11)
+    bits = train.references(text, 11, 27)
     assert math.isclose(bits["uniform"], math.log2(27)) and bits["bz2"] < 2 < bits["bz2 in chunks"]
     share = np.array([5, 2, 2, 1, 1]) / 11
     assert math.isclose(bits["single letters"], -(share * np.log2(share)).sum())
@@ -1027,7 +1057,10 @@ def test_a_second_run_keeps_the_first_ones_checkpoint(folder, tmp_path):
     (tmp_path / "ckpt.pt").write_bytes((folder / "ckpt.pt").read_bytes())
     done = run("train.py", *QUICK, "--steps", 2, "--out", tmp_path)
     assert done.returncode == 0
-    assert (tmp_path / "ckpt.old.pt").read_bytes() == (folder / "ckpt.pt").read_bytes()
+    assert (tmp_path / "ckpt.1.pt").read_bytes() == (folder / "ckpt.pt").read_bytes()
+    train.set_aside(tmp_path)
+    assert (tmp_path / "ckpt.2.pt").exists() and (tmp_path / "results.2.json").exists()
+    assert not (tmp_path / "ckpt.pt").exists() and not (tmp_path / "results.json").exists()
 
 
 def test_samples_are_repeatable_and_obey_the_budget(folder, tmp_path):
@@ -1119,6 +1152,17 @@ def test_every_damaged_archive_is_refused(folder):
         compress.decode(model, archive + b"x", "archive")
 
 
+def test_damaged_archives_of_upscale_models_are_refused():
+    """A wrong digit may lead to a value that does not exist."""
+    model = UpscaleARDM(StageTable(2, 5, 5, 2), 2, 5, 4)
+    codec = compress.Codec(model, "forward", planner.full_plan(2, 2), batch=4)
+    archive = compress.pack(compress.make_header(model, codec, "bytes", 7, "forward"), [(0, b"x" * 7)])
+    for seed in range(100):
+        noise = np.random.default_rng(seed).bytes(7)
+        with pytest.raises(UserError, match="block 1"):
+            compress.decode(model, archive[:-7] + noise, "archive")
+
+
 def test_a_machine_that_computes_other_numbers_refuses(folder):
     model, _ = train.load_model(folder / "ckpt.pt", "cpu")
     archive, _ = compress.encode(model, "text", b"some text", "forward", planner.full_plan(1, 24))
@@ -1151,11 +1195,31 @@ def test_train_refuses_bad_input(refused, tmp_path):
             match="200 characters are too few for chunks of 64")
     refused(train, "--size", "huge", *out, match="choose tiny, small, paper")
     refused(train, "--steps", 0, *out, match="--steps or --minutes must be positive")
+    refused(train, "--heads", 0, *out, match="must be positive")
+    refused(train, "--lr", -1, *out, match="--lr, --muon-lr and --clip must be positive")
+    refused(train, "--seed", 1 << 70, *out, match="--seed must be")
+    refused(train, *QUICK, "--out", tmp_path / "empty", match="File exists")
     refused(train, "--dim", 30, "--heads", 4, *out, match="multiple of")
     refused(train, "--device", "abacus", *out, match="--device abacus")
     refused(train, "--resume", *out, match="no such checkpoint")
     refused(train, "--stepz", 3, *out, match="unrecognized arguments")
     refused(train, "--steps", "many", *out, match="invalid int value")
+
+
+def test_resume_and_evaluate_refuse_what_does_not_fit(refused, folder, tmp_path):
+    evaluate = ("--evaluate", folder / "ckpt.pt")
+    refused(train, *evaluate, "--length", 32, match="leave out --length")
+    refused(train, *evaluate, "--passes", -1, match="--passes must be at least 1")
+    (tmp_path / "bytes").write_bytes(bytes(range(256)) * 10)
+    refused(train, *evaluate, "--data", tmp_path / "bytes", match="K = 256, the checkpoint was")
+    resume = ("--resume", "--out", folder)
+    refused(train, *resume, "--dim", 64, match="cannot be resumed with another")
+    refused(train, *resume, "--report", 0, match="must be positive")
+    other = train.read_checkpoint(folder / "ckpt.pt")
+    other["settings"] = vars(other["settings"]) | dict(data=str(tmp_path / "bytes"))
+    torch.save(other, tmp_path / "ckpt.pt")
+    refused(train, "--resume", "--out", tmp_path, match="K = 256, the checkpoint was")
+    refused(compress, "bench", "--ckpt", tmp_path / "ckpt.pt", match="K = 256, the checkpoint was")
 
 
 def test_foreign_and_damaged_checkpoints_are_refused(refused, folder, tmp_path):
@@ -1201,6 +1265,7 @@ def test_compress_refuses_bad_input(refused, folder, tmp_path):
     refused(compress, "encode", *ckpt, "--order", "up", tmp_path / "in", out,
             match="choose forward, backward")
     refused(compress, "encode", *ckpt, tmp_path / "in", tmp_path / "in", match="the same file")
+    refused(compress, "encode", *ckpt, tmp_path / "in", tmp_path, match="is a folder")
     refused(compress, "decode", *ckpt, tmp_path / "foreign", out, match="is no archive")
     refused(compress, match="required")
     model, _ = train.load_model(folder / "ckpt.pt", "cpu")

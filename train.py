@@ -22,6 +22,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import signal
 import sys
 import time
@@ -106,7 +107,7 @@ SIZES = {
                   steps=3_000_000, optimizer="adam", lr=5e-4, warmup=5000, decay=0.0, clip=0.25,
                   ema=0.995, short=0.0),
 }
-RESUMABLE = {"steps", "minutes", "device", "passes", "report", "out", "data_dir", "compile"}
+RESUMABLE = {"steps", "minutes", "passes", "report", "out", "data_dir", "compile"}
 
 
 # -- Settings, models, checkpoints -----------------------------------------------------------------
@@ -121,16 +122,25 @@ class Parser(argparse.ArgumentParser):
 def command_line(main):
     """Runs a script; what the user can mend is one line on stderr and exit code 2."""
     name = Path(sys.argv[0]).name
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")         # a terminal that lacks a character
     try:
         main()
     except UserError as error:
         print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError:
+        print(f"{name}: the device has too little memory for this: a smaller --batch or --size "
+              "takes less", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"\n{name}: stopped", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:                              # as in: python sample.py ... | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:                             # a full disk, a folder that is a file
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def add_settings(parser):
@@ -157,18 +167,28 @@ def complete(given):
     c.bf16 = has_bf16(device) if c.bf16 is None else c.bf16
     c.compile = device.type == "cuda" if c.compile is None else c.compile
     c.out = c.out or f"out/{Path(c.data).stem}"
+    return check(c)
+
+
+def check(c):
+    """The settings, or a UserError that says which of them cannot be."""
     checks = [(c.positions in ("rotary", "sinusoidal"), "--positions: choose rotary or sinusoidal"),
               (c.parametrization in ("data", "direct"), "--parametrization: choose data or direct"),
               (c.optimizer in ("muon", "adam"), "--optimizer: choose muon or adam"),
               (min(c.length, c.dim, c.depth, c.heads, c.mlp, c.batch, c.report) > 0,
-               "sizes must be positive"),
-              (c.dim % (2 * c.heads) == 0,
+               "--length, --dim, --depth, --heads, --mlp, --batch and --report must be positive"),
+              (c.heads > 0 and c.dim % (2 * c.heads) == 0,
                f"--dim {c.dim} must be a multiple of 2 * heads = {2 * c.heads}"),
+              (min(c.lr, c.muon_lr, c.clip) > 0 and c.warmup >= 0 and c.weight_decay >= 0,
+               "--lr, --muon-lr and --clip must be positive, --warmup and --weight-decay not "
+               "negative"),
+              (0 <= c.ema < 1 and 0 <= c.decay <= 1, "--ema must be 0 to below 1, --decay 0 to 1"),
+              (0 <= c.seed < 1 << 63, "--seed must be 0 to 2^63 - 1"),
               (c.conv == 0 or c.conv > 0 and c.conv % 2 == 1, "--conv must be odd, or 0"),
               (0 <= c.short <= 1 and c.short_length > 0,
                "--short must be 0 to 1 and --short-length positive"),
               (c.passes is None or c.passes > 0, "--passes must be at least 1"),
-              ((c.steps or 0) > 0 or c.steps is None and (c.minutes or 0) > 0,
+              (c.steps > 0 if c.steps is not None else (c.minutes or 0) > 0,
                "--steps or --minutes must be positive")]
     for holds, message in checks:
         if not holds:
@@ -210,8 +230,12 @@ def build_model(c, K):
     return UpscaleARDM(net, c.length, K, c.branch, c.parametrization)
 
 
-def load_data(c, device):
-    return datasets.load(c.data, c.length, c.data_dir, device)
+def load_data(c, device, K=None, fetch=True):
+    """The data of these settings. K: of the model that it is for, which it then must fit."""
+    data = datasets.load(c.data, c.length, c.data_dir, device, fetch)
+    if K not in (None, data.K):
+        raise UserError(f"{data.name} has K = {data.K}, the checkpoint was trained on K = {K}")
+    return data
 
 
 def read_checkpoint(path):
@@ -245,6 +269,8 @@ def replacing(path, mode="wb"):
     """A file that appears under its name only once it is complete; until then, and after an error,
     the old one stays as it was."""
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder")
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -301,12 +327,14 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose steps are made orthogonal: every direction of a matrix is learnt at one rate.
 
     What `torch.optim.Muon` does, but in the precision of the weights (bfloat16, to which it rounds,
-    takes a CPU without it four times as long), all matrices of one shape in one product, and
-    queries, keys and values as the three matrices that they are.
+    takes a CPU without it several times as long: bench.py speed), and all matrices of one shape in
+    one product. A parameter in a group with parts = 3 is three matrices on top of each other, as
+    the queries, keys and values are.
     """
 
-    def __init__(self, matrices, lr, weight_decay, momentum=0.95):
-        super().__init__(matrices, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+    def __init__(self, matrices, lr, weight_decay, momentum=0.95, parts=1):
+        super().__init__(matrices, dict(lr=lr, weight_decay=weight_decay, momentum=momentum,
+                                        parts=parts))
 
     @torch.no_grad()
     def step(self):
@@ -317,8 +345,7 @@ class Muon(torch.optim.Optimizer):
                     self.state[p]["mean"] = torch.zeros_like(p)
                 mean = self.state[p]["mean"].lerp_(p.grad, 1 - momentum)
                 step = p.grad.lerp(mean, momentum)       # Nesterov's: one step ahead
-                parts = 3 if p.shape[0] == 3 * p.shape[1] else 1
-                for part, step in zip(p.chunk(parts), step.chunk(parts)):
+                for part, step in zip(p.chunk(group["parts"]), step.chunk(group["parts"])):
                     by_shape[part.shape].append((part, step))
             for (rows, columns), pairs in by_shape.items():
                 parts, steps = zip(*pairs)
@@ -350,7 +377,10 @@ def make_optimizers(net, c):
     optimizers = [torch.optim.AdamW(rest, lr=c.lr, betas=(0.9, 0.95 if matrices else 0.999),
                                     weight_decay=0.0, fused=c.device.split(":")[0] != "mps")]
     if matrices:
-        optimizers.append(Muon(matrices, lr=c.muon_lr, weight_decay=c.weight_decay))
+        qkv = [block.qkv.weight for block in net.blocks]
+        others = [p for p in matrices if all(p is not q for q in qkv)]
+        optimizers.append(Muon([dict(params=qkv, parts=3), dict(params=others)], lr=c.muon_lr,
+                               weight_decay=c.weight_decay))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["full_lr"] = group["lr"]
@@ -365,9 +395,11 @@ def learning_rate(c, step, progress):
 
 
 def window(c, progress):
-    """(B, D) of a training batch. For most of the run short windows, and as many more of them,
-    teach more: near letters tell most of what can be learnt, and attention to 64 of them
-    costs a quarter."""
+    """(B, D) of a training batch: for most of the run short windows, and as many more of them.
+
+    They teach more at first: near letters tell most of what can be learnt, and attention to few
+    of them costs less.
+    """
     D = min(c.length, c.short_length) if progress < c.short else c.length
     return c.batch * c.length // D, D
 
@@ -400,7 +432,7 @@ def train_step(run, x):
 
 def train(run, data, folder):
     """Steps until the run is over or Ctrl-C; saves as it goes. True where the run was completed."""
-    c, saved, losses, recent = run.c, time.monotonic(), [], collections.deque(maxlen=50)
+    c, saved, losses, recent = run.c, time.perf_counter(), [], collections.deque(maxlen=50)
     begin, mark = saved - run.seconds, (run.step, run.seconds)
     log, some = Log(folder / "log.csv", run.step), spread(data.chunks("valid")[0], 64)
     bar = tqdm(total=1.0, initial=min(run.progress, 1.0), mininterval=0.5,
@@ -410,20 +442,23 @@ def train(run, data, folder):
             x = data.batch(*window(c, run.progress), generator=run.generator)
             losses.append(train_step(run, x))
             recent.append(losses[-1])
-            run.seconds = time.monotonic() - begin
+            run.seconds = time.perf_counter() - begin
             speed = (run.step - mark[0]) * c.batch * c.length / (run.seconds - mark[1])
             if run.step % 10 == 0:                       # seldom: the loss waits for the device
-                bar.set_postfix_str(f"step {run.step}, "
-                                    f"{torch.stack([*recent]).mean():.3f} bits/char, "
-                                    f"{speed:,.0f} chars/s", refresh=False)
+                loss = torch.stack([*recent]).mean().item()
+                if not math.isfinite(loss):
+                    raise UserError(f"step {run.step}: the loss is not a number any more; begin "
+                                    "anew with a smaller --lr or --muon-lr")
+                bar.set_postfix_str(f"step {run.step}, {loss:.3f} bits/char, {speed:,.0f} chars/s",
+                                    refresh=False)
                 bar.update(min(run.progress, 1.0) - bar.n)
             if run.step % c.report == 0:
                 valid = bound(run.ema, some, passes=1)["bits"]
                 log.add(run.step, run.seconds, torch.stack(losses).mean().item(), valid, speed)
-                losses, mark = [], (run.step, time.monotonic() - begin)
-            if time.monotonic() - saved > 120:
+                losses, mark = [], (run.step, time.perf_counter() - begin)
+            if time.perf_counter() - saved > 120:
                 run.save(folder / "ckpt.pt")
-                saved = time.monotonic()
+                saved = time.perf_counter()
     run.save(folder / "ckpt.pt")
     return run.progress >= 1
 
@@ -509,8 +544,11 @@ def bound(model, chunks, rest=(), passes=None, seed=1, progress=False):
 
 
 def components(sums, counts, S):
-    """Sums of samples of L_t in nats, (S*D,), and their counts -> L (S, D) float64 in bits; a step
-    that no datapoint has met takes the value between its neighbours."""
+    """Sums of samples of L_t in nats, (S*D,), and their counts -> L (S, D) float64 in bits.
+
+    A step that no datapoint has met takes the value between its neighbours; a stage without any is
+    NaN.
+    """
     sums, counts = sums.cpu().double().numpy().reshape(S, -1), counts.cpu().numpy().reshape(S, -1)
     L = np.empty_like(sums)
     for row, total, count in zip(L, sums, counts):
@@ -538,11 +576,11 @@ def measure_plans(model, chunks, plans, seed=1):
     return rows
 
 
-def references(stream, D):
+def references(stream, D, K):
     """What simple means reach on the same bytes, in bits/char: {name: number}.
 
-    The general-purpose compressors see the whole text, or each chunk of D by itself
-    as the model does.
+    The general-purpose compressors see the whole text, or each chunk of D by itself as the model
+    does (the first 1000 chunks).
     """
     share = np.bincount(np.frombuffer(stream, np.uint8)) / len(stream)
     share = share[share > 0]
@@ -553,33 +591,34 @@ def references(stream, D):
     bits |= {f"{name} in chunks":
              8 * sum(len(pack(part)) for part in chunks) / sum(map(len, chunks))
              for name, pack in packers.items()}
-    return {"uniform": math.log2(27 if datasets.is_text(stream) else 256),
+    return {"uniform": math.log2(K),
             "single letters": float(-(share * np.log2(share)).sum())} | bits
 
 
 def evaluate(model, data, passes=None, budgets=(5, 10, 20, 50)):
     """All that a run reports, in words by `describe`. L (S, D), for plans, is from validation."""
     D, calls = model.D, model.S * model.D
-    begin = time.monotonic()
+    begin = time.perf_counter()
     L = bound(model, *data.chunks("valid"), progress=True)["L"]
     test = bound(model, *data.chunks("test"), passes, progress=True)
     plans = [planner.plan(L, budget) for budget in budgets if model.S <= budget < calls]
     plans.append(planner.full_plan(model.S, D))
     stream = datasets.to_bytes(data.splits["test"].cpu(), model.K)
-    return dict(bits_per_dim=test["bits"], stderr=test["stderr"], passes=test["passes"],
+    return dict(data=data.name, bits_per_dim=test["bits"], stderr=test["stderr"], passes=test["passes"],
                 chunks=test["chunks"], length=D, rest=test["rest"], L_valid=L.tolist(),
                 L_test=test["L"].tolist(),
                 calls=measure_plans(model, spread(data.chunks("test")[0], max(1, 10000 // D)),
                                     plans),
-                references=references(stream, D), evaluation_seconds=time.monotonic() - begin)
+                references=references(stream, D, model.K),
+                evaluation_seconds=time.perf_counter() - begin)
 
 
 def describe(results):
     """The results of `evaluate` in words and tables, to be read on a terminal."""
-    r, L = results, np.array(results["L_test"]).mean(axis=0)
+    r, L = results, np.array(results["L_test"]).sum(axis=0)              # over the stages
     rest = f", and the last {r['rest']} characters as a shorter chunk" if r["rest"] else ""
     lines = [f"test: {r['bits_per_dim']:.3f} bits/char, "
-             f"standard error {r['stderr']:.3f} over chunks",
+             f"standard error {r['stderr']:.3f} over chunks, on {r['data']}",
              "  the bound of Eq. 2 with averaged weights: "
              f"{r['passes']} passes over {r['chunks']} chunks of {r['length']} "
              f"without context{rest};",
@@ -592,8 +631,9 @@ def describe(results):
     for row in r["calls"]:
         lines.append(f"  {row['calls']:>22}   {row['predicted']:>18.3f}   {row['measured']:.3f}")
     row = r["calls"][-1]
-    lines.append(f"  (exact, on {row['chunks']} test chunks, each in one random order; "
-                 f"standard error {row['stderr']:.3f})")
+    lines.append(f"  (exact, on {row['chunks']} test chunks, each in one random order; standard "
+                 f"error {row['stderr']:.3f};\n  L_t of the same chunks, but the plans are from "
+                 "the validation split)")
     return "\n".join(lines)
 
 
@@ -657,29 +697,38 @@ def conditions(c):
 def finish(run, data, folder, with_plot):
     """Evaluates a completed run, writes what it found, and says what to type next."""
     c, checkpoint = run.c, folder / "ckpt.pt"
-    results = evaluate(run.ema, data, c.passes)
+    try:
+        results = evaluate(run.ema, data, c.passes)
+    except KeyboardInterrupt:
+        stopped("the training is complete and saved; evaluate it", folder)
     run.L = np.array(results["L_valid"])
     run.save(checkpoint)
-    results |= dict(data=data.name, seed=c.seed, steps=run.step, seconds=run.seconds,
+    results |= dict(seed=c.seed, steps=run.step, seconds=run.seconds,
                     params=sum(p.numel() for p in run.model.parameters()),
                     settings=dataclasses.asdict(c), **conditions(c))
-    with replacing(folder / "results.json", "w") as file:
-        json.dump(results, file, indent=1)
     piece = folder / ("test.txt" if data.kind == "text" else "test.bin")
     with replacing(piece) as file:
         file.write(datasets.to_bytes(data.splits["test"][:20000].cpu(), data.K))
     if with_plot:
         plot(folder, results)
+    with replacing(folder / "results.json", "w") as file:
+        json.dump(results, file, indent=1)
     print(describe(results))
     x = run.ema.sample(2, planner.plan(run.L, min(50, run.L.size)), generator=run.generator)
     print("samples:", *(f"  {datasets.show(row.cpu(), data.K)}" for row in x), sep="\n")
-    calls = -(-run.L.size // 4)
-    blanks = ([f'python sample.py --ckpt {checkpoint} --prompt "the ____ of"']
-              if data.kind == "text" else [])
-    print("what to run next:", f"python sample.py --ckpt {checkpoint} --calls 20 --frames", *blanks,
-          f"python compress.py encode --ckpt {checkpoint} --calls {calls} {piece} "
-          f"{folder / 'test.ardm'}",
-          f"python compress.py bench --ckpt {checkpoint} --calls {calls}", sep="\n  ")
+    calls, few = -(-run.L.size // 4), min(20, run.L.size)
+    ckpt, source, packed = (shlex.quote(str(path)) for path in (
+        checkpoint, piece, folder / "test.ardm"))
+    blanks = ([f'python sample.py --ckpt {ckpt} --prompt "the ____ of"']
+              if data.kind == "text" and c.length > 10 else [])
+    print("what to run next:", f"python sample.py --ckpt {ckpt} --calls {few} --frames", *blanks,
+          f"python compress.py encode --ckpt {ckpt} --calls {calls} {source} {packed}",
+          f"python compress.py bench --ckpt {ckpt} --calls {calls}", sep="\n  ")
+
+
+def stopped(what, folder):
+    print(f"{what}; go on with: python train.py --resume --out {shlex.quote(str(folder))}")
+    sys.exit(130)
 
 
 def resumed(given):
@@ -687,18 +736,30 @@ def resumed(given):
     folder = given.get("out") or f"out/{Path(given.get('data', 'pydoc')).stem}"
     checkpoint = read_checkpoint(Path(folder) / "ckpt.pt")
     c = checkpoint["settings"]
+    if "device" in given:
+        given["device"] = str(pick_device(given["device"]))
     for name, value in given.items():
         if name not in RESUMABLE and getattr(c, name) != value:
             raise UserError(f"--{name.replace('_', '-')} {value}: the run in {folder} has "
                             f"{getattr(c, name)}, and cannot be resumed with another")
     if "minutes" in given and "steps" not in given:
         c.steps = None
-    return dataclasses.replace(c, **{**given, "out": folder}), checkpoint
+    return check(dataclasses.replace(c, **{**given, "out": folder})), checkpoint
+
+
+def set_aside(folder):
+    """Renames the files of a run that is in the way: nothing of it is lost."""
+    number = 1
+    while (folder / f"ckpt.{number}.pt").exists():
+        number += 1
+    for name in ("ckpt.pt", "results.json"):
+        if (path := folder / name).exists():
+            os.replace(path, path.with_suffix(f".{number}{path.suffix}"))
+    print(f"the run that was in {folder} is kept as ckpt.{number}.pt")
 
 
 def main():
-    parser = Parser(description=__doc__.split("\n")[0],
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--evaluate", metavar="CKPT", help="only evaluate this checkpoint")
     parser.add_argument("--plot", action="store_true",
@@ -711,13 +772,13 @@ def main():
     if path:
         return evaluate_only(Path(path), given, with_plot)
     c, checkpoint = resumed(given) if resume else (complete(given), None)
-    data, folder = load_data(c, pick_device(c.device)), Path(c.out)
+    K = checkpoint["K"] if resume else None
+    data, folder = load_data(c, pick_device(c.device), K), Path(c.out)
     run = Run(c, data.K, data.kind)
     if resume:
         run.restore(checkpoint)
     elif (folder / "ckpt.pt").exists():
-        os.replace(folder / "ckpt.pt", folder / "ckpt.old.pt")
-        print(f"the run that was in {folder} is kept as ckpt.old.pt")
+        set_aside(folder)
     folder.mkdir(parents=True, exist_ok=True)
     sizes = ", ".join(f"{name} {len(part):,}" for name, part in data.splits.items())
     print(f"{data.name}: K = {data.K}, D = {c.length}, {sizes} characters; "
@@ -726,19 +787,17 @@ def main():
     if train(run, data, folder):
         finish(run, data, folder, with_plot)
     else:
-        print(f"stopped at step {run.step} and saved; go on with: "
-              f"python train.py --resume --out {folder}")
-        sys.exit(130)
+        stopped(f"stopped at step {run.step} and saved", folder)
 
 
 def evaluate_only(path, given, with_plot):
     """--evaluate: prints, and writes nothing but the picture that --plot asks for."""
+    if foreign := given.keys() - {"data", "data_dir", "device", "passes"}:
+        raise UserError(f"--evaluate takes its settings from the checkpoint: leave out "
+                        f"--{foreign.pop().replace('_', '-')}")
     model, checkpoint = load_model(path, given.get("device"))
-    c = dataclasses.replace(checkpoint["settings"], **given)
-    data = load_data(c, next(model.parameters()).device)
-    if (data.kind, data.K) != (checkpoint["kind"], checkpoint["K"]):
-        raise UserError(f"{data.name} has K = {data.K}, "
-                        f"the checkpoint was trained on K = {checkpoint['K']}")
+    c = check(dataclasses.replace(checkpoint["settings"], **given))
+    data = load_data(c, next(model.parameters()).device, checkpoint["K"])
     results = evaluate(model, data, c.passes)
     if with_plot:
         plot(path.parent, results)
