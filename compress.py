@@ -335,7 +335,8 @@ def run_encode(args):
         file.write(archive)
     print(f"{args.input}: {len(stream):,} characters -> {len(archive):,} bytes, "
           f"{8 * len(archive) / max(1, len(stream)):.3f} bits/char; "
-          f"order {label(order, plan, model)}, {len(plan)} network calls a block{', decoded and compared' if args.verify else ''}")
+          f"order {label(order, plan, model)}, {len(plan)} network calls a block"
+          f"{', decoded and compared' if args.verify else ''}")
     print(f"back again: python compress.py decode --ckpt {shlex.quote(args.ckpt)} "
           f"{shlex.quote(args.output)} FILE")
 
@@ -365,8 +366,8 @@ def compare(model, kind, stream, order, plan):
     rows = {"bound, mean over all orders": test["bits"],
             "exact nll of this order and plan": bits / n,
             "archive, payload": 8 * payload / n, "archive, whole file": 8 * len(archive) / n}
-    facts = dict(characters=n, order=label(order, plan, model), calls=len(plan), stderr=test["stderr"],
-                 payload_bytes=payload, archive_bytes=len(archive),
+    facts = dict(characters=n, order=label(order, plan, model), calls=len(plan),
+                 stderr=test["stderr"], payload_bytes=payload, archive_bytes=len(archive),
                  percent_over_nll=100 * (8 * payload / bits - 1), encode_seconds=encoded - begin,
                  decode_seconds=decoded - encoded, identical=same,
                  weight_bytes=4 * sum(p.numel() for p in model.parameters()))
