@@ -300,7 +300,7 @@ def bench_run(args):
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9       # Linux: kB
     print(f"  peak memory {peak:.2f} GB")
     return [dict(json.loads((folder / "results.json").read_text()), peak_gigabytes=peak,
-                 frames=frames.splitlines()[:-2])]
+                 frames=frames.splitlines()[:-1])]
 
 
 def command(arguments):

@@ -1018,7 +1018,7 @@ def refused(capsys, monkeypatch, tmp_path):
 def test_training_prints_what_it_promises(folder):
     printed = (folder / "printed").read_text()
     for part in ("bits/char, standard error", "loss components L_t", "network calls", "samples:",
-                 "single letters", "bz2 in chunks", "python sample.py --ckpt",
+                 "single letters", "in the same chunks: bz2", "python sample.py --ckpt",
                  "python compress.py encode"):
         assert part in printed
     results = json.loads((folder / "results.json").read_text())

@@ -630,15 +630,18 @@ def evaluate(model, data, passes=None, budgets=(5, 10, 20, 50)):
 def describe(results):
     """The results of `evaluate` in words and tables, to be read on a terminal."""
     r, L = results, np.array(results["L_test"]).sum(axis=0)              # over the stages
-    rest = f", and the last {r['rest']} characters as a shorter chunk" if r["rest"] else ""
+    rest = f" and the last {r['rest']} characters" if r["rest"] else ""
+    known = r["references"].items()
+    whole = ", ".join(f"{name} {bits:.2f}" for name, bits in known if "chunks" not in name)
+    parts = ", ".join(f"{name.split()[0]} {bits:.2f}" for name, bits in known if "chunks" in name)
     lines = [f"test: {r['bits_per_dim']:.3f} bits/char, "
              f"standard error {r['stderr']:.3f} over chunks, on {r['data']}",
              "  the bound of Eq. 2 with averaged weights: "
-             f"{r['passes']} passes over {r['chunks']} chunks of {r['length']} "
-             f"without context{rest};",
-             "  in each pass every chunk has a new random order and one step t, stratified",
-             f"for comparison, bits/char: "
-             + ", ".join(f"{k} {v:.2f}" for k, v in r["references"].items()),
+             f"{r['passes']} passes over {r['chunks']} chunks of {r['length']}",
+             f"  without context{rest}; in each pass every chunk has a new random order",
+             "  and one step t, stratified",
+             f"for comparison, bits/char: {whole};",
+             f"  in the same chunks: {parts}",
              f"loss components L_t, bits a character, t = 1..{len(L)}:",
              f"  {L[0]:.2f} {bars(L)} {L[-1]:.2f}",
              "network calls -> bits/char   predicted from L_t   measured"]
