@@ -374,13 +374,19 @@ def fill(readme, kept):
     return re.sub(r"<!-- ([\w ]+) -->\n.*?<!-- /\1 -->", block, readme, flags=re.S)
 
 
+def update_readme(kept):
+    readme = fill(Path("README.md").read_text(encoding="utf-8"), kept)
+    with train.replacing("README.md") as file:
+        file.write(readme.encode())
+
+
 SECTIONS = {name[6:]: value for name, value in list(globals().items()) if name.startswith("bench_")}
 
 
 def main():
     parser = train.Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("sections", nargs="+", metavar="SECTION", choices=list(SECTIONS),
-                        help=", ".join(SECTIONS))
+    parser.add_argument("sections", nargs="*", metavar="SECTION",
+                        help=", ".join(SECTIONS) + "; none: only write the README's tables anew")
     parser.add_argument("--quick", action="store_true", help="only see that it runs")
     parser.add_argument("--minutes", type=float, help="of each training run")
     parser.add_argument("--size", choices=list(train.SIZES), help="for speed: this size instead")
@@ -389,6 +395,9 @@ def main():
                         help="for run, which makes it, and compress, which needs it")
     parser.add_argument("--out", default="assets/bench.json", help="where the numbers are kept")
     args = parser.parse_args()
+    for name in args.sections:
+        if name not in SECTIONS:
+            parser.error(f"{name}: choose {', '.join(SECTIONS)}")
     path = Path(args.out)
     kept = json.loads(path.read_text()) if path.is_file() else {}
     scratch = tempfile.TemporaryDirectory()
@@ -402,9 +411,9 @@ def main():
         if not args.quick:
             with train.replacing(path, "w") as file:
                 json.dump(kept, file, indent=1)
-            readme = fill(Path("README.md").read_text(), kept)
-            with train.replacing("README.md", "w") as file:
-                file.write(readme)
+            update_readme(kept)
+    if not args.sections:
+        update_readme(kept)
 
 
 if __name__ == "__main__":

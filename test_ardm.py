@@ -33,6 +33,7 @@ from ardm import (ARDM, UpscaleARDM, bits_per_dim, late_steps, num_stages, pick,
 from data import UserError
 
 HERE = Path(__file__).parent
+README = HERE / "README.md"
 
 
 class Table(nn.Module):
@@ -895,10 +896,11 @@ def test_orthogonal_keeps_the_directions_and_evens_out_the_lengths():
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
-def test_muon_goes_where_torchs_muon_goes():
+@pytest.mark.parametrize("bf16", [False, True])
+def test_muon_goes_where_torchs_muon_goes(bf16):
     """torch's rounds to bfloat16, so only nearly."""
     ours, theirs = (nn.Parameter(torch.ones(6, 4)) for _ in range(2))
-    pair = [(ours, train.Muon([ours], lr=0.1, weight_decay=0.2)),
+    pair = [(ours, train.Muon([ours], lr=0.1, weight_decay=0.2, bf16=bf16)),
             (theirs, torch.optim.Muon([theirs], lr=0.1, weight_decay=0.2))]
     for seed in range(3):
         gradient = torch.randn(6, 4, generator=torch.Generator().manual_seed(seed))
@@ -1301,7 +1303,7 @@ def test_every_script_explains_itself():
 
 
 def test_readme_names_functions_and_tests_that_exist():
-    rows = re.findall(r"^\| .*? \| (`.*?`) \| (`.*?`) \|$", (HERE / "README.md").read_text(), re.M)
+    rows = re.findall(r"^\| .*? \| (`.*?`) \| (`.*?`) \|$", README.read_text("utf-8"), re.M)
     functions, tests = (re.findall(r"`([\w.]+)`", " ".join(column)) for column in zip(*rows))
     assert len(functions) > 8 and len(tests) > 8
     for name in functions:
@@ -1314,8 +1316,8 @@ def test_readme_names_functions_and_tests_that_exist():
 
 
 def test_readme_shows_the_figures_that_were_measured():
-    readme, kept = (HERE / "README.md").read_text(), (HERE / "assets" / "bench.json").read_text()
-    assert bench.fill(readme, json.loads(kept)) == readme
+    readme, kept = README.read_text("utf-8"), (HERE / "assets" / "bench.json").read_text()
+    assert bench.fill(readme, json.loads(kept)) == readme and "| the recipe |" in readme
 
 
 def test_tables_leave_out_what_was_not_measured():

@@ -340,13 +340,14 @@ class Run:
 class Muon(torch.optim.Optimizer):
     """Momentum whose steps are made orthogonal: every direction of a matrix is learnt at one rate.
 
-    What `torch.optim.Muon` does, but in the precision of the weights (bfloat16, to which it rounds,
-    takes a CPU without it several times as long: bench.py speed), and all matrices of one shape in
-    one product. A parameter in a group with parts = 3 is three matrices on top of each other, as
-    the queries, keys and values are.
+    What `torch.optim.Muon` does, but bfloat16, to which it always rounds, only where it is asked
+    for (a CPU without it takes several times as long: bench.py speed), and all matrices of one
+    shape in one product. A parameter in a group with parts = 3 is three matrices on top of each
+    other, as the queries, keys and values are.
     """
 
-    def __init__(self, matrices, lr, weight_decay, momentum=0.95, parts=1):
+    def __init__(self, matrices, lr, weight_decay, momentum=0.95, parts=1, bf16=False):
+        self.dtype = torch.bfloat16 if bf16 else torch.float32
         super().__init__(matrices, dict(lr=lr, weight_decay=weight_decay, momentum=momentum,
                                         parts=parts))
 
@@ -364,7 +365,7 @@ class Muon(torch.optim.Optimizer):
             for (rows, columns), pairs in by_shape.items():
                 parts, steps = zip(*pairs)
                 size = lr * max(1, rows / columns) ** 0.5
-                for part, step in zip(parts, orthogonal(torch.stack(steps))):
+                for part, step in zip(parts, orthogonal(torch.stack(steps).to(self.dtype))):
                     part.mul_(1 - lr * group["weight_decay"]).sub_(step, alpha=size)
 
 
@@ -394,7 +395,7 @@ def make_optimizers(net, c):
         qkv = [block.qkv.weight for block in net.blocks]
         others = [p for p in matrices if all(p is not q for q in qkv)]
         optimizers.append(Muon([dict(params=qkv, parts=3), dict(params=others)], lr=c.muon_lr,
-                               weight_decay=c.weight_decay))
+                               weight_decay=c.weight_decay, bf16=c.bf16))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["full_lr"] = group["lr"]
