@@ -638,9 +638,9 @@ def describe(results):
     lines = [f"test: {r['bits_per_dim']:.3f} bits/char, "
              f"standard error {r['stderr']:.3f} over chunks, on {r['data']}",
              "  the bound of Eq. 2 with averaged weights: "
-             f"{r['passes']} passes over {r['chunks']} chunks of {r['length']}",
-             f"  without context{rest}; in each pass every chunk has a new random order",
-             "  and one step t, stratified",
+             f"{r['passes']} passes over {r['chunks']} chunks of {r['length']}{rest},",
+             "  without context; in each pass every chunk has a new random order and one step t, "
+             "stratified",
              f"for comparison, bits/char: {whole};",
              f"  in the same chunks: {parts}",
              f"loss components L_t, bits a character, t = 1..{len(L)}:",
