@@ -502,6 +502,8 @@ def test_pairs_show_two_known_neighbours_on_either_side(pairs):
     net, m = filled_transformer(pairs=pairs), torch.ones(1, 12, dtype=torch.bool)
     net.blocks, s = nn.ModuleList(), torch.ones(1, dtype=torch.long)
     x = torch.randint(7, (1, 12))
+    nothing = net(x, ~m, s, s)                                         # the end looks unknown too
+    assert torch.equal(nothing, nothing[:, :1].expand_as(nothing))
     for j in range(12):
         other = x.clone()
         other[0, j] = (other[0, j] + 1) % 7
