@@ -263,6 +263,7 @@ class UpscaleARDM(ARDM):
         return self.coarse(x, s - 1) + a * self.unit(x, s)
 
     def log_probs(self, x, m, t, s):
+        """As in ARDM, of the digit that stage s writes: (B, D, b)."""
         x = self.state(x, m, s)
         logits = self.net(x, m, t, s)                                  # (B, D, K) or (B, D, S * b)
         outputs = self.K if self.parametrization == "data" else self.S * self.b

@@ -62,6 +62,7 @@ def plain_programme(L, budget):
 
 
 def bench_planner(args):
+    """Seconds for a plan, and the plain programme's where it is bearable."""
     rows = []
     for S, D, budget in [(1, 250, 20), (1, 1000, 50), (1, 3072, 50), (1, 16000, 50),
                          (8, 16000, 400)]:
@@ -127,6 +128,7 @@ def many_streams(probs, symbols, M=512):
 
 
 def with_constriction(probs, symbols):
+    """The same with the package constriction: a coder in Rust."""
     import constriction                                                # optional: no dependency
     model, stack = constriction.stream.model, constriction.stream.stack
     family, calls = model.Categorical(perfect=False), symbols.astype(np.int32).reshape(-1, CALL)
@@ -144,6 +146,7 @@ def with_constriction(probs, symbols):
 
 
 def bench_coder(args):
+    """Speed and length of each coder, for a small, a text's and a byte's alphabet."""
     rows, coders = [], {"one stream": one_stream, "512 streams": many_streams}
     try:
         import constriction                                            # noqa: F401
@@ -202,6 +205,7 @@ def table(variants, data, minutes, **common):
 
 
 def bench_ablation(args):
+    """The recipe without each of its ingredients."""
     variants = {"the recipe": {}, "the recipe, another seed": dict(seed=1),
                 "sinusoidal positions": dict(positions="sinusoidal"),
                 "no pairs of neighbours": dict(pairs=False),
@@ -265,12 +269,11 @@ def bench_speed(args):
 
 
 def muon_seconds(run):
-    """A step of Muon on the matrices of this run, ours and torch's."""
-    matrices, rows = run.optimizers[1].param_groups[0]["params"], []
-    for name, make in (("Muon alone, ours", train.Muon), ("Muon alone, torch's", torch.optim.Muon)):
-        optimizer = make(matrices, lr=0.0, weight_decay=0.0)
-        rows.append(dict(name=name, seconds=median_seconds(optimizer.step)))
-    return rows
+    """A step of Muon on all the matrices of this run, ours and torch's."""
+    ours = run.optimizers[1]
+    theirs = torch.optim.Muon([p for group in ours.param_groups for p in group["params"]])
+    return [dict(name=f"Muon alone, {whose}", seconds=median_seconds(optimizer.step))
+            for whose, optimizer in (("ours", ours), ("torch's", theirs))]
 
 
 def matmul_tflops(device, n=8192):

@@ -53,6 +53,7 @@ class Transformer(nn.Module):
         self.register_buffer("sin", angles.sin().float())
 
     def forward(self, x, m, t, s):
+        """(B, D) values and mask, (B,) step and stage -> (B, D, num_outputs) logits."""
         D = x.shape[1]
         if self.stage is None:
             x = torch.where(m, x, self.absorbed)                 # (B, D), text without stages
@@ -90,6 +91,7 @@ class Block(nn.Module):
             nn.init.zeros_(self.out.weight), nn.init.zeros_(self.down.weight)
 
     def forward(self, x, cos, sin):
+        """(B, D, dim) -> (B, D, dim); cos, sin: of the rotary angles, or None."""
         B, D, dim = x.shape
         h = self.norm1(x)
         if self.conv is not None:

@@ -353,6 +353,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
+        """One step on every matrix, by its gradient."""
         for group in self.param_groups:
             lr, momentum, by_shape = group["lr"], group["momentum"], collections.defaultdict(list)
             for p in group["params"]:
@@ -620,8 +621,8 @@ def evaluate(model, data, passes=None, budgets=(5, 10, 20, 50)):
     plans.append(planner.full_plan(model.S, D))
     stream = datasets.to_bytes(data.splits["test"].cpu(), model.K)
     return dict(data=data.name, bits_per_dim=test["bits"], stderr=test["stderr"],
-                passes=test["passes"], chunks=test["chunks"], length=D, rest=test["rest"], L_valid=L.tolist(),
-                L_test=test["L"].tolist(),
+                passes=test["passes"], chunks=test["chunks"], length=D, rest=test["rest"],
+                L_valid=L.tolist(), L_test=test["L"].tolist(),
                 calls=measure_plans(model, spread(data.chunks("test")[0], max(1, 10000 // D)),
                                     plans),
                 references=references(stream, D, model.K),
