@@ -127,17 +127,29 @@ class ARDM(nn.Module):
         """x^(s) from x^(s-1) and the symbols a of stage s: inverse of `symbol`."""
         return a
 
-    def log_probs(self, x, m, t, s):
+    def log_probs(self, x, m, t, s, where=None):
         """log p(a | what step t of stage s may see): (B, D, A) in nats, normalised over A.
 
         x: (B, D), full data or any state on the way to it; m: (B, D) bool; t, s: (B,).
         Full data cannot leak: the network is shown `state(x, m, s)`, nothing finer.
+        where: (B, D) bool, only of these n variables, row by row: (n, A).
         """
-        logits = self.net(self.state(x, m, s), m, t, s)                # (B, D, K)
-        assert logits.shape == (*x.shape, self.A), f"net gave {tuple(logits.shape)}"
-        return log_softmax(logits)
+        return log_softmax(self.logits(self.state(x, m, s), m, t, s, self.K, where))
 
     # -- What all of them share. -------------------------------------------------------------------
+
+    def logits(self, x, m, t, s, outputs, where=None):
+        """The network's (B, D, outputs), or (n, outputs) of the variables in `where` alone: a
+        network with a method net.at(x, m, t, s, where) need not compute the others."""
+        if where is None:
+            logits = self.net(x, m, t, s)
+        elif hasattr(self.net, "at"):
+            logits = self.net.at(x, m, t, s, where)
+        else:
+            logits = self.net(x, m, t, s)[where]
+        expected = (*(x if where is None else x[where]).shape, outputs)
+        assert logits.shape == expected, f"net gave {tuple(logits.shape)}, not {expected}"
+        return logits
 
     def state(self, x, m, s):
         """m * x^(s) + (1 - m) * x^(s-1), (B, D): x as it stands within stage s."""
@@ -156,9 +168,10 @@ class ARDM(nn.Module):
         if sigma is None:
             sigma = sample_sigma(B, D, x.device, generator)            # sigma ~ U(S_D)
         m = sigma < t[:, None]                                         # (B, D) already known
-        log_p = self.log_probs(x, m, t, s)                             # (B, D, A) all at once
-        log_p = pick(log_p, self.symbol(x, s))                         # (B, D) of the true symbols
-        calL_t = torch.where(m, 0, log_p).sum(dim=1) / (D - t + 1)     # (B,) mean over the unknown
+        log_p = self.log_probs(x, m, t, s, ~m)                         # (n, A) of all that is not
+        log_p = pick(log_p, self.symbol(x, s)[~m])                     # (n,) of the true symbols
+        log_p = log_p.new_zeros(B, D).masked_scatter(~m, log_p)        # (B, D) in their places
+        calL_t = log_p.sum(dim=1) / (D - t + 1)                        # (B,) mean over the unknown
         return -self.S * D * calL_t
 
     @torch.no_grad()
@@ -262,26 +275,33 @@ class UpscaleARDM(ARDM):
     def write(self, x, a, s):
         return self.coarse(x, s - 1) + a * self.unit(x, s)
 
-    def log_probs(self, x, m, t, s):
-        """As in ARDM, of the digit that stage s writes: (B, D, b)."""
-        x = self.state(x, m, s)
-        logits = self.net(x, m, t, s)                                  # (B, D, K) or (B, D, S * b)
+    def log_probs(self, x, m, t, s, where=None):
+        """As in ARDM, of the digit that stage s writes: (B, D, b), or (n, b) of those in `where`.
+        """
         outputs = self.K if self.parametrization == "data" else self.S * self.b
-        assert logits.shape == (*x.shape, outputs), f"net gave {tuple(logits.shape)}"
+        x = self.state(x, m, s)
+        logits = self.logits(x, m, t, s, outputs, where)               # (B, D, K) or (B, D, S * b)
+        s = s[:, None].expand(x.shape)
+        if where is not None:
+            x, s = x[where], s[where]
+        digits = self.digits_by_stage(logits.flatten(0, -2), x.flatten(), s.flatten())
+        a = torch.arange(self.b, device=x.device)
+        below, unit = self.coarse(x.view(-1, 1), s.flatten() - 1), self.unit(x, s.flatten())
+        impossible = below + a * unit >= self.K                        # (n, b)
+        return log_softmax(digits.masked_fill(impossible, -torch.inf)).view(*x.shape, self.b)
+
+    def digits_by_stage(self, logits, x, s):
+        """`digit_logits` for variables in several stages: (n, outputs), x, s (n,) -> (n, b)."""
         stages = s.unique().tolist()
         if len(stages) == 1:
-            digits = self.digit_logits(logits, x, stages[0])           # (B, D, b)
-        else:
-            rows = [(s == stage).nonzero()[:, 0] for stage in stages]
-            digits = torch.cat([self.digit_logits(logits[row], x[row], stage)
-                                for row, stage in zip(rows, stages)])
-            digits = digits[torch.cat(rows).argsort()]                 # back in their places
-        a = torch.arange(self.b, device=x.device)
-        values = self.coarse(x, s - 1)[..., None] + a * self.unit(x, s)[..., None]
-        return log_softmax(digits.masked_fill(values >= self.K, -torch.inf))
+            return self.digit_logits(logits, x, stages[0])
+        rows = [(s == stage).nonzero()[:, 0] for stage in stages]
+        digits = torch.cat([self.digit_logits(logits[row], x[row], stage)
+                            for row, stage in zip(rows, stages)])
+        return digits[torch.cat(rows).argsort()]                       # back in their places
 
     def digit_logits(self, logits, x, s):
-        """(n, D, outputs) logits, x (n, D) -> (n, D, b) unnormalised log p(digit s | x^(s-1)).
+        """(n, outputs) logits, x (n,) -> (n, b) unnormalised log p(digit s | x^(s-1)).
 
         Data parametrisation: K, filled up to b^S, is prefix x digit x suffix. The prefix is known,
         and the values that differ in the suffix alone are added up: no K x K matrix is needed.
@@ -291,13 +311,13 @@ class UpscaleARDM(ARDM):
         unit, b, prefixes = self.b ** (self.S - s), self.b, self.b ** (s - 1)
         if b ** self.S > self.K:
             logits = nn.functional.pad(logits, (0, b ** self.S - self.K), value=-torch.inf)
-        rows = logits.reshape(-1, b * unit)                    # (n * D * prefixes, b * unit)
+        rows = logits.reshape(-1, b * unit)                    # (n * prefixes, b * unit)
         if prefixes > 1:
-            first = torch.arange(x.numel(), device=x.device) * prefixes
-            rows = rows.index_select(0, first + x.flatten() // (b * unit))
+            first = torch.arange(len(x), device=x.device) * prefixes
+            rows = rows.index_select(0, first + x // (b * unit))
         # Digit by digit: all at once would need twice the memory of the logits.
         digits = [part.logsumexp(-1) for part in rows.unflatten(-1, (b, unit)).unbind(dim=1)]
-        return torch.stack(digits, dim=-1).view(*x.shape, b)
+        return torch.stack(digits, dim=-1)
 
 
 def log_softmax(logits):

@@ -174,12 +174,12 @@ def timed_training(data, **given):
     """Trains with these settings: bits/char on the test split, steps, characters a second."""
     c = train.complete(dict(given, report=10 ** 9))
     data = data(c) if callable(data) else data
-    run = train.Run(c, data.K, data.kind)
+    run = train.Run(c, data.K, data.kind, data.shape)
     with tempfile.TemporaryDirectory() as folder:
         train.train(run, data, Path(folder))
     bits = train.bound(run.ema, *data.chunks("test"), passes=4)["bits"]
     return dict(bits=bits, steps=run.step,
-                chars_per_second=run.step * c.batch * c.length / run.seconds,
+                chars_per_second=run.step * c.batch * data.D / run.seconds,
                 params=sum(p.numel() for p in run.model.parameters()), minutes=run.seconds / 60)
 
 
@@ -222,7 +222,7 @@ def bench_ablation(args):
     return table(variants, lambda c: train.load_data(c, "cpu"), minutes, device="cpu")
 
 
-PAPER = {name: value for name, value in train.SIZES["paper"].items()      # all but the size
+PAPER = {name: value for name, value in train.SIZES["text"]["paper"].items()      # all but the size
          if name not in ("length", "dim", "depth", "heads", "mlp", "batch", "steps", "warmup")}
 
 
@@ -242,14 +242,14 @@ def bench_speed(args):
     if train.complete({}).bf16:
         variants["the paper's network, float32"] = dict(PAPER, bf16=False)
     if args.size:
-        given = dict(size=args.size, batch=args.batch or train.SIZES[args.size]["batch"])
+        given = dict(size=args.size, batch=args.batch or train.SIZES["text"][args.size]["batch"])
         variants = {args.size: {}}
     if args.quick:
         given |= dict(length=32, batch=4)
     rows = []
     for name, change in variants.items():
         c = train.complete(dict(given, steps=10 ** 6, **change))
-        run = train.Run(c, 27, "text")
+        run = train.Run(c, 27, "text", (c.length,))
         x = torch.randint(27, (c.batch, c.length), device=c.device)
         seconds = median_seconds(lambda: train.train_step(run, x).item(), 3 if args.quick else 15)
         params = sum(p.numel() for p in run.model.parameters())
@@ -316,16 +316,138 @@ def command(arguments):
 def bench_compress(args):
     """The test text of the default run, under several budgets of calls, beside the usual tools."""
     model, checkpoint = train.load_model(args.ckpt, "cpu")
-    text = train.load_data(checkpoint["settings"], "cpu").splits["test"]
-    stream, rows = datasets.to_bytes(text[:2000 if args.quick else 20000], model.K), []
+    content, rows = compress.open_input("test", checkpoint), []
+    content.symbols = content.symbols[:2000 if args.quick else 20000]
     for calls in (model.D // 8, model.D // 4, model.D // 2, model.D):
         pairs = compress.candidates(model, checkpoint["L"], calls)
-        bits, facts = compress.compare(model, "text", stream,
+        bits, facts = compress.compare(model, checkpoint, content,
                                        *compress.search(model, checkpoint, pairs))
         rows.append({**facts, "bits": bits})
         print("  {calls} calls  {percent_over_nll:+.3f}% over the nll".format(**facts))
         print("  " + "  ".join(f"{name} {value:.3f}" for name, value in bits.items()))
     return rows
+
+
+# -- images ----------------------------------------------------------------------------------------
+
+def real_data(name):
+    """The flags of a data set: what ARDM_DATA holds of it, or the whole."""
+    folder = os.environ.get("ARDM_DATA")
+    part = Path(folder or ".") / "cifar10" / "cifar-10-python.partial.tar.gz"
+    if name == "cifar10" and folder and part.is_file():
+        return dict(data=str(part))
+    return dict(data=name, **(dict(data_dir=folder) if folder else {}))
+
+
+def flags(**given):
+    """Settings as they are typed."""
+    return [word for name, value in given.items() if value is not None
+            for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def bench_unet(args):
+    """Full training steps of the paper's kind of U-Net, 64 channels and 4 + 4 ResBlocks."""
+    given = dict(data="cifar10", device="cpu", size="paper", dim=64, depth=4, batch=16, steps=10 ** 6)
+    variants = {"order-agnostic": {}, "upscale-4, direct": dict(branch=4, parametrization="direct"),
+                "upscale-4, data": dict(branch=4), "our tiny size, order-agnostic": dict(size="tiny")}
+    if args.quick:
+        given |= dict(dim=16, depth=1, batch=2)
+    rows, x = [], torch.randint(256, (given["batch"], 3 * 32 * 32))
+    for name, change in variants.items():
+        own = {k: v for k, v in given.items() if k not in ("dim", "depth")}
+        c = train.complete({**(own if "size" in change else given), **change})
+        run = train.Run(c, 256, "image", (3, 32, 32))
+        seconds = median_seconds(lambda: train.train_step(run, x).item(), 3 if args.quick else 9)
+        rows.append(dict(name=name, seconds=seconds, samples_per_second=len(x) / seconds,
+                         params=sum(p.numel() for p in run.model.parameters())))
+        print("  {name}: {seconds:.3f} s, {samples_per_second:.1f} images/s".format(**rows[-1]))
+    return rows
+
+
+def bench_images(args):
+    """The recipe for images without each of its ingredients, on CIFAR-10."""
+    variants = {"the recipe": {}, "the recipe, another seed": dict(seed=1),
+                "softmax alone, no logistic": dict(logistic=False),
+                "no means of known neighbours": dict(neighbours=False),
+                "one resolution": dict(levels=1), "t uniform": dict(late=False),
+                "Adam alone, no Muon": dict(optimizer="adam"),
+                "no mirror images": dict(flips=False), "no average of the weights": dict(ema=0.0),
+                "upscale-4, data": dict(branch=4),
+                "upscale-4, direct": dict(branch=4, parametrization="direct"),
+                "upscale-16, data": dict(branch=16)}
+    if args.quick:
+        variants = dict(list(variants.items())[:2])
+    given = real_data("cifar10")
+    minutes = 0.02 if args.quick else args.minutes or 1.0
+    return table(variants, lambda c: train.load_data(c, "cpu"), minutes, device="cpu", **given)
+
+
+def equal_split(L, calls):
+    """The paper's way: every stage by itself, each with the same number of calls."""
+    return [(s, t, k) for s, row in enumerate(L, start=1)
+            for _, t, k in planner.plan(row, calls // len(L))]
+
+
+def bench_stages(args):
+    """Calls against bits for the order-agnostic and three upscale models of glyphs."""
+    rows = []
+    for branch in (None, 2, 4, 16):
+        name = f"upscale-{branch}" if branch else "order-agnostic"
+        folder = Path(args.scratch if args.quick else "out") / f"glyphs-{name}"
+        length = dict(steps=20, report=10) if args.quick else dict(minutes=args.minutes or 2.0)
+        command([sys.executable, "train.py", *flags(data="glyphs", branch=branch, device="cpu",
+                                                    out=folder, **length)])
+        model, checkpoint = train.load_model(folder / "ckpt.pt", "cpu")
+        L, chunks = checkpoint["L"].numpy(), train.load_data(
+            checkpoint["settings"], "cpu").chunks("test")[0]
+        budgets = (50,) if args.quick else (50, 100, 200, L.size)
+        plans = [planner.plan(L, n) for n in budgets] + [equal_split(L, n) for n in budgets]
+        found = train.measure_plans(model, train.spread(chunks, 39), plans)
+        for n, best, equal in zip(budgets, found, found[len(budgets):]):
+            rows.append(dict(name=name, calls=n, predicted=best["predicted"], equal_calls=equal["calls"],
+                             measured=best["measured"], equal=equal["measured"]))
+            print("  {name} {calls}: predicted {predicted:.3f}, measured {measured:.3f}, equal split "
+                  "{equal:.3f}".format(**rows[-1]))
+    return rows
+
+
+def image_results(args, data, minutes, count, calls):
+    """Trains both models for so long; then archives of `count` test images, one by one."""
+    rows = []
+    for branch in (None, 4):
+        name = f"upscale-{branch}" if branch else "order-agnostic"
+        folder = Path(args.scratch if args.quick else "out") / f"{data}-{name}"
+        length = dict(steps=20, report=10) if args.quick else dict(minutes=args.minutes or minutes)
+        command([sys.executable, "train.py", *flags(**real_data(data), branch=branch, device="cpu",
+                                                    out=folder, **length)])
+        command([sys.executable, "sample.py", "--frames", *flags(ckpt=folder / "ckpt.pt", n=6,
+                                                                 calls=calls)])
+        command([sys.executable, "sample.py", "--inpaint", "left", *flags(
+            ckpt=folder / "ckpt.pt", n=6, calls=calls)])
+        if not args.quick:
+            for picture in ("frames", "inpaint"):
+                shutil.copy(folder / f"{picture}.png", f"assets/{data}_{name}_{picture}.png")
+        results = json.loads((folder / "results.json").read_text())
+        model, checkpoint = train.load_model(folder / "ckpt.pt", "cpu")
+        content = compress.open_input("test", checkpoint)
+        content.symbols = content.symbols[:(2 if args.quick else count) * model.D]
+        pairs = compress.candidates(model, checkpoint["L"], calls)
+        bits, facts = compress.compare(model, checkpoint, content,
+                                       *compress.search(model, checkpoint, pairs))
+        rows.append(dict({key: value for key, value in results.items() if key[0] != "L"},
+                         name=name, archive=facts, bits=bits, images=count))
+        print("  " + "  ".join(f"{key} {value:.3f}" for key, value in bits.items()))
+    return rows
+
+
+def bench_mnist(args):
+    """MNIST, ten minutes each."""
+    return image_results(args, "mnist", 10.0, 100, 50)
+
+
+def bench_cifar10(args):
+    """CIFAR-10, twenty minutes each."""
+    return image_results(args, "cifar10", 20.0, 40, 100)
 
 
 # -- the README ------------------------------------------------------------------------------------
@@ -341,6 +463,18 @@ TABLES = {                           # section -> {head of a column: format of a
     "ablation": {"": "{name}", "bits/char": "{bits:.3f}", "steps": "{steps:,}"},
     "text8": {"": "{name}", "bits/char": "{bits:.3f}", "steps": "{steps:,}",
               "characters/s": "{chars_per_second:,.0f}"},
+    "unet": {"training step": "{name}", "weights": "{params:,}", "seconds": "{seconds:.3f}",
+             "images/s": "{samples_per_second:.1f}"},
+    "images": {"": "{name}", "bits/dim": "{bits:.3f}", "steps": "{steps:,}"},
+    "stages": {"": "{name}", "calls": "{calls:,}", "predicted": "{predicted:.3f}",
+               "measured": "{measured:.3f}", "equal split, measured": "{equal:.3f}"},
+    **dict.fromkeys(("mnist", "cifar10"), {
+        "": "{name}", "bits/dim": "{bits_per_dim:.3f} ± {stderr:.3f}", "steps": "{steps:,}",
+        "calls": "{archive[calls]}", "order": "{archive[order]}",
+        "exact nll": "{bits[exact nll of this order and plan]:.3f}",
+        "payload": "{bits[archive, payload]:.3f}", "archive": "{bits[archive, whole file]:.3f}",
+        "PNG": "{bits[PNG of each image]:.3f}", "WebP": "{bits[WebP of each image]:.3f}",
+        "PNG (own)": "{bits[PNG of each image (filters, then zlib)]:.3f}"}),
     "compress": {"calls": "{calls}", "order": "{order}",
                  "exact nll": "{bits[exact nll of this order and plan]:.3f}",
                  "archive": "{bits[archive, whole file]:.3f}", "encode": "{encode_seconds:.0f} s",
@@ -392,7 +526,7 @@ def main():
                         help=", ".join(SECTIONS) + "; none: only write the README's tables anew")
     parser.add_argument("--quick", action="store_true", help="only see that it runs")
     parser.add_argument("--minutes", type=float, help="of each training run")
-    parser.add_argument("--size", choices=list(train.SIZES), help="for speed: this size instead")
+    parser.add_argument("--size", choices=list(train.SIZES["text"]), help="for speed: this size instead")
     parser.add_argument("--batch", type=int, help="for speed with --size")
     parser.add_argument("--ckpt", default="out/pydoc/ckpt.pt",
                         help="for run, which makes it, and compress, which needs it")

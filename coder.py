@@ -169,9 +169,14 @@ class DecoderStreams:
         return symbols
 
     @property
+    def clean(self):
+        """(M,) bool: which streams are at a clean end."""
+        return (self.x == 0) & (self.next == self.ends)
+
+    @property
     def done(self):
         """True when every stream is at a clean end."""
-        return bool((self.x == 0).all() and (self.next == self.ends).all())
+        return bool(self.clean.all())
 
 
 def _check_intervals(starts, freqs, precision):

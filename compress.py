@@ -2,23 +2,25 @@
 
     python compress.py encode --ckpt out/pydoc/ckpt.pt IN OUT
     python compress.py decode --ckpt out/pydoc/ckpt.pt IN OUT
+    python compress.py decode --ckpt out/mnist/ckpt.pt --item 17 IN OUT     that image, no other
     python compress.py bench --ckpt out/pydoc/ckpt.pt [FILE]    bits/char, beside bz2, lzma and zlib
 
-The file is cut into chunks of D symbols, and `batch` chunks together are a block: one walk over
-the plan, one rANS stream. The encoder makes the decoder's very calls, in the same batches: the
-last block is filled up with absent variables. An archive, all numbers big-endian:
+IN is text, or images: a .npy file, or train, valid or test for that split of the model's data.
+`batch` datapoints go through the network together, in one walk over the plan. Those of text, the
+chunks of a file, share one rANS stream, a block; every image is a stream and a block by itself.
+The encoder makes the decoder's very calls, in the same batches: a batch that is not full is filled
+up with absent variables. An archive, all numbers big-endian:
 
     offset      bytes   what
     0           4       "ARDM"
-    4           1       format version, 1
+    4           1       format version, 2
     5           2       h, length of the header
     7           h       header: JSON, see `make_header`
-    7 + h       4       CRC-32 of all before it
-    then for each block
-                4       p, length of the payload
-                4       CRC-32 of the payload
-                4       CRC-32 of the symbols that it decodes to, one byte each
-                p       payload: coder.py
+    then        w + 4   of each block: length of the payload, in w bytes (`width` in the header),
+                        and CRC-32 of the symbols that it decodes to, one byte each, and then of
+                        the payload
+    then        4       CRC-32 of all before it
+    then                the payloads, one behind the other: coder.py
 
 The network runs in float32, whose last bits depend on the machine and the library. The header
 carries a fingerprint of what the network says about a fixed input: a machine on which it says
@@ -27,6 +29,7 @@ block by decoding it.
 """
 import collections
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -47,24 +50,27 @@ from ardm import bits_per_dim, rerank
 from data import UserError
 from train import Parser, bound, command_line, load_data, load_model, references, replacing, spread
 
-MAGIC, VERSION, PRECISION = b"ARDM", 1, 22
-BLOCK = 1 << 15                                      # symbols in a block, about
+MAGIC, VERSION, PRECISION = b"ARDM", 2, 22
+BLOCK = 1 << 15                                      # symbols in a batch, about
 
 
 class Codec:
-    """Blocks to payloads and back: a model, an order, a plan and a batch size.
+    """Batches of datapoints to payloads and back: a model, an order, a plan and a batch size.
 
-    A block has 1..batch * D symbols; what it lacks to the full number is absent. tick() is called
-    once for every network call.
+    shape: of a datapoint, (D,) or (C, H, W). separate: every datapoint is a stream of its own;
+    otherwise all of a batch are one, and the last may be shorter than D: what it lacks is absent.
+    tick() is called once for every network call.
     """
 
-    def __init__(self, model, order, plan, batch):
-        self.model, self.plan, self.batch, self.tick = model, plan, batch, lambda: None
-        self.device = next(model.parameters()).device
-        self.sigma = torch.from_numpy(planner.order(order, model.D)).to(self.device)
+    def __init__(self, model, shape, order, plan, batch, separate):
+        self.model, self.plan, self.batch, self.separate = model, plan, batch, separate
+        self.device, self.tick = next(model.parameters()).device, lambda: None
+        shape = shape if len(shape) > 1 else shape[0]
+        self.sigma = torch.from_numpy(planner.order(order, shape)).to(self.device)
 
     def encode(self, symbols):
-        """(n,) symbols -> payload, and ideal length in bits: -log2 p under this order and plan."""
+        """(n,) symbols, n <= batch * D -> payloads, and ideal length in bits: -log2 p under this
+        order and plan."""
         pushed, bits = [], [0.0]
 
         def push(log_p, where, s):
@@ -75,22 +81,40 @@ class Codec:
             bits[0] += bits_per_dim(nats, 1)
             return a
 
-        x = self._blank()
-        x.view(-1)[:len(symbols)] = symbols.to(x)
-        self._walk(x, len(symbols), push)
-        return coder.encode(*map(np.concatenate, zip(*pushed)), PRECISION), bits[0]
+        x, n = self._blank(), len(symbols)
+        x.view(-1)[:n] = symbols.to(x)
+        self._walk(x, self._absent(n), push)
+        if not self.separate:
+            return [coder.encode(*map(np.concatenate, zip(*pushed)), PRECISION)], bits[0]
+        M = n // self.model.D                            # each call: (M * k,) -> (k, M)
+        lanes = (np.concatenate([part.reshape(M, -1).T for part in parts])
+                 for parts in zip(*pushed))
+        return coder.encode_streams(*lanes, PRECISION), bits[0]
 
-    def decode(self, payload, n):
-        """Payload -> (n,) uint8 symbols, and whether the stream came to a clean end."""
-        decoder = coder.Decoder(payload, PRECISION)
+    def decode(self, payloads, n):
+        """Payloads -> (n,) uint8 symbols, and for each payload whether its stream came to a clean
+        end. A payload None is left out, its symbols are 0."""
+        wanted = [i for i, payload in enumerate(payloads) if payload is not None]
+        streams = [payloads[i] for i in wanted]
+        decoder = (coder.DecoderStreams(streams, PRECISION) if self.separate else
+                   coder.Decoder(streams[0], PRECISION))
 
         def pop(log_p, where, s):
-            a = self._blank()
-            a[where] = torch.from_numpy(decoder.pop(tables(log_p[where]))).to(a)
+            a, cdf = self._blank(), tables(log_p[where])
+            if self.separate:                            # (M * k, A + 1) -> (k, M, A + 1)
+                cdf = cdf.reshape(len(streams), -1, cdf.shape[1]).swapaxes(0, 1)
+            symbols = torch.from_numpy(decoder.pop(cdf).T.reshape(-1)).to(a)
+            possible = log_p[where].gather(1, symbols[:, None])[:, 0] > -torch.inf
+            a[where] = torch.where(possible, symbols, 0)         # damaged bytes may say anything
             return a
 
-        x = self._walk(self._blank(), n, pop)
-        return x.view(-1)[:n].to("cpu", torch.uint8), decoder.done
+        absent = self._absent(n)
+        if self.separate:
+            absent[[i for i in range(self.batch) if i not in wanted]] = True
+        x = self._walk(self._blank(), absent, pop)
+        clean = np.ones(len(payloads), bool)
+        clean[wanted] = decoder.clean if self.separate else decoder.done
+        return x.view(-1)[:n].to("cpu", torch.uint8), clean
 
     def fingerprint(self):
         """CRC-32 of the integer tables for a fixed input of the very shape that coding uses."""
@@ -105,15 +129,20 @@ class Codec:
     def _blank(self):
         return torch.zeros(self.batch, self.model.D, dtype=torch.long, device=self.device)
 
-    def _walk(self, x, n, choose):
-        """One walk over the plan, as far as a block of n symbols needs it."""
+    def _absent(self, n):
+        """(batch, D) bool: all but the first n symbols."""
+        return torch.arange(self.batch * self.model.D, device=self.device).view(
+            self.batch, self.model.D) >= n
+
+    def _walk(self, x, absent, choose):
+        """One walk over the plan, as far as the longest datapoint needs it."""
         def counted(*call):
             self.tick()
             return choose(*call)
 
-        absent = torch.arange(x.numel(), device=self.device).view(x.shape) >= n
         sigma = rerank(self.sigma.expand(x.shape), absent=absent)
-        plan = [(s, t, k) for s, t, k in self.plan if t <= n]
+        longest = int((~absent).sum(dim=1).max())
+        plan = [(s, t, k) for s, t, k in self.plan if t <= longest]
         return self.model.walk(self.model.coarse(x, 0), plan, sigma, counted)
 
 
@@ -124,14 +153,53 @@ def tables(log_p):
 
 # -- The archive -----------------------------------------------------------------------------------
 
-def make_header(model, codec, kind, length, order):
+class Content:
+    """What is coded: its symbols (n,) uint8, what they are (kind), and the shape of a datapoint.
+
+    npy: of images, the shape of one of them in the .npy file, (H, W) or (H, W, C).
+    """
+
+    def __init__(self, kind, symbols, K, shape, npy=None):
+        self.kind, self.symbols, self.K, self.shape, self.npy = kind, symbols, K, shape, npy
+
+    @property
+    def count(self):
+        """How many units (characters, images) there are, and what they are called."""
+        n, D = len(self.symbols), int(np.prod(self.shape))
+        return (n // D, "images") if self.kind == "image" else (n, "characters")
+
+    def to_bytes(self):
+        """The bytes of the file."""
+        if self.kind != "image":
+            return datasets.to_bytes(self.symbols, self.K)
+        images = datasets.to_images(self.symbols, self.shape)
+        np.save(file := io.BytesIO(), images.reshape(-1, *self.npy))
+        return file.getvalue()
+
+
+def read_content(stream, checkpoint, name="IN"):
+    """The bytes of a file -> Content that the model of this checkpoint can code, or a UserError."""
+    kind, K, shape = checkpoint["kind"], checkpoint["K"], tuple(checkpoint["shape"])
+    if kind != "image":
+        return Content(kind, torch.from_numpy(datasets.to_symbols(stream, K)), K, shape)
+    images, npy = datasets.read_npy(io.BytesIO(stream), name)
+    if images.shape[1:] != shape:
+        raise UserError(f"{name} holds images of (C, H, W) = {images.shape[1:]}, the model codes "
+                        f"{shape}")
+    if images.max() >= K:
+        raise UserError(f"{name} holds the value {images.max()}, the model knows 0 to {K - 1}")
+    return Content(kind, torch.from_numpy(images).reshape(-1), K, shape, npy)
+
+
+def make_header(codec, content, order):
     """All that decoding needs beside the checkpoint; the plan as runs [s, k, how many]."""
     runs = [[*key, len(list(run))]
             for key, run in itertools.groupby((s, k) for s, _, k in codec.plan)]
-    return dict(kind=kind, length=length, D=model.D, K=model.K, order=order, plan=runs,
-                batch=codec.batch, weights=digest(model), probe=codec.fingerprint(),
-                device=codec.device.type, threads=torch.get_num_threads(),
-                torch=torch.__version__)
+    image = dict(npy=content.npy) if content.kind == "image" else {}
+    return dict(kind=content.kind, length=len(content.symbols), shape=content.shape, **image,
+                K=codec.model.K, order=order, plan=runs, batch=codec.batch,
+                weights=digest(codec.model), probe=codec.fingerprint(), device=codec.device.type,
+                threads=torch.get_num_threads(), torch=torch.__version__)
 
 
 def digest(model):
@@ -143,44 +211,56 @@ def digest(model):
 
 
 def pack(header, blocks):
-    """Header dict and [(crc, payload)] -> the bytes of an archive."""
-    text = json.dumps(header, separators=(",", ":")).encode()
+    """Header dict and [(symbols, payload)] -> the bytes of an archive."""
+    longest = max([len(payload) for _, payload in blocks], default=0)
+    width = -(-longest.bit_length() // 8)
+    text = json.dumps(header | dict(width=width), separators=(",", ":")).encode()
     head = MAGIC + struct.pack(">BH", VERSION, len(text)) + text
-    body = b"".join(struct.pack(">III", len(payload), zlib.crc32(payload), crc) + payload
-                    for crc, payload in blocks)
-    return head + struct.pack(">I", zlib.crc32(head)) + body
+    head += b"".join(len(payload).to_bytes(width, "big") + checksum(symbols, payload)
+                     for symbols, payload in blocks)
+    return head + struct.pack(">I", zlib.crc32(head)) + b"".join(part for _, part in blocks)
+
+
+def checksum(symbols, payload):
+    return struct.pack(">I", zlib.crc32(payload, zlib.crc32(symbols.numpy().tobytes())))
 
 
 def unpack(archive, name):
-    """The bytes of an archive -> header dict and [(crc, payload)], checked as far as can be
+    """The bytes of an archive -> header dict and [(checksum, payload)], checked as far as can be
     without the model. UserError says what is wrong."""
     if archive[:4] != MAGIC:
         raise UserError(f"{name} is no archive of compress.py")
     if archive[4:5] != bytes([VERSION]):
         raise UserError(f"{name} has format version {archive[4] if len(archive) > 4 else '?'}, "
                         f"this program reads {VERSION}")
-    end = 7 + int.from_bytes(archive[5:7], "big")
-    if (zlib.crc32(archive[:end]) != int.from_bytes(archive[end:end + 4], "big")
-            or len(archive) < end + 4):
-        raise UserError(f"{name} is damaged: the header does not match its checksum, or is cut off")
+    at = 7 + int.from_bytes(archive[5:7], "big")
     try:
-        header, blocks, at = json.loads(archive[7:end]), [], end + 4
-        symbols = header["batch"] * header["D"]
-        require(type(header["length"]) is type(symbols) is int and 0 <= header["length"])
-        require(0 < symbols <= max(BLOCK, header["D"]))  # what `encode` would write
+        header = json.loads(archive[7:at])
+        require(all(type(header[key]) is int for key in ("length", "batch", "width")))
+        sizes = header["shape"]
+        require(len(sizes) in (1, 3) and all(type(n) is int and n > 0 for n in sizes))
+        D, width = int(np.prod(sizes)), header["width"]
+        symbols = D if header["kind"] == "image" else header["batch"] * D        # of a block
+        require(0 <= header["length"] and 0 <= width <= 4 and header["batch"] > 0)
+        require(header["batch"] * D <= max(BLOCK, D))    # what `encode` would write
+        require(header["kind"] != "image" or header["length"] % D == 0)
+        number = -(-header["length"] // symbols)
+        end = at + number * (width + 4)
+        require(end + 4 <= len(archive))
+        require(zlib.crc32(archive[:end]) == int.from_bytes(archive[end:end + 4], "big"))
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"{name} is damaged: its header makes no sense")
-    for number in range(1, -(-header["length"] // symbols) + 1):
-        size, check, crc = struct.unpack(">III", archive[at:at + 12].rjust(12, b"\xff"))
-        payload = archive[at + 12:at + 12 + size]
-        if len(payload) < size:
-            raise UserError(f"{name} is cut off: block {number} is not there, or not whole")
-        if zlib.crc32(payload) != check:
-            raise UserError(f"{name} is damaged: block {number} does not match its checksum")
-        blocks.append((crc, payload))
-        at += 12 + size
-    if at != len(archive):
-        raise UserError(f"{name} is damaged: {len(archive) - at} bytes follow the last block")
+        raise UserError(f"{name} is damaged: its header or index is cut off, or does not match its "
+                        "checksum")
+    blocks, begin = [], end + 4
+    for entry in range(at, end, width + 4):
+        size = int.from_bytes(archive[entry:entry + width], "big")
+        if begin + size > len(archive):
+            raise UserError(f"{name} is cut off: block {len(blocks)}, at byte {begin}, is not "
+                            "there, or not whole")
+        blocks.append((archive[entry + width:entry + width + 4], archive[begin:begin + size]))
+        begin += size
+    if begin != len(archive):
+        raise UserError(f"{name} is damaged: {len(archive) - begin} bytes follow the last block")
     return header, blocks
 
 
@@ -190,13 +270,14 @@ def require(holds):
         raise ValueError
 
 
-def open_codec(header, model, name):
+def open_codec(header, model, checkpoint, name):
     """The codec that wrote this archive, or a UserError where it would decode to something else."""
-    if (header.get("weights"), header["D"], header.get("K")) != (digest(model), model.D, model.K):
+    if (header.get("weights"), header["shape"], header.get("K")) != (
+            digest(model), [*checkpoint["shape"]], model.K):
         raise UserError(f"{name} was written with another checkpoint")
     try:
         probe, written = header["probe"], "torch {torch}, {threads} threads, {device}"
-        require(0 < header["threads"] <= 1024)
+        require(0 < header["threads"] <= 1024 and header["kind"] == checkpoint["kind"])
         torch.set_num_threads(header["threads"])
         runs, step, plan = header["plan"], collections.Counter(), []
         require(all(times > 0 for _, _, times in runs)
@@ -206,8 +287,12 @@ def open_codec(header, model, name):
             step[s] += k
         require(step == {s: model.D for s in range(1, model.S + 1)}
                 and all(k > 0 for _, _, k in plan))
+        if header["kind"] == "image":
+            require(sorted(header["npy"]) in (sorted(header["shape"]),
+                                              sorted(header["shape"][1:])))
         written = written.format_map(header)
-        codec = Codec(model, header["order"], plan, header["batch"])
+        codec = Codec(model, header["shape"], header["order"], plan, header["batch"],
+                      header["kind"] == "image")
     except (KeyError, TypeError, ValueError, RuntimeError):
         raise UserError(f"{name} is damaged: its header makes no sense")
     if codec.fingerprint() != probe:
@@ -216,43 +301,55 @@ def open_codec(header, model, name):
     return codec
 
 
-def encode(model, kind, stream, order, plan, verify=True):
-    """bytes -> archive, and its ideal length in bits: -log2 p under this order and plan.
+def encode(model, content, order, plan, verify=True):
+    """Content -> archive, and its ideal length in bits: -log2 p under this order and plan.
 
     verify: decode each block at once, and compare.
     """
-    symbols = torch.from_numpy(datasets.to_symbols(stream, model.K))
-    chunks = max(1, -(-len(symbols) // model.D))
-    codec = Codec(model, order, plan, batch=-(-chunks // -(-chunks // max(1, BLOCK // model.D))))
+    n, D, separate = len(content.symbols), model.D, content.kind == "image"
+    chunks = max(1, -(-n // D))
+    batch = -(-chunks // -(-chunks // max(1, BLOCK // D)))
+    codec = Codec(model, content.shape, order, plan, batch, separate)
     blocks, bits, done = [], 0.0, 0
-    parts = symbols.split(codec.batch * model.D) if len(symbols) else ()
+    parts = content.symbols.split(batch * D) if n else ()
     with tqdm(desc="encoding", unit="call", total=len(parts) * len(plan) * (1 + verify)) as bar:
         codec.tick = bar.update
-        for block in parts:
-            payload, ideal = codec.encode(block)
-            if verify and not torch.equal(codec.decode(payload, len(block))[0], block):
+        for part in parts:
+            payloads, ideal = codec.encode(part)
+            if verify and not torch.equal(codec.decode(payloads, len(part))[0], part):
                 raise UserError("a block does not decode to what went in: this machine does not "
                                 "compute the same probabilities twice, and nothing was written")
-            blocks.append((zlib.crc32(block.numpy().tobytes()), payload))
-            bits, done = bits + ideal, done + len(block)
-            bar.set_postfix_str(f"{bits / done:.3f} bits/char")
-    return pack(make_header(model, codec, kind, len(symbols), order), blocks), bits
+            blocks += zip(part.split(D) if separate else [part], payloads)
+            bits, done = bits + ideal, done + len(part)
+            bar.set_postfix_str(f"{bits / done:.3f} bits/{datasets.UNITS[content.kind]}")
+    return pack(make_header(codec, content, order), blocks), bits
 
 
-def decode(model, archive, name):
-    """Archive -> bytes; UserError where anything does not match."""
+def decode(model, checkpoint, archive, name, item=None):
+    """Archive -> Content, or that of one block alone; UserError where anything does not match."""
     header, blocks = unpack(archive, name)
-    codec, left, parts = open_codec(header, model, name), header["length"], []
-    with tqdm(desc="decoding", unit="call", total=len(blocks) * len(codec.plan)) as bar:
+    if item is not None and not 0 <= item < len(blocks):
+        raise UserError(f"--item {item}: {name} has items 0 to {len(blocks) - 1}")
+    codec = open_codec(header, model, checkpoint, name)
+    n, D, separate = header["length"], model.D, codec.separate
+    size = codec.batch * D                               # symbols in a batch
+    each = size // D if separate else 1                  # blocks in a batch
+    symbols, parts = D if separate else size, []
+    batches = [item // each] if item is not None else range(-(-len(blocks) // each))
+    with tqdm(desc="decoding", unit="call", total=len(batches) * len(codec.plan)) as bar:
         codec.tick = bar.update
-        for number, (crc, payload) in enumerate(blocks, start=1):
-            symbols, done = codec.decode(payload, n := min(left, codec.batch * model.D))
-            if not done or zlib.crc32(symbols.numpy().tobytes()) != crc:
-                raise UserError(f"{name} is damaged: block {number} of {len(blocks)} does not "
-                                "decode to its checksum")
-            parts.append(datasets.to_bytes(symbols, model.K))
-            left -= n
-    return b"".join(parts)
+        for batch in batches:
+            here = range(batch * each, min((batch + 1) * each, len(blocks)))
+            wanted = [blocks[i][1] if item in (None, i) else None for i in here]
+            x, clean = codec.decode(wanted, min(size, n - batch * size))
+            for i, part, good, payload in zip(here, x.split(symbols), clean, wanted):
+                if payload is not None:
+                    if not good or checksum(part, payload) != blocks[i][0]:
+                        raise UserError(f"{name} is damaged: block {i} of {len(blocks)} (counted "
+                                        "from 0) does not decode to its checksum")
+                    parts.append(part)
+    return Content(header["kind"], torch.cat(parts) if parts else torch.zeros(0, dtype=torch.uint8),
+                   model.K, header["shape"], header.get("npy"))
 
 
 # -- Which order and plan --------------------------------------------------------------------------
@@ -271,7 +368,8 @@ def candidates(model, L, calls, rule="auto"):
     else:
         plans = [planner.plan(L, calls), planner.uniform_plan(model.S, model.D, calls)]
     widest = sorted({max(k for _, _, k in plan) for plan in plans} - {1}) or [2]
-    rules = ["forward", "backward", "random:1", "random:2"] + [f"spaced:{k}" for k in widest]
+    rules = ["forward", "backward", "random:1", "random:2", "coarse"] + [
+        f"spaced:{k}" for k in widest]
     return list(itertools.product(rules if rule == "auto" else [rule], plans))
 
 
@@ -288,18 +386,19 @@ def search(model, checkpoint, pairs):
     if len(pairs) == 1:
         return pairs[0]
     try:
-        data = load_data(checkpoint["settings"], next(model.parameters()).device, model.K,
+        data = load_data(checkpoint["settings"], next(model.parameters()).device, checkpoint,
                          fetch=False)
     except UserError as error:
         print(f"no search for an order, {label(*pairs[0], model)} is taken: "
               f"the training data is not there ({error})")
         return pairs[0]
-    x, scores = spread(data.chunks("train")[0], max(1, 2048 // model.D)).long(), []
+    x, scores = spread(data.chunks("train")[0], max(4, 2048 // model.D)).long(), []
+    shape = data.shape if len(data.shape) > 1 else model.D
     for rule, plan in tqdm(pairs, desc="searching an order", unit="order", leave=False):
-        sigma = torch.from_numpy(planner.order(rule, model.D)).to(x.device).expand(x.shape)
+        sigma = torch.from_numpy(planner.order(rule, shape)).to(x.device).expand(x.shape)
         scores.append(bits_per_dim(model.nll(x, plan, sigma).mean().item(), model.D))
     table = sorted(zip(scores, range(len(pairs))))
-    print("orders, bits/char of training text: " + ", ".join(
+    print(f"orders, bits/{datasets.UNITS[data.kind]} of training data: " + ", ".join(
         f"{label(*pairs[i], model)} {score:.3f}" for score, i in table))
     return pairs[table[0][1]]
 
@@ -313,8 +412,18 @@ def read(path):
         raise UserError(f"{path} cannot be read: {error.strerror}")
 
 
+def open_input(path, checkpoint):
+    """Content of a file, or of the split of that name of the data that the model was trained on."""
+    if path in ("train", "valid", "test") and not Path(path).exists():
+        data = load_data(checkpoint["settings"], "cpu", checkpoint, fetch=False)
+        C, *sides = data.shape                           # of text: its length
+        npy = sides if C == 1 else (*sides, C)
+        return Content(data.kind, data.splits[path].reshape(-1), data.K, data.shape, npy)
+    return read_content(read(path), checkpoint, path)
+
+
 def settle(args):
-    """(model, checkpoint, order, plan) that a command line asks for."""
+    """(model, checkpoint, pairs of orders and plans to try) that a command line asks for."""
     model, checkpoint = load_model(args.ckpt, args.device)
     calls = model.S * model.D if args.calls is None else args.calls
     try:
@@ -327,15 +436,16 @@ def settle(args):
 def run_encode(args):
     """a file to an archive"""
     model, checkpoint, pairs = settle(args)
-    stream = read(args.input)
-    datasets.to_symbols(stream, model.K)                 # what cannot be coded is said first
+    content = open_input(args.input, checkpoint)         # what cannot be coded is said first
     order, plan = search(model, checkpoint, pairs)
-    archive, bits = encode(model, checkpoint["kind"], stream, order, plan, args.verify)
+    archive, bits = encode(model, content, order, plan, args.verify)
     with replacing(args.output) as file:
         file.write(archive)
-    print(f"{args.input}: {len(stream):,} characters -> {len(archive):,} bytes, "
-          f"{8 * len(archive) / max(1, len(stream)):.3f} bits/char; "
-          f"order {label(order, plan, model)}, {len(plan)} network calls a block"
+    number, units = content.count
+    print(f"{args.input}: {number:,} {units} -> {len(archive):,} bytes, "
+          f"{8 * len(archive) / max(1, len(content.symbols)):.3f} "
+          f"bits/{datasets.UNITS[content.kind]}; "
+          f"order {label(order, plan, model)}, {len(plan)} network calls a batch"
           f"{', decoded and compared' if args.verify else ''}")
     print(f"back again: python compress.py decode --ckpt {shlex.quote(args.ckpt)} "
           f"{shlex.quote(args.output)} FILE")
@@ -345,50 +455,51 @@ def run_decode(args):
     """an archive to the file it was made of"""
     archive = read(args.input)
     header, _ = unpack(archive, args.input)
-    model, _ = load_model(args.ckpt, args.device or str(header.get("device")))
-    stream = decode(model, archive, args.input)
+    model, checkpoint = load_model(args.ckpt, args.device or str(header.get("device")))
+    content = decode(model, checkpoint, archive, args.input, args.item)
     with replacing(args.output) as file:
-        file.write(stream)
-    print(f"{args.output}: {len(stream):,} characters, checksums match")
+        file.write(content.to_bytes())
+    number, units = content.count
+    print(f"{args.output}: {number:,} {units}, checksums match")
 
 
-def compare(model, kind, stream, order, plan):
-    """What one text costs by every measure: ({name: bits/char}, facts about the archive)."""
-    n, device = len(stream), next(model.parameters()).device
-    symbols = torch.from_numpy(datasets.to_symbols(stream, model.K)).to(device)
-    test = bound(model, *datasets.cut(symbols, model.D), progress=True)
+def compare(model, checkpoint, content, order, plan):
+    """What one file costs by every measure: ({name: bits/dim}, facts about the archive)."""
+    n, D, device = len(content.symbols), model.D, next(model.parameters()).device
+    test = bound(model, *datasets.cut(content.symbols.to(device), D), progress=True)
     begin = time.perf_counter()
-    archive, bits = encode(model, kind, stream, order, plan, verify=False)
+    archive, bits = encode(model, content, order, plan, verify=False)
     encoded = time.perf_counter()
-    same = decode(model, archive, "the archive") == stream
+    back = decode(model, checkpoint, archive, "the archive").symbols
     decoded = time.perf_counter()
     payload = sum(len(part) for _, part in unpack(archive, "the archive")[1])
     rows = {"bound, mean over all orders": test["bits"],
             "exact nll of this order and plan": bits / n,
             "archive, payload": 8 * payload / n, "archive, whole file": 8 * len(archive) / n}
-    facts = dict(characters=n, order=label(order, plan, model), calls=len(plan),
+    facts = dict(symbols=n, order=label(order, plan, model), calls=len(plan),
                  stderr=test["stderr"], payload_bytes=payload, archive_bytes=len(archive),
                  percent_over_nll=100 * (8 * payload / bits - 1), encode_seconds=encoded - begin,
-                 decode_seconds=decoded - encoded, identical=same,
+                 decode_seconds=decoded - encoded, identical=torch.equal(back, content.symbols),
                  weight_bytes=4 * sum(p.numel() for p in model.parameters()))
-    return rows | references(stream, model.D, model.K), facts
+    return rows | references(content.symbols.numpy(), content.kind, content.K,
+                             content.shape), facts
 
 
 def run_bench(args):
     """what a file costs by every measure; without FILE, the beginning of the test split"""
     model, checkpoint, pairs = settle(args)
-    if args.input:
-        stream = read(args.input)
-        datasets.to_symbols(stream, model.K)             # what cannot be coded is said first
-    else:
-        data = load_data(checkpoint["settings"], "cpu", model.K)
-        stream = datasets.to_bytes(data.splits["test"][:20000], model.K)
-    if len(stream) < model.D:
+    content = open_input(args.input or "test", checkpoint)
+    if not args.input:
+        content.symbols = content.symbols[:max(16 * model.D if content.kind == "image" else 0,
+                                               20000 // model.D * model.D)]
+    if len(content.symbols) < model.D:
         raise UserError(f"{args.input} is shorter than a chunk of {model.D}")
     order, plan = search(model, checkpoint, pairs)
-    rows, f = compare(model, checkpoint["kind"], stream, order, plan)
-    print(f"{f['characters']:,} characters, chunks of {model.D}, "
-          f"order {label(order, plan, model)}, {len(plan)} network calls a block; bits/char:")
+    rows, f = compare(model, checkpoint, content, order, plan)
+    number, units = content.count
+    print(f"{number:,} {units}, {'x'.join(map(str, content.shape))}, order "
+          f"{label(order, plan, model)}, {len(plan)} network calls a batch; "
+          f"bits/{datasets.UNITS[content.kind]}:")
     notes = {"bound, mean over all orders": f" (standard error {f['stderr']:.4f})",
              "archive, payload": f" ({f['payload_bytes']:,} bytes, "
                                  f"{f['percent_over_nll']:+.3f}% of the nll)",
@@ -410,15 +521,18 @@ def main():
         command.add_argument("--ckpt", required=True, help="a checkpoint of train.py")
         command.add_argument("--device", help="cuda, mps or cpu")
         command.add_argument("input", nargs="?" if name == "bench" else None,
-                             help="the file to read")
+                             help="the file to read, or train, valid or test: of the model's data")
         if name != "bench":
             command.add_argument("output", help="the file to write")
         if name != "decode":
             command.add_argument("--calls", type=int,
                                  help="network calls a block (default: one for each step)")
             command.add_argument("--order", default="auto",
-                                 help="forward, backward, random:SEED, spaced:G, or auto: "
-                                      "the best of several on training text")
+                                 help="forward, backward, random:SEED, spaced:G, coarse, or "
+                                      "auto: the best of several on training data")
+        if name == "decode":
+            command.add_argument("--item", type=int,
+                                 help="only this block, counted from 0: this image")
         if name == "encode":
             command.add_argument("--no-verify", dest="verify", action="store_false",
                                  help="skip the decoding that proves it")

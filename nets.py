@@ -4,6 +4,8 @@ x (B, D) int64 holds x^(s) where m (B, D, bool) is True and x^(s-1) elsewhere; t
 int64. Every variable may look at every other: nothing here is causal, what is unknown is hidden
 by the mask.
 """
+import math
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -22,7 +24,8 @@ class Transformer(nn.Module):
                 that attention knows distances from the first step on
     pairs       embeddings of pairs of known neighbours, the nearest context there is: the two
                 beside a position, the two before it, the two behind it
-    conv        width of a depthwise convolution before attention, which mixes neighbours; 0: none
+    conv        width of the depthwise convolutions before attention and before the hidden layer,
+                which mix neighbours; 0: none
     qk_norm     queries and keys are brought to mean 0 and variance 1
     zero_init   every block begins as the identity and the output as the uniform distribution
     time        show the network t as well (Sec. 3: optional; the mask tells how much is known)
@@ -52,6 +55,13 @@ class Transformer(nn.Module):
         self.register_buffer("cos", angles.cos().float())        # (D, dim // heads / 2), or dim / 2
         self.register_buffer("sin", angles.sin().float())
 
+    def matrices(self):
+        """What the optimiser Muon is for, the weights of the blocks: {parts: list}, parts = 3 where
+        three matrices lie on top of each other."""
+        return {3: [block.qkv.weight for block in self.blocks],
+                1: [layer.weight for block in self.blocks
+                    for layer in (block.out, block.up, block.down)]}
+
     def forward(self, x, m, t, s):
         """(B, D) values and mask, (B,) step and stage -> (B, D, num_outputs) logits."""
         D = x.shape[1]
@@ -76,15 +86,14 @@ class Transformer(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(mix(norm(x))), then x + mlp(mix(norm(x)))."""
 
     def __init__(self, dim, heads, mlp, conv, qk_norm, zero_init):
         super().__init__()
         self.heads, self.qk_norm = heads, qk_norm
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        # 2-d, on (B, dim, 1, D): to it a transposed h is channels-last and need not be copied, as
-        # Conv1d would do; several times as fast on a CPU.
-        self.conv = nn.Conv2d(dim, dim, (1, conv), padding="same", groups=dim) if conv else None
+        self.mix1, self.mix2 = (NeighbourConv(dim, conv) if conv else nn.Identity()
+                                for _ in range(2))
         self.qkv, self.out = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim, bias=False)
         self.up, self.down = nn.Linear(dim, mlp), nn.Linear(mlp, dim)
         if zero_init:
@@ -93,10 +102,7 @@ class Block(nn.Module):
     def forward(self, x, cos, sin):
         """(B, D, dim) -> (B, D, dim); cos, sin: of the rotary angles, or None."""
         B, D, dim = x.shape
-        h = self.norm1(x)
-        if self.conv is not None:
-            h = self.conv(h.transpose(1, 2)[:, :, None])[:, :, 0].transpose(1, 2)
-        qkv = self.qkv(h).view(B, D, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(self.mix1(self.norm1(x))).view(B, D, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         qk, v = qkv[:2], qkv[2]                                  # (2, B, heads, D, d) and one
         if self.qk_norm:
             qk = F.layer_norm(qk, qk.shape[-1:])
@@ -104,7 +110,21 @@ class Block(nn.Module):
             qk = rotate(qk, cos, sin)
         h = attention(*qk, v)                                    # (B, heads, D, d)
         x = x + self.out(h.transpose(1, 2).reshape(B, D, dim))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
+        return x + self.down(F.gelu(self.up(self.mix2(self.norm2(x)))))
+
+
+class NeighbourConv(nn.Conv2d):
+    """Depthwise convolution of width `width` along D, on (B, D, dim).
+
+    2-d, on (B, dim, 1, D): to it a transposed h is channels-last and need not be copied, as Conv1d
+    would do; several times as fast on a CPU.
+    """
+
+    def __init__(self, dim, width):
+        super().__init__(dim, dim, (1, width), padding="same", groups=dim)
+
+    def forward(self, h):
+        return super().forward(h.transpose(1, 2)[:, :, None])[:, :, 0].transpose(1, 2)
 
 
 def wave_angles(positions, dim):
@@ -126,3 +146,206 @@ def attention(q, k, v):
         # PyTorch's fused kernel is 2 to 7 times slower than its parts in bfloat16 on a CPU.
         return torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, dim=-1).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v)
+
+
+class UNet(nn.Module):
+    """U-Net for images (C, H, W): D = C * H * W variables, colour by colour, each with its mask.
+
+    The paper's is dim=256, depth=32, levels=1, heads=1, neighbours=False, logistic=False,
+    time=True: everything at full resolution. The defaults learn more in the same time (bench.py
+    images):
+
+    depth       ResBlocks of each level, on the way down and again on the way up
+    levels      resolutions, each half of the one before; the second has twice the channels
+    heads       of the attention between all pixels in the middle; 0: none
+    neighbours  also show the network, for each colour, means of the known values near by, and how
+                many they are, in windows of several sizes
+    logistic    the logits of a value are those of a logistic distribution around the mean of what
+                is known near by, moved and scaled by the network, and a correction, a softmax as
+                the paper's. So classes are ordered from the first step on
+    """
+
+    def __init__(self, K, shape, num_outputs=None, dim=32, depth=2, levels=3, heads=0,
+                 neighbours=True, logistic=True, time=False, stages=1):
+        super().__init__()
+        C, H, W = shape
+        self.K, self.shape, self.stages, self.num_outputs = K, tuple(shape), stages, num_outputs or K
+        self.neighbours = neighbours
+        self.logistic = logistic and self.num_outputs == K
+        inputs = (2 + (2 * len(WINDOWS) + (stages > 1) if neighbours else 0)) * C
+        inputs, quarter = inputs + (stages if stages > 1 else 0), dim // 4
+        self.embed = nn.Embedding(K, quarter)
+        self.mix = nn.Conv2d(C * quarter, quarter, 1)
+        self.first = nn.Conv2d(inputs, dim - quarter, 3, padding=1)
+        self.time = nn.Sequential(nn.Linear(dim, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, 4 * dim),
+                                  nn.SiLU()) if time else None
+        widths = [dim * min(2, 2 ** level) for level in range(levels)]
+        around = dict(time=4 * dim if time else 0)
+        self.down, self.up, width = nn.ModuleList(), nn.ModuleList(), dim
+        for w in widths:
+            self.down.append(nn.ModuleList(ResBlock(width if i == 0 else w, w, **around)
+                                           for i in range(depth)))
+            width = w
+        self.middle = nn.ModuleList([ResBlock(width, width, **around)])
+        if heads:
+            self.middle += [PixelAttention(width, heads), ResBlock(width, width, **around)]
+        for w in reversed(widths):
+            self.up.append(nn.ModuleList(ResBlock((width if i == 0 else w) + w, w, **around)
+                                         for i in range(depth)))
+            width = w
+        self.norm = nn.GroupNorm(groups(width), width)
+        self.head = nn.Parameter(torch.zeros(C, width, self.num_outputs))
+        self.bias = nn.Parameter(torch.zeros(C, 1, self.num_outputs))
+        self.place = nn.Conv2d(width, 2 * C, 1) if self.logistic else None
+        if self.place is not None:
+            nn.init.zeros_(self.place.weight), nn.init.zeros_(self.place.bias)
+        self.to(memory_format=torch.channels_last)       # several times as fast on a CPU
+
+    def forward(self, x, m, t, s):
+        """(B, D) values and mask, (B,) step and stage -> (B, D, num_outputs) logits."""
+        return self.at(x, m, t, s, torch.ones_like(m)).view(*x.shape, -1)
+
+    def matrices(self):
+        """As of the Transformer; attention's queries, keys and values are taken as one here."""
+        parts = (self.down, self.middle, self.up)
+        return {1: [p for part in parts for p in part.parameters() if p.ndim == 4]}
+
+    def at(self, x, m, t, s, where):
+        """The same for the n variables in `where` (B, D, bool) alone: (n, num_outputs)."""
+        h, place = self.body(x, m, t, s)                 # (B * H * W, dim), (B * D, 2) or None
+        (C, H, W), flat = self.shape, where.flatten().nonzero()[:, 0]    # (n,)
+        colour = flat // (H * W) % C
+        pixel = flat // (C * H * W) * (H * W) + flat % (H * W)
+        logits = [torch.addmm(self.bias[c], h.index_select(0, pixel[colour == c]), self.head[c])
+                  for c in range(C)]
+        logits = torch.cat(logits).index_select(0, colour.argsort(stable=True).argsort())
+        if place is None:
+            return logits
+        return logits + logistic(*place.index_select(0, flat).split(1, dim=-1), self.K)
+
+    def body(self, x, m, t, s):
+        """-> h (B * H * W, dim), from which the logits of a pixel's colours come, and (B * D, 2)
+        location and log-scale of each variable's logistic distribution, or None."""
+        (B, D), (C, H, W) = x.shape, self.shape
+        x, m = x.view(B, C, H, W), m.view(B, C, H, W)
+        if self.stages == 1:
+            x = torch.where(m, x, self.K // 2)           # the value that is shown as 0
+        v = x / self.K - 0.5
+        known, near = m.to(v.dtype), 0.0                                 # (B, C, H, W)
+        inputs = [v, known]
+        if self.neighbours:
+            means, counts = local_means(v, known)                        # (windows, B, C, H, W)
+            near = means[-1]
+            # All but one are shown as they differ from the nearest mean: a small number, which
+            # shall count, and the same wherever the image is darker as a whole.
+            inputs = [16 * (v - near) * known, known, 8 * near, *16 * (means[:-1] - near), *counts]
+            if self.stages > 1:
+                inputs.append(16 * (v - near) * (1 - known))             # x^(s-1)
+        if self.stages > 1:
+            stage = F.one_hot(s - 1, self.stages)[:, :, None, None]
+            inputs.append(stage.expand(-1, -1, H, W).to(v.dtype))
+        inputs = torch.cat(inputs, dim=1).contiguous(memory_format=torch.channels_last)
+        digits = self.embed(x).permute(0, 1, 4, 2, 3).flatten(1, 2)      # (B, C * dim / 4, H, W)
+        h = torch.cat((self.first(inputs), self.mix(digits)), dim=1)
+        h = F.silu(self.norm(self.pyramid(h, self.steps(t, s, D))))      # (B, dim, H, W)
+        place = None
+        if self.logistic:
+            shift, scale = self.place(h).chunk(2, dim=1)                 # (B, C, H, W)
+            place = torch.stack((near + shift, scale), dim=-1).view(B * D, 2)
+        return h.permute(0, 2, 3, 1).flatten(0, 2), place
+
+    def steps(self, t, s, D):
+        """What the blocks are told of the time: (B, 4 * dim), or None."""
+        if self.time is None:
+            return None
+        part = 1000 * (t + (s - 1) * D) / (self.stages * D)
+        angles = wave_angles(part, self.time[0].in_features)
+        return self.time(torch.cat((angles.sin(), angles.cos()), dim=-1))
+
+    def pyramid(self, h, time):
+        """Down through the levels, keeping what every block says, and up again with it."""
+        skips = []
+        for level, blocks in enumerate(self.down):
+            if level:
+                h = F.avg_pool2d(h, 2, ceil_mode=True)
+            for block in blocks:
+                h = block(h, time)
+                skips.append(h)
+        for block in self.middle:
+            h = block(h, time)
+        for blocks in self.up:
+            for block in blocks:
+                if h.shape[2:] != skips[-1].shape[2:]:   # once a level: back to its resolution
+                    H, W = skips[-1].shape[2:]
+                    h = F.interpolate(h, scale_factor=2)[:, :, :H, :W]
+                h = block(torch.cat((h, skips.pop()), dim=1), time)
+        return h
+
+
+class ResBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x))) + time))), with two 3x3 convolutions."""
+
+    def __init__(self, width, out, time=0):
+        super().__init__()
+        self.norm1, self.norm2 = nn.GroupNorm(groups(width), width), nn.GroupNorm(groups(out), out)
+        self.conv1 = nn.Conv2d(width, out, 3, padding=1)
+        self.conv2 = nn.Conv2d(out, out, 3, padding=1)
+        self.time = nn.Linear(time, out) if time else None
+        self.short = nn.Conv2d(width, out, 1) if width != out else nn.Identity()
+        nn.init.zeros_(self.conv2.weight), nn.init.zeros_(self.conv2.bias)
+
+    def forward(self, x, time):
+        h = self.conv1(F.silu(self.norm1(x)))
+        if self.time is not None:
+            h = h + self.time(time)[:, :, None, None]
+        return self.short(x) + self.conv2(F.silu(self.norm2(h)))
+
+
+class PixelAttention(nn.Module):
+    """x + attention between all pixels of norm(x)."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads, self.norm = heads, nn.GroupNorm(groups(width), width)
+        self.qkv, self.out = nn.Conv2d(width, 3 * width, 1), nn.Conv2d(width, width, 1)
+        nn.init.zeros_(self.out.weight), nn.init.zeros_(self.out.bias)
+
+    def forward(self, x, time):
+        B, dim, H, W = x.shape
+        qkv = self.qkv(self.norm(x)).permute(0, 2, 3, 1).reshape(B, H * W, 3, self.heads, -1)
+        h = attention(*qkv.permute(2, 0, 3, 1, 4))                       # (B, heads, H * W, d)
+        return x + self.out(h.permute(0, 1, 3, 2).reshape(B, dim, H, W))
+
+
+WINDOWS = (17, 9, 5, 3)                      # widths of the windows of `local_means`
+
+
+def local_means(v, known, prior=0.3):
+    """Means of the known values near each variable: v, known (B, C, H, W), known 0 or 1.
+
+    From the whole image to the smallest window, each mean also counts the mean of the window before
+    it, as `prior` values. So where nothing is known near by, the larger window speaks. Returns the
+    means and the logarithms of the counts, (windows, B, C, H, W) each.
+    """
+    v = v * known
+    mean = v.sum((2, 3), keepdim=True) / (known.sum((2, 3), keepdim=True) + prior)   # (B, C, 1, 1)
+    means, counts = [], []
+    for width in WINDOWS:
+        total, count = (F.avg_pool2d(part, width, 1, width // 2, divisor_override=1)
+                        for part in (v, known))
+        mean = (total + prior * mean) / (count + prior)
+        means.append(mean), counts.append(torch.log1p(count) / 3)
+    return torch.stack(means), torch.stack(counts)
+
+
+def logistic(location, log_scale, K):
+    """(n, 1) each, on the scale of value/K - 0.5 -> (n, K) log-density of the logistic distribution
+    at the K values, but for a constant."""
+    values = (torch.arange(K, device=location.device) + 0.5) / K - 0.5
+    z = (values - location) * torch.exp(3 - 2 * log_scale).clamp(max=2.0 * K)         # (n, K)
+    return z - 2 * F.softplus(z)
+
+
+def groups(width):
+    """How many groups a GroupNorm has: the paper's 32, fewer where they would be smaller than 4."""
+    return math.gcd(width, 32 if width >= 128 else 8)

@@ -101,29 +101,49 @@ def cosine_plan(S, D, budget):
     return _by_curve(S, D, budget, lambda u: 1 - np.cos(np.pi / 2 * u))
 
 
-def order(rule, D):
+def order(rule, shape):
     """An order by its name: sigma (D,) int64, the step that writes each position.
 
-    forward, backward; random:SEED, a permutation that depends on SEED and D alone, on any machine;
-    spaced:G, G readers that march forward together, D/G apart: where G divides D, calls of G
-    variables keep them as far apart as can be. ValueError for any other name.
+    shape: D of text, (C, H, W) of an image, where D = C * H * W positions lie colour by colour.
+
+    forward, backward   text from its ends; an image pixel by pixel, row by row, all colours at once
+    random:SEED         a permutation that depends on SEED and D alone, on any machine
+    spaced:G            G readers that march forward together, D/G apart: where G divides D, calls
+                        of G variables keep them as far apart as can be
+    coarse              every second position (and row) of every second of ... first, then those
+                        halfway between them, one colour after the other
+
+    ValueError for any other name.
     """
     name, _, number = rule.partition(":")
-    here = range(D)
-    if rule == "forward":
-        turn = list(here)
-    elif rule == "backward":
-        turn = list(reversed(here))
+    C, *sides = shape if np.ndim(shape) else (1, shape)
+    positions = np.arange(C * int(np.prod(sides)))
+    turn = positions.reshape(C, -1).T.reshape(-1)            # the colours of a pixel together
+    if rule == "backward":
+        turn = turn[::-1]
     elif name == "random" and number.isdecimal():
-        turn = sorted(here, key=lambda i: hashlib.sha256(f"{number}:{i}".encode()).digest())
+        turn = sorted(positions, key=lambda i: hashlib.sha256(f"{number}:{i}".encode()).digest())
     elif name == "spaced" and number.isdecimal() and int(number) > 0:
-        stride = -(-D // int(number))
-        turn = sorted(here, key=lambda i: i % stride)
-    else:
-        raise ValueError(f"order {rule!r}: choose forward, backward, random:SEED or spaced:G")
-    sigma = np.empty(D, dtype=np.int64)
-    sigma[turn] = np.arange(1, D + 1)
+        stride = -(-len(turn) // int(number))
+        turn = turn[np.argsort(np.arange(len(turn)) % stride, kind="stable")]
+    elif rule == "coarse":
+        turn = np.argsort(np.tile(-_coarseness(sides), C), kind="stable")
+    elif rule != "forward":
+        raise ValueError(f"order {rule!r}: choose forward, backward, random:SEED, spaced:G or "
+                         "coarse")
+    sigma = np.empty(len(positions), dtype=np.int64)
+    sigma[turn] = np.arange(1, len(positions) + 1)
     return sigma
+
+
+def _coarseness(sides):
+    """How early each position comes in the coarse order, flat: how often 2 divides its index; of
+    two dimensions the smaller power counts, and the middle of four neighbours comes first."""
+    i = np.indices(sides)
+    i[i == 0] = 1 << 30
+    powers = np.log2(i & -i).astype(int)                     # (1 or 2, *sides)
+    middle = (powers.min(axis=0) == powers.max(axis=0)) & (len(sides) > 1)
+    return (2 * powers.min(axis=0) + middle).reshape(-1)
 
 
 def _check_budget(budget, S, D):

@@ -3,12 +3,15 @@
     python sample.py --ckpt out/pydoc/ckpt.pt --n 8 --calls 20
     python sample.py --ckpt out/pydoc/ckpt.pt --calls 20 --frames         the process, step by step
     python sample.py --ckpt out/pydoc/ckpt.pt --prompt "the ____ of"      underscores are the blanks
+    python sample.py --ckpt out/glyphs/ckpt.pt --inpaint top              the rest of test images
 
-Prints the samples and writes them to samples.txt (and frames.txt) beside the checkpoint.
+Text is printed and written to samples.txt (and frames.txt) beside the checkpoint, images to
+samples.png (frames.png, process.png, which moves, and inpaint.png).
 """
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -16,7 +19,9 @@ import data as datasets
 import planner
 from ardm import rerank
 from data import UserError
-from train import Parser, command_line, load_model, replacing
+from train import Parser, command_line, load_data, load_model, replacing, spread
+
+COMPLETIONS = 4                      # of each image that is filled in
 
 
 def read_prompt(prompt, model):
@@ -32,6 +37,25 @@ def read_prompt(prompt, model):
     symbols = datasets.to_symbols(stream.replace(b"_", filler).ljust(D, filler), model.K)
     absent = torch.arange(D) >= n
     return torch.from_numpy(symbols).long(), ~blanks & ~absent, absent
+
+
+def read_inpaint(rule, n, model, checkpoint):
+    """--inpaint -> x (n * COMPLETIONS, D), n test images, and which of their variables are known,
+    (D,): the top or left half, or each pixel with that probability."""
+    C, H, W = checkpoint["shape"]
+    row, column, part = torch.arange(H)[:, None], torch.arange(W), rule.removeprefix("random:")
+    if rule in ("top", "left"):
+        known = (row < H // 2) & (column >= 0) if rule == "top" else (column < W // 2) & (row >= 0)
+    elif rule != part and part.replace(".", "", 1).isdecimal() and 0 < float(part) < 1:
+        known = torch.rand(H, W, generator=torch.Generator().manual_seed(0)) < float(part)
+    else:
+        raise UserError(f"--inpaint {rule}: choose top, left or random:P, 0 < P < 1, which says "
+                        "what is known")
+    if known.all() or not known.any():
+        raise UserError(f"--inpaint {rule}: of these small images all or nothing would be known")
+    data = load_data(checkpoint["settings"], "cpu", checkpoint)
+    x = spread(data.chunks("test")[0], n).long()
+    return x.repeat_interleave(COMPLETIONS, dim=0), known.expand(C, H, W).flatten()
 
 
 def make_plan(model, L, calls, known, absent):
@@ -81,49 +105,89 @@ def main():
                         help="random, forward, backward, random:SEED, spaced:G")
     parser.add_argument("--prompt",
                         help="text to keep, with _ for every character that is to be filled in")
+    parser.add_argument("--inpaint", metavar="top|left|random:P",
+                        help="complete test images of which that part is known")
     parser.add_argument("--temperature", type=float, default=1.0,
                         help="below 1: likelier, less varied")
     parser.add_argument("--frames", action="store_true",
                         help="also show what is known at several steps of each stage, "
-                             "_ for what is not")
+                             "_ or grey for what is not")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cuda, mps or cpu")
-    parser.add_argument("--out", help="folder for samples.txt; the default is the checkpoint's")
+    parser.add_argument("--out", help="folder for the files; the default is the checkpoint's")
     args = parser.parse_args()
     if args.n < 1 or not args.temperature > 0 or not 0 <= args.seed < 1 << 63:
         raise UserError("--n must be at least 1, --temperature above 0 and --seed 0 to 2^63 - 1")
     model, checkpoint = load_model(args.ckpt, args.device)
-    device, D = next(model.parameters()).device, model.D
-    x, known, absent = read_prompt("_" * D if args.prompt is None else args.prompt, model)
+    image, (device, D) = checkpoint["kind"] == "image", (next(model.parameters()).device, model.D)
+    if args.prompt is not None and image or args.inpaint and not image:
+        raise UserError("--prompt is for text and --inpaint for images: this is a model of "
+                        f"{'images' if image else 'text'}")
+    if args.inpaint:
+        x, known = read_inpaint(args.inpaint, args.n, model, checkpoint)
+        absent = torch.zeros_like(known)
+    else:
+        x, known, absent = read_prompt("_" * D if args.prompt is None else args.prompt, model)
+        x = x.expand(args.n, D)
     plan = make_plan(model, checkpoint["L"], args.calls, known, absent)
     generator = torch.Generator(device).manual_seed(args.seed)
-    sigma = rerank(make_sigma(args.order, args.n, model, generator),
+    sigma = rerank(make_sigma(args.order, len(x), model, generator),
                    known.to(device), absent.to(device))
     with tqdm(plan, desc="sampling", unit="call", leave=False) as calls:
-        x = model.sample(args.n, calls, sigma, x.expand(args.n, D).to(device),
-                         temperature=args.temperature, generator=generator)
-    report(model, x.cpu(), sigma.cpu(), plan, absent, args)
+        drawn = model.sample(len(x), calls, sigma, x.to(device), temperature=args.temperature,
+                             generator=generator)
+    steps = frames(model, drawn.cpu(), sigma.cpu(), plan) if args.frames else []
+    files = (pictures(x, known, drawn.cpu(), steps, checkpoint) if image else
+             lines(drawn.cpu(), steps, D - int(absent.sum()), model))
+    folder = Path(args.out or Path(args.ckpt).parent)
+    for name, content in files.items():
+        with replacing(folder / name) as file:
+            file.write(content)
+    print(f"{len(x)} samples, {len(plan)} network calls; "
+          f"written to {' and '.join(str(folder / n) for n in files)}")
 
 
-def report(model, x, sigma, plan, absent, args):
-    """Prints the samples and writes them to files."""
-    folder, length = Path(args.out or Path(args.ckpt).parent), model.D - int(absent.sum())
+def lines(x, steps, length, model):
+    """Prints samples of text, or the frames; returns the files to write: {name: bytes}."""
     shown = "".join(datasets.show(row[:length], model.K) + "\n" for row in x)
     files = {"samples.txt": b"".join(datasets.to_bytes(row[:length], model.K) + b"\n"
                                      for row in x)}
-    if args.frames:
-        steps = frames(model, x, sigma, plan)
+    if steps:
         shown = "\n".join(
             "".join(f"{f's = {s}  ' if model.S > 1 else ''}t = {t:4d}  "
                     f"{datasets.show(state[i, :length], model.K, m[i, :length].numpy())}\n"
                     for s, t, state, m in steps) for i in range(len(x)))
         files["frames.txt"] = shown.encode()
-    for name, content in files.items():
-        with replacing(folder / name) as file:
-            file.write(content)
     print(shown, end="")
-    print(f"{len(x)} samples, {len(plan)} network calls; "
-          f"written to {' and '.join(str(folder / n) for n in files)}")
+    return files
+
+
+def pictures(given, known, x, steps, checkpoint):
+    """The files to write, {name: bytes}: a grid of the samples x; with frames a row for each sample
+    and the same as a film; for completions of given images a row of the image, what was known of
+    it, and all completions. What is not known is grey."""
+    def images(x, known=True):
+        x = torch.where(torch.as_tensor(known), x, checkpoint["K"] // 2)
+        return datasets.to_images(x, checkpoint["shape"], checkpoint["K"])
+
+    if known.any():
+        rows = [images(given[::COMPLETIONS]), images(given[::COMPLETIONS], known)]
+        rows += [images(x[i::COMPLETIONS]) for i in range(COMPLETIONS)]
+        files = {"inpaint.png": datasets.png(side_by_side(rows))}
+    else:
+        files = {"samples.png": datasets.png(datasets.grid(images(x), columns=min(8, len(x))))}
+    if steps:                                            # a later stage refines what is there
+        films = [images(state, m | (s > 1)) for s, t, state, m in steps]
+        files["frames.png"] = datasets.png(side_by_side(films))
+        files["process.png"] = datasets.png(*(datasets.grid(film, min(8, len(x)))
+                                              for film in films))
+    return files
+
+
+def side_by_side(columns):
+    """[(N, H, W, C)] -> a picture with a row for each of the N."""
+    return datasets.grid(np.stack(columns, axis=1).reshape(-1, *columns[0].shape[1:]),
+                         columns=len(columns))
 
 
 if __name__ == "__main__":

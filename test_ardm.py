@@ -2,16 +2,21 @@
 
 ARDM_DATA names a folder with real data (text8/text8_prefix.zip); tests that need it skip without.
 """
+import gzip
+import io
 import itertools
 import json
 import math
 import os
+import pickle
 import re
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -544,6 +549,87 @@ def test_paper_network_has_the_papers_size():
     assert abs(sum(p.numel() for p in net.parameters()) - 85.1e6) < 0.2e6
 
 
+PICTURES = [dict(dim=8, depth=1, levels=2), dict(dim=8, depth=2, levels=3, heads=2),
+            dict(dim=8, depth=1, levels=1, heads=1, neighbours=False, logistic=False, time=True)]
+
+
+def picture_net(options, K=6, shape=(2, 5, 6), stages=1, outputs=None):
+    """A U-Net whose zero-initialised layers say something."""
+    torch.manual_seed(0)
+    net = nets.UNet(K, shape, outputs, stages=stages, **options)
+    for p in net.parameters():
+        if not p.any():
+            nn.init.normal_(p, std=0.3)
+    return net
+
+
+@pytest.mark.parametrize("options", PICTURES)
+@pytest.mark.parametrize("stages, outputs", [(1, None), (3, None), (3, 6)])
+def test_unet_at_some_places_says_what_it_says_at_all(options, stages, outputs):
+    net = picture_net(options, stages=stages, outputs=outputs)
+    x, m = torch.randint(6, (3, 60)), torch.rand(3, 60) < 0.4
+    t, s = torch.tensor([1, 20, 60]), torch.tensor([1, stages, 1])
+    whole, part = net(x, m, t, s), net.at(x, m, t, s, ~m)
+    assert whole.shape == (3, 60, outputs or 6)
+    assert torch.allclose(whole[~m], part, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", PICTURES)
+@pytest.mark.parametrize("branch", [None, 2])
+def test_unet_sees_what_is_known_and_nothing_else(options, branch):
+    net = picture_net(options, stages=3 if branch else 1)
+    model = UpscaleARDM(net, 60, 6, branch) if branch else ARDM(net, 60, 6)
+    x, m = torch.randint(6, (1, 60)), torch.rand(1, 60) < 0.5
+    t, s = torch.tensor([30]), torch.tensor([1])
+    before = model.log_probs(x, m, t, s)
+    hidden = torch.where(m, x, (x + 3) % 6)
+    assert torch.equal(before, model.log_probs(hidden, m, t, s))
+    i = int(m[0].nonzero()[0])
+    shown = x.clone()
+    shown[0, i] = (x[0, i] + 4) % 8 if branch else (x[0, i] + 1) % 6   # another first digit
+    assert not torch.allclose(before, model.log_probs(shown.clamp(max=5), m, t, s))
+
+
+def test_unet_with_a_zero_head_is_uniform():
+    model = ARDM(nets.UNet(6, (1, 4, 4), dim=8, depth=1, levels=2, logistic=False), 16, 6)
+    assert torch.allclose(model.loss(torch.randint(6, (4, 16))), torch.tensor(16 * math.log(6)))
+
+
+def test_paper_unet_has_the_papers_blocks():
+    c = train.complete(dict(size="paper", data="cifar10", device="cpu"))
+    with torch.device("meta"):
+        net = train.build_model(c, 256, (3, 32, 32)).net
+    blocks = [len(level) for part in (net.down, net.up) for level in part]
+    attention = [m for m in net.modules() if isinstance(m, nets.PixelAttention)]
+    assert blocks == [32, 32] and len(attention) == 1 and net.time is not None
+    assert (net.first.out_channels, net.mix.out_channels, net.first.in_channels) == (192, 64, 6)
+    assert (c.lr, c.batch, c.clip, c.ema, c.optimizer) == (1e-4, 128, 100.0, 0.9999, "adam")
+    assert c.flips and not c.turns
+
+
+def test_local_means_are_means_of_what_is_known():
+    v, known = torch.randn(2, 3, 7, 9), (torch.rand(2, 3, 7, 9) < 0.4).float()
+    means, counts = nets.local_means(v, known, prior=0.3)
+    B, C, i, j = 1, 2, 3, 0
+    mean = (v * known)[B, C].sum() / (known[B, C].sum() + 0.3)
+    for width, got, count in zip(nets.WINDOWS, means[:, B, C, i, j], counts[:, B, C, i, j]):
+        r = width // 2
+        here = (slice(max(0, i - r), i + r + 1), slice(max(0, j - r), j + r + 1))
+        n = known[B, C][here].sum()
+        mean = ((v * known)[B, C][here].sum() + 0.3 * mean) / (n + 0.3)
+        assert torch.allclose(got, mean, atol=1e-5)
+        assert torch.allclose(count.mul(3).exp() - 1, n, atol=1e-4)
+
+
+def test_logistic_is_the_density_of_the_logistic_distribution():
+    location, log_scale = torch.tensor([[0.1], [-0.4]]), torch.tensor([[0.3], [-0.2]])
+    got = nets.logistic(location, log_scale, 16)
+    scale = torch.exp(2 * log_scale - 3)
+    z = ((torch.arange(16) + 0.5) / 16 - 0.5 - location) / scale
+    density = torch.exp(-z) / (scale * (1 + torch.exp(-z)) ** 2)
+    assert torch.allclose(got - torch.log(density), torch.log(scale).expand(2, 16), atol=1e-4)
+
+
 # -- planner.py ------------------------------------------------------------------------------------
 
 def compositions(n, parts):
@@ -868,11 +954,11 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(tmp_path):
     def go(run, upto):
         return [train.train_step(run, data.batch(c.batch, generator=run.generator)).item()
                 for _ in range(run.step, upto)]
-    whole, part = train.Run(c, 27, "text"), train.Run(c, 27, "text")
+    whole, part = train.Run(c, 27, "text", (c.length,)), train.Run(c, 27, "text", (c.length,))
     losses = go(whole, 8)
     assert go(part, 5) == losses[:5]
     part.save(tmp_path / "ckpt.pt")
-    again = train.Run(c, 27, "text")
+    again = train.Run(c, 27, "text", (c.length,))
     again.restore(train.read_checkpoint(tmp_path / "ckpt.pt"))
     assert go(again, 8) == losses[5:]
     for a, b in zip(whole.ema.parameters(), again.ema.parameters()):
@@ -925,7 +1011,7 @@ def test_muon_treats_queries_keys_and_values_one_by_one():
 
 def test_muon_gets_the_matrices_of_the_blocks_and_nothing_is_left_out():
     c = train.complete(SMALL)
-    net = train.build_model(c, 27).net
+    net = train.build_model(c, 27, (c.length,)).net
     groups = [[p for g in o.param_groups for p in g["params"]]
               for o in train.make_optimizers(net, c)]
     assert sum(map(len, groups)) == len(list(net.parameters())) and len(groups[1]) == 4 * c.depth
@@ -941,7 +1027,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_checkpoint(tmp_path
     monkeypatch.setattr(train, "train_step", lambda run, x: (
         setattr(run, "step", run.step + 1), torch.tensor(math.nan))[1])
     with pytest.raises(UserError, match="smaller --lr"):
-        train.train(train.Run(c, 27, "text"), data, tmp_path)
+        train.train(train.Run(c, 27, "text", (c.length,)), data, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["log.csv"]
 
 
@@ -968,8 +1054,8 @@ def test_steps_that_were_never_met_take_their_neighbours_value():
 
 
 def test_references_are_what_the_standard_library_gives():
-    text = b"abracadabra" * 30
-    bits = train.references(text, 11, 27)
+    symbols = datasets.to_symbols(b"abracadabra" * 30, 27)
+    bits = train.references(symbols, "text", 27, (11,))
     assert math.isclose(bits["uniform"], math.log2(27)) and bits["bz2"] < 2 < bits["bz2 in chunks"]
     share = np.array([5, 2, 2, 1, 1]) / 11
     assert math.isclose(bits["single letters"], -(share * np.log2(share)).sum())
@@ -981,6 +1067,161 @@ def test_paper_size_is_the_papers_recipe():
         250, 768, 12, 12, 3072, 512, 3_000_000)
     assert (c.optimizer, c.lr, c.warmup, c.clip, c.ema, c.positions) == (
         "adam", 5e-4, 5000, 0.25, 0.995, "sinusoidal")
+
+
+# -- Images ----------------------------------------------------------------------------------------
+
+def images(n=40, shape=(6, 5), seed=0, top=256):
+    """Grey or coloured squares on a slope: something that can be learnt."""
+    rng = np.random.default_rng(seed)
+    x = np.arange(shape[1])[:, None].reshape(-1, *[1] * (len(shape) - 2)) * 9
+    return ((rng.integers(0, 200, (n, *[1] * len(shape))) + x + rng.integers(0, 9, (n, *shape)))
+            % top).astype(np.uint8)
+
+
+def test_npy_files_are_split_and_flattened_colour_by_colour(tmp_path):
+    pixels = images(40, (6, 5, 3))
+    np.save(tmp_path / "a.npy", pixels)
+    data = datasets.load(str(tmp_path / "a.npy"))
+    assert (data.shape, data.D, data.K, data.kind) == ((3, 6, 5), 90, 256, "image")
+    assert [len(data.splits[part]) for part in ("train", "valid", "test")] == [32, 4, 4]
+    back = datasets.to_images(torch.cat([data.splits[part] for part in ("test", "train", "valid")]),
+                              data.shape)
+    assert np.array_equal(back, pixels)
+    assert torch.equal(data.splits["test"][0].view(3, 6, 5)[2], torch.from_numpy(pixels[0, ..., 2]))
+    few = datasets.load(str(tmp_path / "a.npy"), bits=3)
+    assert few.K == 8 and torch.equal(few.splits["test"], data.splits["test"] // 32)
+    assert "3 of 8 bits" in few.name
+
+
+def test_batches_are_training_images_mirrored_and_turned_where_asked(tmp_path):
+    np.save(tmp_path / "a.npy", images(20, (4, 4)))
+    for flips, turns in itertools.product((False, True), repeat=2):
+        data = datasets.load(str(tmp_path / "a.npy"), flips=flips, turns=turns)
+        originals = data.splits["train"].view(-1, 4, 4)
+        made = {tuple(p.rot90(n, (1, 2)).flatten(1)[i].tolist())
+                for p in ([originals, originals.flip(2)] if flips else [originals])
+                for n in (range(4) if turns else [0]) for i in range(len(originals))}
+        batch = {tuple(x.tolist()) for x in data.batch(500)}
+        assert batch <= made and len(batch) > len(made) / 2
+
+
+def test_glyphs_depend_on_the_seed_alone():
+    one, two = datasets.draw_glyphs(20, 0), datasets.draw_glyphs(20, 0)
+    assert np.array_equal(one, two) and not np.array_equal(one, datasets.draw_glyphs(20, 1))
+    assert one.shape == (20, 1, 16, 16) and one.std() > 20
+
+
+def unfiltered(content, W, step):
+    """What the PNG specification says of rows and their filters, one value at a time."""
+    rows, up = [], bytes(W)
+    for at in range(0, len(content), W + 1):
+        kind, row = content[at], bytearray(content[at + 1:at + 1 + W])
+        for i in range(W):
+            a, b, c = (row[i - step] if i >= step else 0, up[i],
+                       up[i - step] if i >= step else 0)
+            near = min((a, b, c), key=lambda v: abs(a + b - c - v))
+            row[i] = row[i] + (0, a, b, (a + b) // 2, near)[kind] & 255
+        rows.append(row)
+        up = row
+    return rows
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (6, 4, 3), (1, 1)])
+def test_png_holds_the_pixels_in_every_frame(shape):
+    frames = [np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8), images(1, shape)[0]]
+    for count in (1, 2):
+        content = datasets.png(*frames[:count])
+        at, parts = 8, []
+        while at < len(content):
+            size, kind = int.from_bytes(content[at:at + 4], "big"), content[at + 4:at + 8]
+            parts.append((kind, content[at + 8:at + 8 + size]))
+            check = int.from_bytes(content[at + 8 + size:at + 12 + size], "big")
+            assert check == zlib.crc32(content[at + 4:at + 8 + size])
+            at += 12 + size
+        pixels = [part[4:] if kind == b"fdAT" else part for kind, part in parts
+                  if kind in (b"IDAT", b"fdAT")]
+        step = 1 if len(shape) == 2 else 3
+        for frame, part in zip(frames, pixels, strict=count == 2):
+            rows = unfiltered(zlib.decompress(part), shape[1] * step, step)
+            assert np.array_equal(np.array([list(row) for row in rows]).reshape(shape), frame)
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("this must never run",)
+
+
+def cifar(path, batches, gz="w:gz"):
+    with tarfile.open(path, gz) as archive:
+        for name, content in batches.items():
+            member = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
+def test_cifar_is_read_from_a_partial_tarball(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 3072)).astype(np.uint8)
+    cifar(tmp_path / "c.tar.gz", {
+        "data_batch_2": pickle.dumps({b"data": pixels[10:20], b"labels": [1] * 10}, 2),
+        "data_batch_1": pickle.dumps({b"data": pixels[:10]}), "readme.html": b"hello",
+        "test_batch": pickle.dumps({b"data": pixels[20:]})})
+    data = datasets.load(str(tmp_path / "c.tar.gz"))
+    assert "data_batch_1, data_batch_2 and 10 test images" in data.name
+    whole = torch.cat([data.splits[part] for part in ("train", "valid", "test")])
+    assert np.array_equal(whole.numpy(), pixels) and data.shape == (3, 32, 32)
+
+
+def test_pickles_that_ask_for_more_are_refused_by_name(tmp_path, capsys):
+    good = pickle.dumps({b"data": np.zeros((10, 3072), np.uint8)})
+    for bad, match in ((pickle.dumps({b"data": Evil()}), "builtins.print"),
+                       (pickle.dumps(Path("x")), "pathlib"), (good[:50], "damaged"),
+                       (pickle.dumps({b"data": np.zeros((10, 3072))}), "float64"),
+                       (pickle.dumps([1, 2]), "damaged"), (b"", "damaged")):
+        cifar(tmp_path / "c.tar.gz", {"data_batch_1": bad, "test_batch": good})
+        with pytest.raises(UserError, match=match):
+            datasets.load(str(tmp_path / "c.tar.gz"))
+    assert "never" not in capsys.readouterr().out
+    cifar(tmp_path / "d.tar.gz", {"data_batch_1": good})
+    with pytest.raises(UserError, match="no test_batch"):
+        datasets.load(str(tmp_path / "d.tar.gz"))
+    cut = (tmp_path / "c.tar.gz").read_bytes()
+    for n in (0, 10, len(cut) // 2):
+        (tmp_path / "cut.tar.gz").write_bytes(cut[:n])
+        with pytest.raises(UserError, match="no tarball|damaged|no data_batch"):
+            datasets.load(str(tmp_path / "cut.tar.gz"))
+
+
+def test_damaged_mnist_is_refused(tmp_path):
+    for part in ("train", "t10k"):
+        (tmp_path / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"short"))
+    with pytest.raises(UserError, match="not the whole upstream file"):
+        datasets.load("mnist", data_dir=tmp_path)
+
+
+@pytest.mark.skipif("ARDM_DATA" not in os.environ, reason="needs the real data")
+def test_real_images_are_read():
+    folder = os.environ["ARDM_DATA"]
+    mnist = datasets.load("mnist", data_dir=folder)
+    assert [len(part) for part in mnist.splits.values()] == [54000, 6000, 10000]
+    assert 33 < mnist.splits["train"].float().mean() < 34                # 0.1307 of 255
+    cifar10 = datasets.load(f"{folder}/cifar10/cifar-10-python.partial.tar.gz")
+    assert [len(part) for part in cifar10.splits.values()] == [18000, 2000, 1017]
+
+
+@pytest.mark.parametrize("shape", [5, (1, 4, 4), (3, 4, 6), (2, 5, 3), (1, 1, 1)])
+def test_orders_of_images_are_permutations(shape):
+    for rule in ("forward", "backward", "random:1", "spaced:4", "coarse"):
+        assert sorted(planner.order(rule, shape)) == list(range(1, int(np.prod(shape)) + 1))
+
+
+def test_orders_of_images_go_pixel_by_pixel_or_from_coarse_to_fine():
+    forward = planner.order("forward", (3, 2, 4)).reshape(3, 8)
+    assert (forward == 3 * np.arange(8) + np.arange(3)[:, None] + 1).all()
+    coarse = planner.order("coarse", (1, 4, 4)).reshape(4, 4)
+    assert coarse[0, 0] == 1 and coarse[2, 2] == 2 and set(coarse[::2, ::2].flat) == {1, 2, 3, 4}
+    assert set(coarse[1::2, 1::2].flat) == {5, 6, 7, 8}
+    assert planner.order("coarse", 8).tolist() == [1, 5, 3, 6, 2, 7, 4, 8]
 
 
 # -- The scripts -----------------------------------------------------------------------------------
@@ -1091,6 +1332,10 @@ def test_blanks_are_filled_and_the_rest_stays(folder, tmp_path, order):
     assert frames[0] == "the ____ of" and (order != "forward" or frames[1][5:] == "___ of")
 
 
+def content(text, D=24):
+    return compress.Content("text", torch.from_numpy(datasets.to_symbols(text, 27)), 27, (D,))
+
+
 @pytest.mark.parametrize("n", [0, 1, 23, 24, 25, 700])
 def test_files_of_any_length_come_back(folder, tmp_path, n):
     text = (folder / "test.txt").read_bytes()[:n]
@@ -1098,8 +1343,8 @@ def test_files_of_any_length_come_back(folder, tmp_path, n):
     model, checkpoint = train.load_model(folder / "ckpt.pt", "cpu")
     for calls, order in ((24, "forward"), (5, "spaced:5")):
         pairs = compress.candidates(model, checkpoint["L"], calls)
-        archive, bits = compress.encode(model, "text", text, order, pairs[-1][1])
-        assert compress.decode(model, archive, "archive") == text
+        archive, bits = compress.encode(model, content(text), order, pairs[-1][1])
+        assert compress.decode(model, checkpoint, archive, "archive").to_bytes() == text
         payload = sum(len(part) for _, part in compress.unpack(archive, "archive")[1])
         assert 8 * payload <= bits * 1.001 + 64
 
@@ -1107,11 +1352,11 @@ def test_files_of_any_length_come_back(folder, tmp_path, n):
 def test_several_blocks_and_their_ideal_length(folder, monkeypatch):
     monkeypatch.setattr(compress, "BLOCK", 240)
     text = (folder / "test.txt").read_bytes()[:1001]
-    model, _ = train.load_model(folder / "ckpt.pt", "cpu")
+    model, checkpoint = train.load_model(folder / "ckpt.pt", "cpu")
     plan = planner.uniform_plan(1, 24, 6)
-    archive, bits = compress.encode(model, "text", text, "forward", plan)
+    archive, bits = compress.encode(model, content(text), "forward", plan)
     header, blocks = compress.unpack(archive, "archive")
-    assert len(blocks) == 5 and compress.decode(model, archive, "archive") == text
+    assert len(blocks) == 5 and compress.decode(model, checkpoint, archive, "archive").to_bytes() == text
     whole = torch.from_numpy(datasets.to_symbols(text, 27)).long()[:984].view(-1, 24)
     sigma = torch.from_numpy(planner.order("forward", 24)).expand(whole.shape)
     nll = bits_per_dim(model.nll(whole, plan, sigma).sum().item(), 1)
@@ -1139,56 +1384,182 @@ def test_bytes_are_trained_on_and_coded(tmp_path):
                "--out", tmp_path / "out")
     assert done.returncode == 0 and "K = 256" in done.stdout, done.stderr
     model, checkpoint = train.load_model(tmp_path / "out" / "ckpt.pt", "cpu")
-    archive, _ = compress.encode(model, checkpoint["kind"], source[:3000], "forward",
-                                 planner.full_plan(1, 24))
-    assert compress.decode(model, archive, "archive") == source[:3000]
+    part = compress.read_content(source[:3000], checkpoint)
+    archive, _ = compress.encode(model, part, "forward", planner.full_plan(1, 24))
+    assert compress.decode(model, checkpoint, archive, "archive").to_bytes() == source[:3000]
 
 
 def test_every_damaged_archive_is_refused(folder):
     """All truncations, and one changed bit at every position."""
-    model, _ = train.load_model(folder / "ckpt.pt", "cpu")
+    model, checkpoint = train.load_model(folder / "ckpt.pt", "cpu")
     text = (folder / "test.txt").read_bytes()[:40]
-    archive, _ = compress.encode(model, "text", text, "forward", planner.uniform_plan(1, 24, 3))
+    archive, _ = compress.encode(model, content(text), "forward", planner.uniform_plan(1, 24, 3))
     for i in range(len(archive)):
         flipped = archive[:i] + bytes([archive[i] ^ 1 << i % 8]) + archive[i + 1:]
         for bad in (archive[:i], flipped):
             with pytest.raises(UserError):
-                compress.decode(model, bad, "archive")
+                compress.decode(model, checkpoint, bad, "archive")
     with pytest.raises(UserError, match="follow"):
-        compress.decode(model, archive + b"x", "archive")
+        compress.decode(model, checkpoint, archive + b"x", "archive")
 
 
 def test_damaged_archives_of_upscale_models_are_refused():
     """A wrong digit may lead to a value that does not exist."""
     model = UpscaleARDM(StageTable(2, 5, 5, 2), 2, 5, 4)
-    codec = compress.Codec(model, "forward", planner.full_plan(2, 2), batch=4)
-    header = compress.make_header(model, codec, "bytes", 7, "forward")
-    archive = compress.pack(header, [(0, b"x" * 7)])
+    codec = compress.Codec(model, (2,), "forward", planner.full_plan(2, 2), 4, separate=False)
+    source = compress.Content("bytes", torch.zeros(7, dtype=torch.uint8), 5, (2,))
+    archive = compress.pack(compress.make_header(codec, source, "forward"),
+                            [(source.symbols, b"x" * 7)])
     for seed in range(100):
         noise = np.random.default_rng(seed).bytes(7)
-        with pytest.raises(UserError, match="block 1"):
-            compress.decode(model, archive[:-7] + noise, "archive")
+        with pytest.raises(UserError, match="block 0"):
+            compress.decode(model, dict(kind="bytes", shape=[2]), archive[:-7] + noise, "archive")
+
+
+def repacked(header, blocks):
+    """An archive with another header, its checksum made right again."""
+    return compress.pack(header, [(torch.zeros(1), payload) for _, payload in blocks])
 
 
 def test_a_machine_that_computes_other_numbers_refuses(folder):
-    model, _ = train.load_model(folder / "ckpt.pt", "cpu")
-    archive, _ = compress.encode(model, "text", b"some text", "forward", planner.full_plan(1, 24))
+    model, checkpoint = train.load_model(folder / "ckpt.pt", "cpu")
+    archive, _ = compress.encode(model, content(b"some text"), "forward", planner.full_plan(1, 24))
     header, blocks = compress.unpack(archive, "archive")
     header["probe"] ^= 1
     with pytest.raises(UserError, match="other probabilities"):
-        compress.decode(model, compress.pack(header, blocks), "archive")
+        compress.decode(model, checkpoint, repacked(header, blocks), "archive")
 
 
 def test_headers_that_ask_for_too_much_are_refused(folder):
-    model, _ = train.load_model(folder / "ckpt.pt", "cpu")
-    archive, _ = compress.encode(model, "text", b"some text", "forward", planner.full_plan(1, 24))
+    model, checkpoint = train.load_model(folder / "ckpt.pt", "cpu")
+    archive, _ = compress.encode(model, content(b"some text"), "forward", planner.full_plan(1, 24))
     header, blocks = compress.unpack(archive, "archive")
     for change in (dict(length=10 ** 12), dict(batch=0), dict(batch=10 ** 9), dict(length=-1),
                    dict(plan=[[1, 0, 24]]), dict(plan=[[1, 1, 10 ** 12]]), dict(plan="x"),
-                   dict(order="sideways"), dict(threads=-1), dict(D="x"), dict(K=26),
+                   dict(order="sideways"), dict(threads=-1), dict(shape="x"), dict(K=26),
+                   dict(kind="image"), dict(shape=[10 ** 9]),
                    dict(weights="0")):
         with pytest.raises(UserError):
-            compress.decode(model, compress.pack(header | change, blocks), "archive")
+            compress.decode(model, checkpoint, repacked(header | change, blocks), "archive")
+
+
+SMALL_PICTURES = ["--steps", 25, "--report", 10, "--dim", 8, "--depth", 1, "--levels", 2,
+                  "--device", "cpu"]
+
+
+@pytest.fixture(scope="session", params=[None, 4], ids=["order-agnostic", "upscale"])
+def gallery(tmp_path_factory, request):
+    """What `train.py` leaves behind after a very short run on small colour images."""
+    folder = tmp_path_factory.mktemp("gallery")
+    np.save(folder / "a.npy", images(200, (6, 5, 3)))
+    branch = ["--branch", request.param] if request.param else []
+    done = run("train.py", *SMALL_PICTURES, *branch, "--data", folder / "a.npy", "--out", folder)
+    assert done.returncode == 0, done.stderr
+    (folder / "printed").write_text(done.stdout)
+    return folder
+
+
+def test_training_on_images_prints_what_it_promises(gallery):
+    printed = (gallery / "printed").read_text()
+    for part in ("bits/dim, standard error", "20 images of 3 x 6 x 5", "single values", "PNG",
+                 "samples.png", "--inpaint top", "python compress.py encode"):
+        assert part in printed
+    results = json.loads((gallery / "results.json").read_text())
+    assert all(abs(row["predicted"] - row["measured"]) < 5 * row["stderr"] + 0.05
+               for row in results["calls"]) and len(results["calls"]) >= 3
+    assert np.load(gallery / "test.npy").shape == (16, 6, 5, 3)
+    assert (gallery / "samples.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_images_are_sampled_completed_and_shown(gallery, tmp_path, monkeypatch):
+    shown = {}
+    monkeypatch.setattr(datasets, "png", lambda *frames: shown.setdefault(len(shown), frames) and b"")
+    for arguments in (["--frames", "--calls", 20], ["--inpaint", "top", "--calls", 20],
+                      ["--inpaint", "random:0.5", "--calls", 20]):
+        monkeypatch.setattr(sys, "argv", ["sample.py", "--ckpt", str(gallery / "ckpt.pt"), "--n",
+                                          "3", "--out", str(tmp_path), *map(str, arguments)])
+        sample.main()
+    names = ["frames.png", "inpaint.png", "process.png", "samples.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    film = shown[2]
+    assert len(film) == 12 and (film[0] == 127).sum() > 0 and np.array_equal(film[-1], shown[0][0])
+    enlarged, pixels = 13, shown[3][0]                                   # 64 / 5
+    rows = [[pixels[i:i + 6 * enlarged, j:j + 5 * enlarged] for j in
+             range(0, pixels.shape[1], 6 * enlarged)] for i in
+            range(0, pixels.shape[0], 7 * enlarged)]
+    test = np.load(gallery / "a.npy")[:20]
+    assert len(rows) == 3 and all(len(row) == 6 for row in rows)
+    for row, original in zip(rows, test[[0, 6, 13]]):
+        small = [part[::enlarged, ::enlarged] for part in row]
+        assert np.array_equal(small[0], original) and (small[1][3:] == 128).all()
+        assert all(np.array_equal(part[:3], original[:3]) for part in small[1:])
+
+
+def test_images_are_compressed_one_by_one(gallery, tmp_path):
+    ckpt = ("--ckpt", gallery / "ckpt.pt", "--device", "cpu")
+    pixels = images(23, (6, 5, 3), seed=1)
+    np.save(tmp_path / "in.npy", pixels)
+    done = run("compress.py", "encode", *ckpt, "--calls", 20, tmp_path / "in.npy", tmp_path / "a")
+    assert done.returncode == 0 and "23 images" in done.stdout, done.stderr
+    done = run("compress.py", "decode", *ckpt, tmp_path / "a", tmp_path / "out.npy")
+    assert done.returncode == 0 and np.array_equal(np.load(tmp_path / "out.npy"), pixels)
+    done = run("compress.py", "decode", *ckpt, "--item", 17, tmp_path / "a", tmp_path / "one.npy")
+    assert done.returncode == 0 and np.array_equal(np.load(tmp_path / "one.npy"), pixels[17:18])
+    done = run("compress.py", "bench", *ckpt, "--calls", 20, "--order", "coarse")
+    assert done.returncode == 0 and "identical" in done.stdout and "PNG" in done.stdout
+
+
+@pytest.mark.parametrize("order", ["coarse", "random:1"])
+def test_damage_to_one_image_leaves_the_others(gallery, monkeypatch, order):
+    monkeypatch.setattr(compress, "BLOCK", 3 * 90)
+    model, checkpoint = train.load_model(gallery / "ckpt.pt", "cpu")
+    source = compress.open_input("test", checkpoint)
+    source.symbols = source.symbols[:8 * 90]
+    plan = planner.uniform_plan(model.S, 90, 12)
+    archive, bits = compress.encode(model, source, order, plan)
+    header, blocks = compress.unpack(archive, "archive")
+    assert len(blocks) == 8 and header["batch"] == 3
+    sizes = [len(payload) for _, payload in blocks]
+    assert 8 * sum(sizes) < bits * 1.001 + 8 * 32
+    at = len(archive) - sum(sizes[4:]) + 2                               # in image 4
+    bad = archive[:at] + bytes([archive[at] ^ 1]) + archive[at + 1:]
+    whole = compress.decode(model, checkpoint, archive, "archive").symbols.view(8, 90)
+    assert torch.equal(whole, source.symbols.view(8, 90))
+    for i in (0, 3, 5, 7):
+        assert torch.equal(compress.decode(model, checkpoint, bad, "a", i).symbols, whole[i])
+    for item in (4, None):
+        with pytest.raises(UserError, match="block 4 of 8"):
+            compress.decode(model, checkpoint, bad, "archive", item)
+    with pytest.raises(UserError, match="items 0 to 7"):
+        compress.decode(model, checkpoint, archive, "archive", 8)
+
+
+def test_images_that_do_not_fit_are_refused(refused, gallery, tmp_path):
+    ckpt, out = ("--ckpt", gallery / "ckpt.pt"), tmp_path / "out"
+    bad = {"shape": images(3, (5, 6, 3)), "grey": images(3, (6, 5)), "float": np.zeros((3, 6, 5, 3)),
+           "none": np.zeros((0, 6, 5, 3), np.uint8), "flat": np.zeros(90, np.uint8)}
+    for name, pixels in bad.items():
+        np.save(tmp_path / f"{name}.npy", pixels)
+    (tmp_path / "cut.npy").write_bytes((gallery / "test.npy").read_bytes()[:300])
+    (tmp_path / "void.npy").touch()
+    np.save(tmp_path / "objects.npy", np.array([Evil()]), allow_pickle=True)
+    for name, match in (("shape", "the model codes (3, 6, 5)"), ("grey", "the model codes"),
+                        ("float", "float64"), ("none", "is empty"), ("flat", "images are uint8"),
+                        ("cut", "cannot be read"), ("void", "cannot be read"),
+                        ("objects", "cannot be read")):
+        refused(compress, "encode", *ckpt, tmp_path / f"{name}.npy", out, match=match)
+        if name not in ("shape", "grey"):
+            refused(train, "--data", tmp_path / f"{name}.npy", "--out", out, match=match)
+    for branch in (0, 1, 257):
+        refused(train, "--data", gallery / "a.npy", *SMALL_PICTURES, "--branch", branch,
+                "--out", out, match=f"branching factor {branch}: choose 2 to K = 256")
+    refused(train, "--data", gallery / "a.npy", "--bits", 9, "--out", out, match="--bits: choose")
+    refused(train, "--data", gallery / "a.npy", "--turns", "--out", out, match="not square")
+    refused(train, "--evaluate", gallery / "ckpt.pt", "--data", tmp_path / "grey.npy",
+            match="the checkpoint was")
+    refused(sample, *ckpt, "--prompt", "a_", "--out", out, match="--prompt is for text")
+    for rule in ("bottom", "random:", "random:2", "random:x"):
+        refused(sample, *ckpt, "--inpaint", rule, "--out", out, match="choose top, left or random")
 
 
 def test_train_refuses_bad_input(refused, tmp_path):
@@ -1275,8 +1646,8 @@ def test_compress_refuses_bad_input(refused, folder, tmp_path):
     refused(compress, "encode", *ckpt, tmp_path / "in", tmp_path, match="is a folder")
     refused(compress, "decode", *ckpt, tmp_path / "foreign", out, match="is no archive")
     refused(compress, match="required")
-    model, _ = train.load_model(folder / "ckpt.pt", "cpu")
-    archive, _ = compress.encode(model, "text", b"some text", "forward", planner.full_plan(1, 24))
+    model, checkpoint = train.load_model(folder / "ckpt.pt", "cpu")
+    archive, _ = compress.encode(model, content(b"some text"), "forward", planner.full_plan(1, 24))
     (tmp_path / "cut").write_bytes(archive[:-1])
     refused(compress, "decode", *ckpt, tmp_path / "cut", out, match="cut off")
     other = train.read_checkpoint(folder / "ckpt.pt")
@@ -1333,7 +1704,7 @@ def test_tables_leave_out_what_was_not_measured():
 def test_training_and_coding_on_cuda(tmp_path):
     done = run("train.py", "--steps", 20, "--report", 10, "--size", "tiny", "--out", tmp_path)
     assert done.returncode == 0 and "on cuda" in done.stdout, done.stderr
-    model, _ = train.load_model(tmp_path / "ckpt.pt", "cuda")
+    model, checkpoint = train.load_model(tmp_path / "ckpt.pt", "cuda")
     text = (tmp_path / "test.txt").read_bytes()[:1000]
-    archive, _ = compress.encode(model, "text", text, "forward", planner.full_plan(1, 64))
-    assert compress.decode(model, archive, "archive") == text
+    archive, _ = compress.encode(model, content(text), "forward", planner.full_plan(1, 64))
+    assert compress.decode(model, checkpoint, archive, "archive").to_bytes() == text

@@ -17,6 +17,7 @@ import csv
 import ctypes
 import dataclasses
 import importlib.util
+import io
 import json
 import lzma
 import math
@@ -41,7 +42,7 @@ import data as datasets
 import planner
 from ardm import (ARDM, UpscaleARDM, bits_per_dim, late_steps, num_stages, stratified_steps)
 from data import UserError
-from nets import Transformer
+from nets import Transformer, UNet
 
 
 def setting(default, help):
@@ -54,17 +55,23 @@ class Settings:
     data: str = setting("pydoc", f"{', '.join(datasets.NAMES)}, or a file")
     data_dir: str = setting("data", "where downloaded data sets are looked for and kept")
     size: str = setting(None, "tiny, small or paper; the default is small on CUDA, else tiny")
-    length: int = setting(None, "D: characters in a datapoint")
+    length: int = setting(None, "D of text: characters in a datapoint")
+    bits: int = setting(8, "of the 8 of each value in an image, from the most significant on")
+    flips: bool = setting(None, "mirror training images at random; the default is yes for cifar10")
+    turns: bool = setting(False, "turn training images by quarters at random")
     branch: int = setting(None, "b of an upscale model, which writes base-b digits in stages; "
                                 "without it the model is order-agnostic")
     parametrization: str = setting("data", "of an upscale model: data or direct")
     dim: int = setting(None, "width of the network")
-    depth: int = setting(None, "blocks of the network")
-    heads: int = setting(None, "attention heads")
-    mlp: int = setting(None, "width of the hidden layer in each block")
+    depth: int = setting(None, "blocks of the network; of images: on each side of each level")
+    levels: int = setting(None, "of images: resolutions, each half of the one before")
+    heads: int = setting(None, "attention heads; of images: in the middle, 0: no attention there")
+    mlp: int = setting(None, "of text: width of the hidden layer in each block")
+    neighbours: bool = setting(True, "of images: show means of the known values near by too")
+    logistic: bool = setting(True, "of images: logits are a logistic distribution and a correction")
     positions: str = setting("rotary", "rotary or sinusoidal")
     pairs: bool = setting(True, "embed pairs of neighbours too")
-    conv: int = setting(5, "width of the depthwise convolution before attention, odd; 0: none")
+    conv: int = setting(5, "width of the depthwise convolutions in text blocks, odd; 0: none")
     qk_norm: bool = setting(True, "normalise queries and keys")
     zero_init: bool = setting(True, "every block begins as the identity")
     time: bool = setting(False, "show the step t to the network")
@@ -99,15 +106,25 @@ class Settings:
 
 
 SIZES = {
-    "tiny": dict(length=64, dim=128, depth=4, heads=2, mlp=512, batch=32, minutes=2.75, lr=6e-3,
-                 muon_lr=0.03, weight_decay=0.1, warmup=50, short=0.7, short_length=32),
-    "small": dict(length=250, dim=512, depth=8, heads=8, mlp=2048, batch=64, minutes=30.0, lr=2e-3,
-                  warmup=200, ema=0.998, short=0.0),
-    "paper": dict(length=250, dim=768, depth=12, heads=12, mlp=3072, positions="sinusoidal",
-                  pairs=False, conv=0, qk_norm=False, zero_init=False, late=False, batch=512,
-                  steps=3_000_000, optimizer="adam", lr=5e-4, warmup=5000, decay=0.0, clip=0.25,
-                  ema=0.995, short=0.0),
-}
+    "text": {
+        "tiny": dict(length=64, dim=128, depth=4, heads=2, mlp=512, batch=32, minutes=2.75, lr=6e-3,
+                     muon_lr=0.03, weight_decay=0.1, warmup=50, short=0.7, short_length=32),
+        "small": dict(length=250, dim=512, depth=8, heads=8, mlp=2048, batch=64, minutes=30.0,
+                      lr=2e-3, warmup=200, ema=0.998, short=0.0),
+        "paper": dict(length=250, dim=768, depth=12, heads=12, mlp=3072, positions="sinusoidal",
+                      pairs=False, conv=0, qk_norm=False, zero_init=False, late=False, batch=512,
+                      steps=3_000_000, optimizer="adam", lr=5e-4, warmup=5000, decay=0.0, clip=0.25,
+                      ema=0.995, short=0.0)},
+    "image": {
+        "tiny": dict(dim=32, depth=2, levels=3, heads=0, batch=8, minutes=2.75, lr=4e-3, warmup=50,
+                     short=0.0),
+        "small": dict(dim=128, depth=3, levels=3, heads=4, batch=64, minutes=30.0, lr=2e-3,
+                      warmup=200, ema=0.998, short=0.0),
+        "paper": dict(dim=256, depth=32, levels=1, heads=1, neighbours=False, logistic=False,
+                      zero_init=False, late=False, time=True, batch=128, steps=1_170_000,
+                      optimizer="adam", lr=1e-4, warmup=0, decay=0.0, clip=100.0, ema=0.9999,
+                      short=0.0)}}
+AFFORDABLE = 1 << 25                 # variables that the network may predict to measure a plan
 RESUMABLE = {"steps", "minutes", "passes", "report", "out", "data_dir", "compile"}
 
 
@@ -159,16 +176,23 @@ def complete(given):
     """Settings from the flags that were given: what they leave open comes from the size."""
     device = pick_device(given.get("device"))
     size = given.get("size") or ("small" if device.type == "cuda" else "tiny")
-    if size not in SIZES:
-        raise UserError(f"--size {size}: choose {', '.join(SIZES)}")
-    preset = dict(SIZES[size])
+    sizes = SIZES[datasets.kind_of(given.get("data", Settings.data))]
+    if size not in sizes:
+        raise UserError(f"--size {size}: choose {', '.join(sizes)}")
+    preset = dict(sizes[size])
     if "minutes" in given:
         preset.pop("steps", None)
     c = Settings(**{**preset, **given, "size": size, "device": str(device)})
     c.bf16 = has_bf16(device) if c.bf16 is None else c.bf16
     c.compile = device.type == "cuda" if c.compile is None else c.compile
-    c.out = c.out or f"out/{Path(c.data).stem}"
+    c.flips = "cifar" in Path(c.data).name if c.flips is None else c.flips
+    c.out = c.out or f"out/{run_name(c.data)}"
     return check(c)
+
+
+def run_name(data):
+    """What the folder of a run is called: the name of its data, or of its file up to a dot."""
+    return Path(data).name.split(".")[0] or "run"
 
 
 def check(c):
@@ -176,9 +200,12 @@ def check(c):
     checks = [(c.positions in ("rotary", "sinusoidal"), "--positions: choose rotary or sinusoidal"),
               (c.parametrization in ("data", "direct"), "--parametrization: choose data or direct"),
               (c.optimizer in ("muon", "adam"), "--optimizer: choose muon or adam"),
-              (min(c.length, c.dim, c.depth, c.heads, c.mlp, c.batch, c.report) > 0,
-               "--length, --dim, --depth, --heads, --mlp, --batch and --report must be positive"),
-              (c.heads > 0 and c.dim % (2 * c.heads) == 0,
+              (all(value is None or value > 0 for value in (
+                  c.length, c.dim, c.depth, c.levels, c.mlp, c.batch, c.report)),
+               "--length, --dim, --depth, --levels, --mlp, --batch and --report must be positive"),
+              (1 <= c.bits <= 8, "--bits: choose 1 to 8"),
+              (c.heads > 0 or c.heads == 0 and c.levels, "--heads must be positive"),
+              (c.heads == 0 or c.dim % (2 * c.heads) == 0,
                f"--dim {c.dim} must be a multiple of 2 * heads = {2 * c.heads}"),
               (min(c.lr, c.muon_lr, c.clip) > 0 and c.warmup >= 0 and c.weight_decay >= 0,
                "--lr, --muon-lr and --clip must be positive, --warmup and --weight-decay not "
@@ -228,26 +255,34 @@ def keep_freed_memory():
         libc.mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)
 
 
-def build_model(c, K):
-    """An untrained model with the network of these settings."""
+def build_model(c, K, shape):
+    """An untrained model with the network of these settings, for data of that shape."""
     try:
         S = num_stages(K, c.branch) if c.branch is not None else 1
     except ValueError as error:
         raise UserError(f"--branch: {error}")
     outputs = S * c.branch if c.branch and c.parametrization == "direct" else K
-    net = Transformer(K, c.length, outputs, dim=c.dim, depth=c.depth, heads=c.heads,
-                      mlp=c.mlp, positions=c.positions, pairs=c.pairs, conv=c.conv,
-                      qk_norm=c.qk_norm, zero_init=c.zero_init, time=c.time, stages=S)
+    if len(shape) == 1:
+        net = Transformer(K, shape[0], outputs, dim=c.dim, depth=c.depth, heads=c.heads,
+                          mlp=c.mlp, positions=c.positions, pairs=c.pairs, conv=c.conv,
+                          qk_norm=c.qk_norm, zero_init=c.zero_init, time=c.time, stages=S)
+    else:
+        net = UNet(K, shape, outputs, dim=c.dim, depth=c.depth, levels=c.levels, heads=c.heads,
+                   neighbours=c.neighbours, logistic=c.logistic, time=c.time, stages=S)
+    D = math.prod(shape)
     if c.branch is None:
-        return ARDM(net, c.length, K)
-    return UpscaleARDM(net, c.length, K, c.branch, c.parametrization)
+        return ARDM(net, D, K)
+    return UpscaleARDM(net, D, K, c.branch, c.parametrization)
 
 
-def load_data(c, device, K=None, fetch=True):
-    """The data of these settings. K: of the model that it is for, which it then must fit."""
-    data = datasets.load(c.data, c.length, c.data_dir, device, fetch)
-    if K not in (None, data.K):
-        raise UserError(f"{data.name} has K = {data.K}, the checkpoint was trained on K = {K}")
+def load_data(c, device, checkpoint=None, fetch=True):
+    """The data of these settings; where there is a checkpoint, it must fit that."""
+    data = datasets.load(c.data, c.length, c.data_dir, device, fetch, c.bits, c.seed,
+                         flips=c.flips, turns=c.turns)
+    if checkpoint and (data.K, [*data.shape]) != (checkpoint["K"], [*checkpoint["shape"]]):
+        raise UserError(f"{data.name} has K = {data.K} and shape {tuple(data.shape)}, the "
+                        f"checkpoint was trained on K = {checkpoint['K']} and "
+                        f"{tuple(checkpoint['shape'])}")
     return data
 
 
@@ -255,7 +290,7 @@ def read_checkpoint(path):
     """The dict that `Run.save` wrote: tensors and plain values alone, nothing is unpickled."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        assert checkpoint["format"] == "ardm checkpoint 1"
+        assert checkpoint["format"] == "ardm checkpoint 2"
         checkpoint["settings"] = Settings(**checkpoint["settings"])
         return checkpoint
     except FileNotFoundError:
@@ -268,7 +303,7 @@ def read_checkpoint(path):
 def load_model(path, device=None):
     """(model with the averaged weights, its checkpoint), ready to sample, to score and to code."""
     checkpoint = read_checkpoint(path)
-    model = build_model(checkpoint["settings"], checkpoint["K"])
+    model = build_model(checkpoint["settings"], checkpoint["K"], checkpoint["shape"])
     try:
         model.load_state_dict(checkpoint["ema"])
     except RuntimeError as error:
@@ -299,11 +334,12 @@ def replacing(path, mode="wb"):
 class Run:
     """Everything that training changes, and nothing else: what a checkpoint holds."""
 
-    def __init__(self, c, K, kind):
+    def __init__(self, c, K, kind, shape):
         keep_freed_memory()
         torch.manual_seed(c.seed)
-        self.c, self.K, self.kind, self.device = c, K, kind, torch.device(c.device)
-        self.model = build_model(c, K).to(self.device)
+        self.c, self.K, self.kind, self.shape = c, K, kind, tuple(shape)
+        self.device = torch.device(c.device)
+        self.model = build_model(c, K, shape).to(self.device)
         self.ema = copy.deepcopy(self.model).eval()
         self.optimizers = make_optimizers(self.model.net, c)
         self.generator = torch.Generator(self.device).manual_seed(c.seed)
@@ -317,8 +353,8 @@ class Run:
         return self.step / self.c.steps if self.c.steps else self.seconds / (60 * self.c.minutes)
 
     def save(self, path):
-        state = dict(format="ardm checkpoint 1", settings=dataclasses.asdict(self.c),
-                     K=self.K, kind=self.kind,
+        state = dict(format="ardm checkpoint 2", settings=dataclasses.asdict(self.c),
+                     K=self.K, kind=self.kind, shape=list(self.shape),
                      model=self.model.state_dict(), ema=self.ema.state_dict(),
                      optimizers=[optimizer.state_dict() for optimizer in self.optimizers],
                      step=self.step, seconds=self.seconds, generator=self.generator.get_state(),
@@ -343,7 +379,8 @@ class Muon(torch.optim.Optimizer):
     What `torch.optim.Muon` does, but bfloat16, to which it always rounds, only where it is asked
     for (a CPU without it takes several times as long: bench.py speed), and all matrices of one
     shape in one product. A parameter in a group with parts = 3 is three matrices on top of each
-    other, as the queries, keys and values are.
+    other, as the queries, keys and values are. A convolution is the matrix of its outputs and all
+    its inputs.
     """
 
     def __init__(self, matrices, lr, weight_decay, momentum=0.95, parts=1, bf16=False):
@@ -362,12 +399,13 @@ class Muon(torch.optim.Optimizer):
                 mean = self.state[p]["mean"].lerp_(p.grad, 1 - momentum)
                 step = p.grad.lerp(mean, momentum)       # Nesterov's: one step ahead
                 for part, step in zip(p.chunk(group["parts"]), step.chunk(group["parts"])):
-                    by_shape[part.shape].append((part, step))
+                    step = step.reshape(len(part), -1)
+                    by_shape[step.shape].append((part, step))
             for (rows, columns), pairs in by_shape.items():
                 parts, steps = zip(*pairs)
                 size = lr * max(1, rows / columns) ** 0.5
                 for part, step in zip(parts, orthogonal(torch.stack(steps).to(self.dtype))):
-                    part.mul_(1 - lr * group["weight_decay"]).sub_(step, alpha=size)
+                    part.mul_(1 - lr * group["weight_decay"]).sub_(step.view_as(part), alpha=size)
 
 
 def orthogonal(X):
@@ -387,16 +425,14 @@ def orthogonal(X):
 
 def make_optimizers(net, c):
     """Muon for the matrices of the blocks and AdamW for all the rest, or Adam for everything."""
-    matrices = [p for p in net.blocks.parameters() if p.ndim == 2] if c.optimizer == "muon" else []
-    chosen = set(map(id, matrices))
+    matrices = net.matrices() if c.optimizer == "muon" else {}
+    chosen = {id(p) for group in matrices.values() for p in group}
     rest = [p for p in net.parameters() if id(p) not in chosen]
     optimizers = [torch.optim.AdamW(rest, lr=c.lr, betas=(0.9, 0.95 if matrices else 0.999),
                                     weight_decay=0.0, fused=c.device.split(":")[0] != "mps")]
     if matrices:
-        qkv = [block.qkv.weight for block in net.blocks]
-        others = [p for p in matrices if all(p is not q for q in qkv)]
-        optimizers.append(Muon([dict(params=qkv, parts=3), dict(params=others)], lr=c.muon_lr,
-                               weight_decay=c.weight_decay, bf16=c.bf16))
+        groups = [dict(params=group, parts=parts) for parts, group in matrices.items()]
+        optimizers.append(Muon(groups, lr=c.muon_lr, weight_decay=c.weight_decay, bf16=c.bf16))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["full_lr"] = group["lr"]
@@ -410,14 +446,14 @@ def learning_rate(c, step, progress):
     return min(1.0, up, max(down, 0.0))
 
 
-def window(c, progress):
+def window(c, progress, D):
     """(B, D) of a training batch: for most of the run short windows, and as many more of them.
 
     They teach more at first: near letters tell most of what can be learnt, and attention to few
     of them costs less.
     """
-    D = min(c.length, c.short_length) if progress < c.short else c.length
-    return c.batch * c.length // D, D
+    length = min(D, c.short_length) if progress < c.short else D
+    return c.batch * D // length, length
 
 
 def train_step(run, x):
@@ -449,24 +485,24 @@ def train_step(run, x):
 def train(run, data, folder):
     """Steps until the run is over or Ctrl-C; saves as it goes. True where the run was completed."""
     c, saved, losses, recent = run.c, time.perf_counter(), [], collections.deque(maxlen=50)
-    begin, mark = saved - run.seconds, (run.step, run.seconds)
+    begin, mark, unit = saved - run.seconds, (run.step, run.seconds), datasets.UNITS[data.kind]
     log, some = Log(folder / "log.csv", run.step), spread(data.chunks("valid")[0], 64)
     bar = tqdm(total=1.0, initial=min(run.progress, 1.0), mininterval=0.5,
                bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}")
     with bar, caught_signals() as stop:
         while run.progress < 1 and not stop:
-            x = data.batch(*window(c, run.progress), generator=run.generator)
+            x = data.batch(*window(c, run.progress, data.D), generator=run.generator)
             losses.append(train_step(run, x))
             recent.append(losses[-1])
             run.seconds = time.perf_counter() - begin
-            speed = (run.step - mark[0]) * c.batch * c.length / (run.seconds - mark[1])
+            speed = (run.step - mark[0]) * c.batch * data.D / (run.seconds - mark[1])
             if run.step % 10 == 0:                       # seldom: the loss waits for the device
                 loss = torch.stack([*recent]).mean().item()
                 if not math.isfinite(loss):
                     raise UserError(f"step {run.step}: the loss is not a number any more; begin "
                                     "anew with a smaller --lr or --muon-lr")
-                bar.set_postfix_str(f"step {run.step}, {loss:.3f} bits/char, {speed:,.0f} chars/s",
-                                    refresh=False)
+                bar.set_postfix_str(f"step {run.step}, {loss:.3f} bits/{unit}, "
+                                    f"{speed:,.0f} {unit}s/s", refresh=False)
                 bar.update(min(run.progress, 1.0) - bar.n)
             if run.step % c.report == 0:
                 valid = bound(run.ema, some, passes=1)["bits"]
@@ -577,83 +613,113 @@ def components(sums, counts, S):
 def measure_plans(model, chunks, plans, seed=1):
     """Exact bits/dim of chunks (N, D) under each plan, every chunk in its own random order: [dict].
 
-    The prediction beside it is the plan's cost by the L_t of the same chunks.
+    The prediction beside it is the plan's cost by the L_t of the same chunks. A plan of so many
+    calls that it would take long is not measured: None.
     """
     (N, D), generator = chunks.shape, torch.Generator(chunks.device).manual_seed(seed)
     sigma = model.orders(N, D, chunks.device, generator)
     L = planner.smooth(bound(model, chunks, progress=True)["L"])
     rows = []
     for plan in tqdm(plans, desc="exact nll under each plan", unit="plan", leave=False):
+        row = dict(calls=len(plan), predicted=planner.plan_cost(L, plan) / D, measured=None)
+        rows.append(row)
+        if len(plan) * N * D > AFFORDABLE:
+            continue
         parts = zip(chunks.split(max(1, 32768 // D)), sigma.split(max(1, 32768 // D), dim=1))
         bits = bits_per_dim(torch.cat([model.nll(x.long(), plan, order) for x, order in parts]), D)
-        rows.append(dict(calls=len(plan), predicted=planner.plan_cost(L, plan) / D,
-                         measured=bits.mean().item(),
-                         stderr=bits.std(correction=min(1, N - 1)).item() / N ** 0.5, chunks=N))
+        row |= dict(measured=bits.mean().item(), chunks=N,
+                    stderr=bits.std(correction=min(1, N - 1)).item() / N ** 0.5)
     return rows
 
 
-def references(stream, D, K):
-    """What simple means reach on the same bytes, in bits/char: {name: number}.
-
-    The general-purpose compressors see the whole text, or each chunk of D by itself as the model
-    does (the first 1000 chunks).
-    """
-    share = np.bincount(np.frombuffer(stream, np.uint8)) / len(stream)
+def references(symbols, kind, K, shape):
+    """What simple means reach on these symbols (n,), in bits/dim: {name: number}."""
+    share = np.bincount(symbols) / len(symbols)
     share = share[share > 0]
+    single = "single values" if kind == "image" else "single letters"
+    return {"uniform": math.log2(K), single: float(-(share * np.log2(share)).sum())} | (
+        image_references(datasets.to_images(symbols, shape)) if kind == "image"
+        else text_references(datasets.to_bytes(symbols, K), shape[0]))
+
+
+def text_references(stream, D):
+    """General-purpose compressors see the whole text, or each chunk of D by itself as the model
+    does (the first 1000 chunks)."""
     packers = {"bz2": bz2.compress, "lzma": lzma.compress,
                "zlib": lambda part: zlib.compress(part, 9)}
     chunks = [stream[i:i + D] for i in range(0, min(len(stream), 1000 * D), D)]
-    bits = {name: 8 * len(pack(stream)) / len(stream) for name, pack in packers.items()}
-    bits |= {f"{name} in chunks":
-             8 * sum(len(pack(part)) for part in chunks) / sum(map(len, chunks))
-             for name, pack in packers.items()}
-    return {"uniform": math.log2(K),
-            "single letters": float(-(share * np.log2(share)).sum())} | bits
+    return {name: 8 * len(pack(stream)) / len(stream) for name, pack in packers.items()} | {
+        f"{name} in chunks": 8 * sum(len(pack(part)) for part in chunks) / sum(map(len, chunks))
+        for name, pack in packers.items()}
 
 
-def evaluate(model, data, passes=None, budgets=(5, 10, 20, 50)):
+def image_references(images):
+    """Each image (H, W, C) by itself as PNG, and as WebP where Pillow is installed (the first 1000
+    images)."""
+    images = images[:1000]
+    try:
+        from PIL import Image                            # optional: no dependency
+
+        def size(image, name, **how):
+            Image.fromarray(image.squeeze()).save(file := io.BytesIO(), name, **how)
+            return file.tell()
+        sizes = {"PNG of each image": [size(x, "PNG", optimize=True) for x in images],
+                 "WebP of each image": [size(x, "WebP", lossless=True, quality=100, method=6)
+                                        for x in images]}
+    except ImportError:
+        sizes = {"PNG of each image (filters, then zlib)": [len(datasets.png(x)) for x in images]}
+    return {name: 8 * sum(row) / images.size for name, row in sizes.items()}
+
+
+def evaluate(model, data, passes=None):
     """All that a run reports, in words by `describe`. L (S, D), for plans, is from validation."""
     D, calls = model.D, model.S * model.D
     begin = time.perf_counter()
     L = bound(model, *data.chunks("valid"), progress=True)["L"]
     test = bound(model, *data.chunks("test"), passes, progress=True)
+    budgets = (5, 10, 20, 50) if data.kind != "image" else (20, 50, 100, 200)
     plans = [planner.plan(L, budget) for budget in budgets if model.S <= budget < calls]
     plans.append(planner.full_plan(model.S, D))
-    stream = datasets.to_bytes(data.splits["test"].cpu(), model.K)
-    return dict(data=data.name, bits_per_dim=test["bits"], stderr=test["stderr"],
-                passes=test["passes"], chunks=test["chunks"], length=D, rest=test["rest"],
-                L_valid=L.tolist(), L_test=test["L"].tolist(),
-                calls=measure_plans(model, spread(data.chunks("test")[0], max(1, 10000 // D)),
-                                    plans),
-                references=references(stream, D, model.K),
+    some = spread(data.chunks("test")[0], max(16, 10000 // D))
+    return dict(data=data.name, kind=data.kind, bits_per_dim=test["bits"], stderr=test["stderr"],
+                passes=test["passes"], chunks=test["chunks"], shape=[*data.shape],
+                rest=test["rest"], L_valid=L.tolist(), L_test=test["L"].tolist(),
+                calls=measure_plans(model, some, plans), references=references(
+                    data.splits["test"].cpu().numpy().reshape(-1), data.kind, data.K, data.shape),
                 evaluation_seconds=time.perf_counter() - begin)
 
 
 def describe(results):
     """The results of `evaluate` in words and tables, to be read on a terminal."""
     r, L = results, np.array(results["L_test"]).sum(axis=0)              # over the stages
+    unit, image = datasets.UNITS[r["kind"]], r["kind"] == "image"
+    things = "images" if image else "chunks"
     rest = f" and the last {r['rest']} characters" if r["rest"] else ""
     known = r["references"].items()
     whole = ", ".join(f"{name} {bits:.2f}" for name, bits in known if "chunks" not in name)
     parts = ", ".join(f"{name.split()[0]} {bits:.2f}" for name, bits in known if "chunks" in name)
-    lines = [f"test: {r['bits_per_dim']:.3f} bits/char, "
-             f"standard error {r['stderr']:.3f} over chunks, on {r['data']}",
+    stages = f", the sum of {len(r['L_test'])} stages" if len(r["L_test"]) > 1 else ""
+    lines = [f"test: {r['bits_per_dim']:.3f} bits/{unit}, "
+             f"standard error {r['stderr']:.3f} over {things}, on {r['data']}",
              "  the bound of Eq. 2 with averaged weights: "
-             f"{r['passes']} passes over {r['chunks']} chunks of {r['length']}{rest},",
-             "  without context; in each pass every chunk has a new random order and one step t, "
-             "stratified",
-             f"for comparison, bits/char: {whole};",
+             f"{r['passes']} passes over {r['chunks']:,} {things} of "
+             f"{' x '.join(map(str, r['shape']))}{rest},",
+             f"  {'' if image else 'without context; '}in each pass every {things[:-1]} has a new "
+             "random order and one step t, stratified",
+             f"for comparison, bits/{unit}: {whole}" + (";" if parts else ""),
              f"  in the same chunks: {parts}",
-             f"loss components L_t, bits a character, t = 1..{len(L)}:",
+             f"loss components L_t, bits a {'character' if unit == 'char' else 'variable'}"
+             f"{stages}, t = 1..{len(L)}:",
              f"  {L[0]:.2f} {bars(L)} {L[-1]:.2f}",
-             "network calls -> bits/char   predicted from L_t   measured"]
+             f"network calls -> bits/{unit}   predicted from L_t   measured"]
     for row in r["calls"]:
-        lines.append(f"  {row['calls']:>22}   {row['predicted']:>18.3f}   {row['measured']:.3f}")
-    row = r["calls"][-1]
-    lines.append(f"  (exact, on {row['chunks']} test chunks, each in one random order; standard "
-                 f"error {row['stderr']:.3f};\n  L_t of the same chunks, but the plans are from "
+        lines.append(f"  {row['calls']:>22}   {row['predicted']:>18.3f}   "
+                     + (f"{row['measured']:.3f}" if row["measured"] else "too many calls"))
+    row = [row for row in r["calls"] if row["measured"]][-1]
+    lines.append(f"  (exact, on {row['chunks']} test {things}, each in one random order; standard "
+                 f"error {row['stderr']:.3f};\n  L_t of the same {things}, but the plans are from "
                  "the validation split)")
-    return "\n".join(lines)
+    return "\n".join(line for line in lines if parts or "same chunks:" not in line)
 
 
 def bars(numbers, width=48):
@@ -666,11 +732,12 @@ def plot(folder, results):
     """folder/results.png: loss over time, L_t, and the price of few calls (the paper's Fig. 3)."""
     from matplotlib import pyplot
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(15, 4))
+    unit = datasets.UNITS[results["kind"]]
     log = read_log(folder / "log.csv")
     for name in ("train", "valid"):
         left.plot([row["seconds"] for row in log], [row[f"{name}_bits_per_dim"] for row in log],
                   label=name)
-    left.set(title="loss", xlabel="seconds", ylabel="bits/char")
+    left.set(title="loss", xlabel="seconds", ylabel=f"bits/{unit}")
     left.legend()
     L = np.array(results["L_test"])
     for s, (row, smooth) in enumerate(zip(L, planner.smooth(L)), start=1):
@@ -686,9 +753,11 @@ def plot(folder, results):
     budgets = np.unique(np.geomspace(len(L), L.size, 30).round().astype(int)).tolist()
     right.plot(budgets, [planner.plan_cost(L, planner.plan(results["L_valid"], n)) / L.shape[1]
                          for n in budgets], label="predicted")
-    right.plot(*zip(*((row["calls"], row["measured"]) for row in results["calls"])), "o",
+    right.plot(*zip(*((row["calls"], row["measured"]) for row in results["calls"]
+                      if row["measured"])), "o",
                label="measured")
-    right.set(title="bits under a budget", xlabel="network calls", ylabel="bits/char", xscale="log")
+    right.set(title="bits under a budget", xlabel="network calls", ylabel=f"bits/{unit}",
+              xscale="log")
     right.legend()
     figure.tight_layout()
     with replacing(folder / "results.png") as file:
@@ -725,21 +794,40 @@ def finish(run, data, folder, with_plot):
     results |= dict(seed=c.seed, steps=run.step, seconds=run.seconds,
                     params=sum(p.numel() for p in run.model.parameters()),
                     settings=dataclasses.asdict(c), **conditions(c))
-    piece = folder / ("test.txt" if data.kind == "text" else "test.bin")
-    with replacing(piece) as file:
-        file.write(datasets.to_bytes(data.splits["test"][:20000].cpu(), data.K))
+    piece, content = datasets.piece(data)
+    with replacing(folder / piece) as file:
+        file.write(content)
     if with_plot:
         plot(folder, results)
     with replacing(folder / "results.json", "w") as file:
         json.dump(results, file, indent=1)
     print(describe(results))
-    x = run.ema.sample(2, planner.plan(run.L, min(50, run.L.size)), generator=run.generator)
-    print("samples:", *(f"  {datasets.show(row.cpu(), data.K)}" for row in x), sep="\n")
-    calls, few = -(-run.L.size // 4), min(20, run.L.size)
+    show_samples(run, folder)
+    suggest(run, checkpoint, folder / piece)
+
+
+def show_samples(run, folder):
+    """Two samples of text on the terminal, or a grid of images in a file."""
+    image, calls = run.kind == "image", min(100 if run.kind == "image" else 50, run.L.size)
+    x = run.ema.sample(16 if image else 2, planner.plan(run.L, calls), generator=run.generator)
+    if image:
+        pictures = datasets.grid(datasets.to_images(x.cpu(), run.shape, run.K), columns=8)
+        with replacing(folder / "samples.png") as file:
+            file.write(datasets.png(pictures))
+        print(f"samples, {calls} network calls: {folder / 'samples.png'}")
+    else:
+        print("samples:", *(f"  {datasets.show(row.cpu(), run.K)}" for row in x), sep="\n")
+
+
+def suggest(run, checkpoint, piece):
+    """Prints the commands that come next."""
+    image, size = run.kind == "image", run.L.size
+    calls, few = min(100, size) if image else -(-size // 4), min(50 if image else 20, size)
     ckpt, source, packed = (shlex.quote(str(path)) for path in (
-        checkpoint, piece, folder / "test.ardm"))
-    blanks = ([f'python sample.py --ckpt {ckpt} --prompt "the ____ of"']
-              if data.kind == "text" and c.length > 10 else [])
+        checkpoint, piece, piece.with_suffix(".ardm")))
+    blanks = ([f"python sample.py --ckpt {ckpt} --calls {few} --inpaint top"] if image else
+              [f'python sample.py --ckpt {ckpt} --prompt "the ____ of"']
+              if run.kind == "text" and run.model.D > 10 else [])
     print("what to run next:", f"python sample.py --ckpt {ckpt} --calls {few} --frames", *blanks,
           f"python compress.py encode --ckpt {ckpt} --calls {calls} {source} {packed}",
           f"python compress.py bench --ckpt {ckpt} --calls {calls}", sep="\n  ")
@@ -752,7 +840,7 @@ def stopped(what, folder):
 
 def resumed(given):
     """(settings, checkpoint) of the run to go on with; flags may lengthen it, not change it."""
-    folder = given.get("out") or f"out/{Path(given.get('data', 'pydoc')).stem}"
+    folder = given.get("out") or f"out/{run_name(given.get('data', 'pydoc'))}"
     checkpoint = read_checkpoint(Path(folder) / "ckpt.pt")
     c = checkpoint["settings"]
     if "device" in given:
@@ -791,16 +879,16 @@ def main():
     if path:
         return evaluate_only(Path(path), given, with_plot)
     c, checkpoint = resumed(given) if resume else (complete(given), None)
-    K = checkpoint["K"] if resume else None
-    data, folder = load_data(c, pick_device(c.device), K), Path(c.out)
-    run = Run(c, data.K, data.kind)
+    data, folder = load_data(c, pick_device(c.device), checkpoint), Path(c.out)
+    run = Run(c, data.K, data.kind, data.shape)
     if resume:
         run.restore(checkpoint)
     elif (folder / "ckpt.pt").exists():
         set_aside(folder)
     folder.mkdir(parents=True, exist_ok=True)
     sizes = ", ".join(f"{name} {len(part):,}" for name, part in data.splits.items())
-    print(f"{data.name}: K = {data.K}, D = {c.length}, {sizes} characters; "
+    print(f"{data.name}: K = {data.K}, D = {data.D}, {sizes} "
+          f"{'images' if data.kind == 'image' else 'characters'}; "
           f"{sum(p.numel() for p in run.model.parameters()):,} weights on {c.device}"
           f"{', bfloat16' if c.bf16 else ''}; results go to {folder}")
     if train(run, data, folder):
@@ -816,7 +904,7 @@ def evaluate_only(path, given, with_plot):
                         f"--{foreign.pop().replace('_', '-')}")
     model, checkpoint = load_model(path, given.get("device"))
     c = check(dataclasses.replace(checkpoint["settings"], **given))
-    data = load_data(c, next(model.parameters()).device, checkpoint["K"])
+    data = load_data(c, next(model.parameters()).device, checkpoint)
     results = evaluate(model, data, c.passes)
     if with_plot:
         plot(path.parent, results)
