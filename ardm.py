@@ -182,14 +182,18 @@ class ARDM(nn.Module):
         sigma: (B, D), or (S, B, D) for one order a stage.
         choose(log_p, where, s) -> (B, D) gives the symbols for the variables in `where`
         (B, D bool); the rest of what it returns is ignored. Sampling draws them, likelihood reads
-        them from the data, an encoder reads and stores them, a decoder recovers them.
+        them from the data, an encoder reads and stores them, a decoder recovers them. log_p is
+        (B, D, A), but only what is about to be written is computed: the rest of it is uniform.
         """
         sigma = sigma.expand(self.S, *x.shape)
         for s, t, k in plan:
             m = sigma[s - 1] < t                                       # (B, D) known
             where = ~m & (sigma[s - 1] < t + k)                        # (B, D) written in this call
             ts, ss = x.new_full((len(x),), t), x.new_full((len(x),), s)          # (B,)
-            a = choose(self.log_probs(x, m, ts, ss), where, ss)        # (B, D) symbols
+            log_p = self.log_probs(x, m, ts, ss, where)                # (n, A)
+            everywhere = log_p.new_full((*x.shape, self.A), -math.log(self.A))
+            everywhere[where] = log_p
+            a = choose(everywhere, where, ss)                          # (B, D) symbols
             x = torch.where(where, self.write(x, a, ss), x)
         return x
 
@@ -284,39 +288,40 @@ class UpscaleARDM(ARDM):
         s = s[:, None].expand(x.shape)
         if where is not None:
             x, s = x[where], s[where]
-        digits = self.digits_by_stage(logits.flatten(0, -2), x.flatten(), s.flatten())
+        digits = self.digits(logits.flatten(0, -2), x.flatten(), s.flatten())
         a = torch.arange(self.b, device=x.device)
         below, unit = self.coarse(x.view(-1, 1), s.flatten() - 1), self.unit(x, s.flatten())
         impossible = below + a * unit >= self.K                        # (n, b)
         return log_softmax(digits.masked_fill(impossible, -torch.inf)).view(*x.shape, self.b)
 
-    def digits_by_stage(self, logits, x, s):
-        """`digit_logits` for variables in several stages: (n, outputs), x, s (n,) -> (n, b)."""
+    def digits(self, logits, x, s):
+        """(n, outputs) logits, x and s (n,) -> (n, b) unnormalised log p(digit s | x^(s-1))."""
+        if self.parametrization == "direct":
+            a = torch.arange(self.b, device=s.device)
+            return logits.gather(1, (s[:, None] - 1) * self.b + a)
         stages = s.unique().tolist()
         if len(stages) == 1:
             return self.digit_logits(logits, x, stages[0])
         rows = [(s == stage).nonzero()[:, 0] for stage in stages]
-        digits = torch.cat([self.digit_logits(logits[row], x[row], stage)
+        digits = torch.cat([self.digit_logits(logits, x, stage, row)
                             for row, stage in zip(rows, stages)])
-        return digits[torch.cat(rows).argsort()]                       # back in their places
+        return digits.index_select(0, torch.cat(rows).argsort())       # back in their places
 
-    def digit_logits(self, logits, x, s):
-        """(n, outputs) logits, x (n,) -> (n, b) unnormalised log p(digit s | x^(s-1)).
+    def digit_logits(self, logits, x, s, rows=None):
+        """`digits` of the variables `rows`, (k,), which all are in stage s; None: of all n.
 
         Data parametrisation: K, filled up to b^S, is prefix x digit x suffix. The prefix is known,
         and the values that differ in the suffix alone are added up: no K x K matrix is needed.
         """
-        if self.parametrization == "direct":
-            return logits[..., (s - 1) * self.b:s * self.b]
         unit, b, prefixes = self.b ** (self.S - s), self.b, self.b ** (s - 1)
         if b ** self.S > self.K:
             logits = nn.functional.pad(logits, (0, b ** self.S - self.K), value=-torch.inf)
-        rows = logits.reshape(-1, b * unit)                    # (n * prefixes, b * unit)
-        if prefixes > 1:
-            first = torch.arange(len(x), device=x.device) * prefixes
-            rows = rows.index_select(0, first + x // (b * unit))
+        parts = logits.reshape(-1, b * unit)                   # (n * prefixes, b * unit)
+        if prefixes > 1 or rows is not None:
+            rows = torch.arange(len(x), device=x.device) if rows is None else rows
+            parts = parts.index_select(0, rows * prefixes + x[rows] // (b * unit))       # (k, ...)
         # Digit by digit: all at once would need twice the memory of the logits.
-        digits = [part.logsumexp(-1) for part in rows.unflatten(-1, (b, unit)).unbind(dim=1)]
+        digits = [part.logsumexp(-1) for part in parts.unflatten(-1, (b, unit)).unbind(dim=1)]
         return torch.stack(digits, dim=-1)
 
 

@@ -339,6 +339,15 @@ def real_data(name):
     return dict(data=name, **(dict(data_dir=folder) if folder else {}))
 
 
+def some_images(name, folder):
+    """The flags of a file that holds the first 60 test images of a data set."""
+    given = real_data(name)
+    data = datasets.load(given.pop("data"), **given)
+    path = Path(folder) / f"{name}.npy"
+    np.save(path, datasets.to_images(data.splits["test"][:60], data.shape))
+    return dict(data=str(path))
+
+
 def flags(**given):
     """Settings as they are typed."""
     return [word for name, value in given.items() if value is not None
@@ -347,9 +356,11 @@ def flags(**given):
 
 def bench_unet(args):
     """Full training steps of the paper's kind of U-Net, 64 channels and 4 + 4 ResBlocks."""
-    given = dict(data="cifar10", device="cpu", size="paper", dim=64, depth=4, batch=16, steps=10 ** 6)
+    given = dict(data="cifar10", device="cpu", size="paper", dim=64, depth=4, batch=16,
+                 steps=10 ** 6)
     variants = {"order-agnostic": {}, "upscale-4, direct": dict(branch=4, parametrization="direct"),
-                "upscale-4, data": dict(branch=4), "our tiny size, order-agnostic": dict(size="tiny")}
+                "upscale-4, data": dict(branch=4),
+                "our tiny size, order-agnostic": dict(size="tiny")}
     if args.quick:
         given |= dict(dim=16, depth=1, batch=2)
     rows, x = [], torch.randint(256, (given["batch"], 3 * 32 * 32))
@@ -404,22 +415,24 @@ def bench_stages(args):
         plans = [planner.plan(L, n) for n in budgets] + [equal_split(L, n) for n in budgets]
         found = train.measure_plans(model, train.spread(chunks, 39), plans)
         for n, best, equal in zip(budgets, found, found[len(budgets):]):
-            rows.append(dict(name=name, calls=n, predicted=best["predicted"], equal_calls=equal["calls"],
+            rows.append(dict(name=name, calls=n, predicted=best["predicted"],
                              measured=best["measured"], equal=equal["measured"]))
-            print("  {name} {calls}: predicted {predicted:.3f}, measured {measured:.3f}, equal split "
-                  "{equal:.3f}".format(**rows[-1]))
+            print("  {name} {calls}: predicted {predicted:.3f}, measured {measured:.3f}, equal "
+                  "split {equal:.3f}".format(**rows[-1]))
     return rows
 
 
 def image_results(args, data, minutes, count, calls):
     """Trains both models for so long; then archives of `count` test images, one by one."""
     rows = []
+    given = some_images(data, args.scratch) if args.quick else real_data(data)
+    calls = 10 if args.quick else calls
+    given |= dict(steps=20, report=10) if args.quick else dict(minutes=args.minutes or minutes)
     for branch in (None, 4):
         name = f"upscale-{branch}" if branch else "order-agnostic"
         folder = Path(args.scratch if args.quick else "out") / f"{data}-{name}"
-        length = dict(steps=20, report=10) if args.quick else dict(minutes=args.minutes or minutes)
-        command([sys.executable, "train.py", *flags(**real_data(data), branch=branch, device="cpu",
-                                                    out=folder, **length)])
+        command([sys.executable, "train.py", *flags(**given, branch=branch, device="cpu",
+                                                    out=folder)])
         command([sys.executable, "sample.py", "--frames", *flags(ckpt=folder / "ckpt.pt", n=6,
                                                                  calls=calls)])
         command([sys.executable, "sample.py", "--inpaint", "left", *flags(
@@ -441,13 +454,13 @@ def image_results(args, data, minutes, count, calls):
 
 
 def bench_mnist(args):
-    """MNIST, ten minutes each."""
+    """MNIST, ten minutes each, archives of 100 images."""
     return image_results(args, "mnist", 10.0, 100, 50)
 
 
 def bench_cifar10(args):
-    """CIFAR-10, twenty minutes each."""
-    return image_results(args, "cifar10", 20.0, 40, 100)
+    """CIFAR-10, ten minutes each, archives of 40 images."""
+    return image_results(args, "cifar10", 10.0, 40, 100)
 
 
 # -- the README ------------------------------------------------------------------------------------
@@ -526,7 +539,8 @@ def main():
                         help=", ".join(SECTIONS) + "; none: only write the README's tables anew")
     parser.add_argument("--quick", action="store_true", help="only see that it runs")
     parser.add_argument("--minutes", type=float, help="of each training run")
-    parser.add_argument("--size", choices=list(train.SIZES["text"]), help="for speed: this size instead")
+    parser.add_argument("--size", choices=list(train.SIZES["text"]),
+                        help="for speed: this size instead")
     parser.add_argument("--batch", type=int, help="for speed with --size")
     parser.add_argument("--ckpt", default="out/pydoc/ckpt.pt",
                         help="for run, which makes it, and compress, which needs it")

@@ -93,25 +93,29 @@ class Codec:
 
     def decode(self, payloads, n):
         """Payloads -> (n,) uint8 symbols, and for each payload whether its stream came to a clean
-        end. A payload None is left out, its symbols are 0."""
+        end. A payload None is left out, its symbols are 0: the network still predicts them, so that
+        its calls have the encoder's shapes."""
         wanted = [i for i, payload in enumerate(payloads) if payload is not None]
         streams = [payloads[i] for i in wanted]
         decoder = (coder.DecoderStreams(streams, PRECISION) if self.separate else
                    coder.Decoder(streams[0], PRECISION))
 
         def pop(log_p, where, s):
-            a, cdf = self._blank(), tables(log_p[where])
-            if self.separate:                            # (M * k, A + 1) -> (k, M, A + 1)
-                cdf = cdf.reshape(len(streams), -1, cdf.shape[1]).swapaxes(0, 1)
-            symbols = torch.from_numpy(decoder.pop(cdf).T.reshape(-1)).to(a)
-            possible = log_p[where].gather(1, symbols[:, None])[:, 0] > -torch.inf
+            a, log_p = self._blank(), log_p[where]
+            symbols = np.zeros(len(log_p), dtype=np.int64)
+            if self.separate:                            # (M * k, A) -> (k, streams, A + 1)
+                rows = symbols.reshape(len(payloads), -1)
+                part = log_p.view(*rows.shape, -1)[wanted]
+                cdf = tables(part.flatten(0, 1)).reshape(*part.shape[:2], -1).swapaxes(0, 1)
+                rows[wanted] = decoder.pop(cdf).T
+            else:
+                symbols[:] = decoder.pop(tables(log_p))
+            symbols = torch.from_numpy(symbols).to(a)
+            possible = log_p.gather(1, symbols[:, None])[:, 0] > -torch.inf
             a[where] = torch.where(possible, symbols, 0)         # damaged bytes may say anything
             return a
 
-        absent = self._absent(n)
-        if self.separate:
-            absent[[i for i in range(self.batch) if i not in wanted]] = True
-        x = self._walk(self._blank(), absent, pop)
+        x = self._walk(self._blank(), self._absent(n), pop)
         clean = np.ones(len(payloads), bool)
         clean[wanted] = decoder.clean if self.separate else decoder.done
         return x.view(-1)[:n].to("cpu", torch.uint8), clean

@@ -257,9 +257,8 @@ def locate(name, folder, fetch, *files):
     path = folder / name / files[0] if len(files) == 1 else folder / files[0]
     if not fetch:
         raise UserError(f"{path} is not there")
-    check = read_text if name in TEXTS else lambda name, part: check_md5(
-        part, part.read_bytes(), MD5[files[0]])
-    download(URLS[files[0]], path, lambda part: check(name, part))
+    download(URLS[files[0]], path, lambda part: read_text(name, part) if name in TEXTS
+             else check_md5(part, part.read_bytes(), MD5[files[0]]))
     return path
 
 
@@ -353,7 +352,7 @@ def read_cifar(path):
                     require_uint8(parts[base])
     except UserError as error:
         raise UserError(f"{path}: {error}")
-    except Exception as error:                           # what a damaged archive or pickle brings up
+    except Exception as error:                           # what a damaged file brings up
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} is no tarball of CIFAR-10, or a damaged one ({reason[:80]})")
     test = parts.pop("test_batch", None)

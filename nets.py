@@ -102,7 +102,8 @@ class Block(nn.Module):
     def forward(self, x, cos, sin):
         """(B, D, dim) -> (B, D, dim); cos, sin: of the rotary angles, or None."""
         B, D, dim = x.shape
-        qkv = self.qkv(self.mix1(self.norm1(x))).view(B, D, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(self.mix1(self.norm1(x))).view(B, D, 3, self.heads, -1)
+        qkv = qkv.permute(2, 0, 3, 1, 4)
         qk, v = qkv[:2], qkv[2]                                  # (2, B, heads, D, d) and one
         if self.qk_norm:
             qk = F.layer_norm(qk, qk.shape[-1:])
@@ -169,7 +170,8 @@ class UNet(nn.Module):
                  neighbours=True, logistic=True, time=False, stages=1):
         super().__init__()
         C, H, W = shape
-        self.K, self.shape, self.stages, self.num_outputs = K, tuple(shape), stages, num_outputs or K
+        self.K, self.shape, self.stages = K, tuple(shape), stages
+        self.num_outputs = num_outputs or K
         self.neighbours = neighbours
         self.logistic = logistic and self.num_outputs == K
         inputs = (2 + (2 * len(WINDOWS) + (stages > 1) if neighbours else 0)) * C

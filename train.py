@@ -116,10 +116,10 @@ SIZES = {
                       steps=3_000_000, optimizer="adam", lr=5e-4, warmup=5000, decay=0.0, clip=0.25,
                       ema=0.995, short=0.0)},
     "image": {
-        "tiny": dict(dim=32, depth=2, levels=3, heads=0, batch=8, minutes=2.75, lr=4e-3, warmup=50,
-                     short=0.0),
+        "tiny": dict(dim=32, depth=2, levels=3, heads=0, batch=8, minutes=2.75, lr=6e-3,
+                     muon_lr=0.03, warmup=50, short=0.0, parametrization="direct"),
         "small": dict(dim=128, depth=3, levels=3, heads=4, batch=64, minutes=30.0, lr=2e-3,
-                      warmup=200, ema=0.998, short=0.0),
+                      warmup=200, ema=0.998, short=0.0, parametrization="direct"),
         "paper": dict(dim=256, depth=32, levels=1, heads=1, neighbours=False, logistic=False,
                       zero_init=False, late=False, time=True, batch=128, steps=1_170_000,
                       optimizer="adam", lr=1e-4, warmup=0, decay=0.0, clip=100.0, ema=0.9999,
@@ -675,7 +675,8 @@ def evaluate(model, data, passes=None):
     """All that a run reports, in words by `describe`. L (S, D), for plans, is from validation."""
     D, calls = model.D, model.S * model.D
     begin = time.perf_counter()
-    L = bound(model, *data.chunks("valid"), progress=True)["L"]
+    valid, rest = data.chunks("valid")
+    L = bound(model, spread(valid, max(64, (1 << 21) // D)), rest, progress=True)["L"]
     test = bound(model, *data.chunks("test"), passes, progress=True)
     budgets = (5, 10, 20, 50) if data.kind != "image" else (20, 50, 100, 200)
     plans = [planner.plan(L, budget) for budget in budgets if model.S <= budget < calls]
