@@ -135,7 +135,7 @@ def cut(stream, D):
 
 def kind_of(name):
     """"image" or "text", of a data set's name or a file's path, without reading it."""
-    image = name in IMAGES or Path(name).suffix in (".npy", ".tar", ".gz", ".tgz")
+    image = name in IMAGES or name.endswith((".npy", ".tar", ".tar.gz", ".tgz"))
     return "image" if image else "text"
 
 
@@ -206,7 +206,7 @@ def show(x, K, known=None):
 def to_images(x, shape, K=None):
     """(N, D) integers -> (N, H, W, C) uint8. K: values 0..K-1 are spread over 0..255, to be seen.
     """
-    images = np.asarray(x).reshape(-1, *shape).transpose(0, 2, 3, 1)
+    images = np.asarray(x, dtype=np.int64).reshape(-1, *shape).transpose(0, 2, 3, 1)
     return (images if K is None else images * 255 // (K - 1)).astype(np.uint8)
 
 

@@ -204,6 +204,7 @@ def check(c):
                   c.length, c.dim, c.depth, c.levels, c.mlp, c.batch, c.report)),
                "--length, --dim, --depth, --levels, --mlp, --batch and --report must be positive"),
               (1 <= c.bits <= 8, "--bits: choose 1 to 8"),
+              (c.levels is None or c.dim >= 4, "--dim must be at least 4 for images"),
               (c.heads > 0 or c.heads == 0 and c.levels, "--heads must be positive"),
               (c.heads == 0 or c.dim % (2 * c.heads) == 0,
                f"--dim {c.dim} must be a multiple of 2 * heads = {2 * c.heads}"),
@@ -277,6 +278,9 @@ def build_model(c, K, shape):
 
 def load_data(c, device, checkpoint=None, fetch=True):
     """The data of these settings; where there is a checkpoint, it must fit that."""
+    if checkpoint and (datasets.kind_of(c.data) == "image") != (checkpoint["kind"] == "image"):
+        raise UserError(f"--data {c.data}: the checkpoint is of a model of {checkpoint['kind']}, "
+                        "this is not")
     data = datasets.load(c.data, c.length, c.data_dir, device, fetch, c.bits, c.seed,
                          flips=c.flips, turns=c.turns)
     if checkpoint and (data.K, [*data.shape]) != (checkpoint["K"], [*checkpoint["shape"]]):
@@ -344,7 +348,9 @@ class Run:
         self.optimizers = make_optimizers(self.model.net, c)
         self.generator = torch.Generator(self.device).manual_seed(c.seed)
         self.step, self.seconds, self.L = 0, 0.0, None
-        if c.compile:
+        if c.compile and hasattr(self.model.net, "body"):            # what `at` calls
+            self.model.net.body = torch.compile(self.model.net.body)
+        elif c.compile:
             self.model.net.compile()
 
     @property
@@ -657,11 +663,14 @@ def image_references(images):
     """Each image (H, W, C) by itself as PNG, and as WebP where Pillow is installed (the first 1000
     images)."""
     images = images[:1000]
+    if images.shape[-1] not in (1, 3):
+        return {}
+    images = images if images.shape[-1] == 3 else images[..., 0]
     try:
         from PIL import Image                            # optional: no dependency
 
         def size(image, name, **how):
-            Image.fromarray(image.squeeze()).save(file := io.BytesIO(), name, **how)
+            Image.fromarray(image).save(file := io.BytesIO(), name, **how)
             return file.tell()
         sizes = {"PNG of each image": [size(x, "PNG", optimize=True) for x in images],
                  "WebP of each image": [size(x, "WebP", lossless=True, quality=100, method=6)
