@@ -199,8 +199,8 @@ def table(variants, data, minutes, **common):
     for name, change in variants.items():
         rows.append(dict(name=name,
                          **timed_training(data, minutes=minutes, **{**common, **change})))
-        print("  {name:34} {bits:.3f} bits/char  {steps:5} steps  "
-              "{chars_per_second:8,.0f} chars/s".format(**rows[-1]))
+        print("  {name:34} {bits:.3f} bits/dim  {steps:5} steps  "
+              "{chars_per_second:8,.0f} dims/s".format(**rows[-1]))
     return rows
 
 
@@ -317,7 +317,7 @@ def bench_compress(args):
     """The test text of the default run, under several budgets of calls, beside the usual tools."""
     model, checkpoint = train.load_model(args.ckpt, "cpu")
     content, rows = compress.open_input("test", checkpoint), []
-    content.symbols = content.symbols[:2000 if args.quick else 20000]
+    content.symbols = content.symbols[:2000 if args.quick else 10000]
     for calls in (model.D // 8, model.D // 4, model.D // 2, model.D):
         pairs = compress.candidates(model, checkpoint["L"], calls)
         bits, facts = compress.compare(model, checkpoint, content,
@@ -381,11 +381,10 @@ def bench_images(args):
                 "softmax alone, no logistic": dict(logistic=False),
                 "no means of known neighbours": dict(neighbours=False),
                 "one resolution": dict(levels=1), "t uniform": dict(late=False),
-                "Adam alone, no Muon": dict(optimizer="adam"),
+                "Adam alone, no Muon": dict(optimizer="adam", lr=2e-3),
                 "no mirror images": dict(flips=False), "no average of the weights": dict(ema=0.0),
-                "upscale-4, data": dict(branch=4),
-                "upscale-4, direct": dict(branch=4, parametrization="direct"),
-                "upscale-16, data": dict(branch=16)}
+                "upscale-4, data": dict(branch=4, parametrization="data"),
+                "upscale-4, direct": dict(branch=4), "upscale-16, direct": dict(branch=16)}
     if args.quick:
         variants = dict(list(variants.items())[:2])
     given = real_data("cifar10")
@@ -408,6 +407,10 @@ def bench_stages(args):
         length = dict(steps=20, report=10) if args.quick else dict(minutes=args.minutes or 2.0)
         command([sys.executable, "train.py", *flags(data="glyphs", branch=branch, device="cpu",
                                                     out=folder, **length)])
+        command([sys.executable, "sample.py", "--frames", *flags(ckpt=folder / "ckpt.pt", n=6,
+                                                                 calls=100)])
+        if not args.quick:
+            shutil.copy(folder / "frames.png", f"assets/{folder.name}_frames.png")
         model, checkpoint = train.load_model(folder / "ckpt.pt", "cpu")
         L, chunks = checkpoint["L"].numpy(), train.load_data(
             checkpoint["settings"], "cpu").chunks("test")[0]
@@ -439,7 +442,7 @@ def image_results(args, data, minutes, count, calls):
             ckpt=folder / "ckpt.pt", n=6, calls=calls)])
         if not args.quick:
             for picture in ("frames", "inpaint"):
-                shutil.copy(folder / f"{picture}.png", f"assets/{data}_{name}_{picture}.png")
+                shutil.copy(folder / f"{picture}.png", f"assets/{folder.name}_{picture}.png")
         results = json.loads((folder / "results.json").read_text())
         model, checkpoint = train.load_model(folder / "ckpt.pt", "cpu")
         content = compress.open_input("test", checkpoint)

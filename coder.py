@@ -26,13 +26,17 @@ at state 0 with no word left. A message is the state (big-endian), then the word
 reading; the state has over 4 bytes where there are words, so the length alone tells them apart.
 
 Frequencies are integers: both sides compute them by `quantize`, from the same probabilities to
-the last bit, or decoding goes wrong without a sign. This file needs NumPy alone.
+the last bit, or by `quantize_levels`, from the same integers, or decoding goes wrong without a
+sign. This file needs NumPy alone.
 """
 from bisect import bisect_right
+from functools import cache
 
 import numpy as np
 
 WORD = (1 << 32) - 1
+GRID = 1 << 10                       # levels in a nat
+DEEPEST = 28 * GRID                  # level from which on a probability counts as 0: e^-28 < 2^-40
 
 
 def quantize(probs, precision=22):
@@ -61,6 +65,43 @@ def quantize(probs, precision=22):
         np.add.accumulate(freqs, axis=1, out=cdf[i:i + rows, 1:])
     assert (cdf[:, A] <= 1 << precision).all(), "frequencies sum to more than 2^P"
     cdf[:, 0], cdf[:, A] = 0, 1 << precision
+    return cdf
+
+
+@cache
+def exponentials():
+    """(DEEPEST + 1,) int64: 2^40 e^(-level / GRID), rounded down, by integer arithmetic alone, so
+    that it is the same table on every machine."""
+    unit, term, n = 0, 1 << 128, 0                       # e^(-1/GRID) as a series, times 2^128
+    while term:
+        unit += -term if n % 2 else term
+        n += 1
+        term //= GRID * n
+    table, x = [], 1 << 128
+    for _ in range(DEEPEST + 1):
+        table.append(x >> 88)
+        x = x * unit >> 128
+    table[-1] = 0
+    return np.array(table, dtype=np.int64)
+
+
+def quantize_levels(levels, precision=22):
+    """Whole levels (N, A), p = e^(-level / GRID) up to a factor -> cdf (N, A + 1) as `quantize`.
+
+    Integers from end to end: f = floor(w (2^P - A) / sum of w) + 1 with w from `exponentials`, and
+    the last symbol takes what is left. ValueError for a level below 0, or a row of nothing.
+    """
+    levels = np.asarray(levels)
+    if levels.min(initial=0) < 0:
+        raise ValueError("a level is below 0")
+    N, A = levels.shape
+    w = exponentials()[np.minimum(levels, DEEPEST)]
+    total = w.sum(axis=1, keepdims=True)
+    if not total.all():
+        raise ValueError("all symbols of a row have probability 0")
+    cdf = np.zeros((N, A + 1), dtype=np.int32)
+    np.cumsum(w * ((1 << precision) - A) // total + 1, axis=1, out=cdf[:, 1:])
+    cdf[:, A] = 1 << precision
     return cdf
 
 

@@ -14,20 +14,34 @@ up with absent variables. An archive, all numbers big-endian:
     offset      bytes   what
     0           4       "ARDM"
     4           1       format version, 2
-    5           2       h, length of the header
-    7           h       header: JSON, see `make_header`
+    5           4       h, length of the header
+    9           h       header: JSON, see `make_header`, deflated by zlib
     then        w + 4   of each block: length of the payload, in w bytes (`width` in the header),
                         and CRC-32 of the symbols that it decodes to, one byte each, and then of
                         the payload
     then        4       CRC-32 of all before it
-    then                the payloads, one behind the other: coder.py
+    then                the payloads, one behind the other: in portable mode the shifts of the
+                        grid, see `pack_shifts`, then a stream of coder.py
 
-The network runs in float32, whose last bits depend on the machine and the library. The header
-carries a fingerprint of what the network says about a fixed input: a machine on which it says
-something else would decode garbage, and refuses first. Within one machine the encoder proves each
-block by decoding it.
+Encoder and decoder must compute the same integers, but the last bits of what a network says depend
+on the machine, its libraries, the number of threads, and what is beside a datapoint in its batch.
+
+portable, the default: the network runs in float64, where those differences are about 1e-14. Its
+log-probabilities, in nats, are rounded to a grid of 2^-10; from there on everything is integers
+(`coder.quantize_levels`). Two machines that differ by less than MARGIN = 1e-10 nats round to the
+same level unless a boundary lies between them. The encoder looks: where a value lies within MARGIN
+of a boundary, it shifts the grid of that call a little, until none does, and stores the shift. So
+under this one assumption, a difference below MARGIN, every decoder gets the encoder's integers: on
+CPU or CUDA, with any number of threads and any batch size.
+
+--fast: float32, several times as fast, bound to the machine. The header carries a fingerprint of
+what the network says about a fixed input: a machine on which it says something else would decode
+garbage, and refuses first.
+
+In both modes the encoder proves each block by decoding it, and checksums tell damage.
 """
 import collections
+import copy
 import hashlib
 import io
 import itertools
@@ -52,6 +66,8 @@ from train import Parser, bound, command_line, load_data, load_model, references
 
 MAGIC, VERSION, PRECISION = b"ARDM", 2, 22
 BLOCK = 1 << 15                                      # symbols in a batch, about
+LONGEST_HEADER = 1 << 24                             # bytes; a plan has up to S * D entries
+MARGIN = 1e-10                                       # nats: see above
 
 
 class Codec:
@@ -59,66 +75,93 @@ class Codec:
 
     shape: of a datapoint, (D,) or (C, H, W). separate: every datapoint is a stream of its own;
     otherwise all of a batch are one, and the last may be shorter than D: what it lacks is absent.
-    tick() is called once for every network call.
+    fast: float32, bound to this machine; see above. tick() is called for every network call.
     """
 
-    def __init__(self, model, shape, order, plan, batch, separate):
-        self.model, self.plan, self.batch, self.separate = model, plan, batch, separate
-        self.device, self.tick = next(model.parameters()).device, lambda: None
-        shape = shape if len(shape) > 1 else shape[0]
+    def __init__(self, model, shape, order, plan, batch, separate, fast=False):
+        self.plan, self.batch, self.separate, self.fast = plan, batch, separate, fast
+        self.weights, device = digest(model), next(model.parameters()).device
+        self.device = torch.device("cpu") if device.type == "mps" and not fast else device
+        self.model = model if fast else copy.deepcopy(model).to(self.device).double()
+        self.tick = lambda: None
         self.sigma = torch.from_numpy(planner.order(order, shape)).to(self.device)
 
     def encode(self, symbols):
         """(n,) symbols, n <= batch * D -> payloads, and ideal length in bits: -log2 p under this
         order and plan."""
-        pushed, bits = [], [0.0]
+        n, D, pushed, bits = len(symbols), self.model.D, [], [0.0]
+        x, streams = self._blank(n), n // D if self.separate else 1
+        shifts = [[] for _ in range(streams)]            # (call, shift of the grid), where not 0
 
         def push(log_p, where, s):
-            a = self.model.symbol(x, s)
-            cdf, written = tables(log_p[where]), a[where]
+            a, log_p = self.model.symbol(x, s), log_p[where]
+            written = a[where]
+            cdf, shift = self._tables(log_p, streams)
+            for i in np.flatnonzero(shift):
+                shifts[i].append((self.call, int(shift[i])))
             pushed.append(coder.intervals(cdf, written.cpu().numpy()))
-            nats = -log_p[where].gather(1, written[:, None]).cpu().double().sum().item()
+            nats = -log_p.gather(1, written[:, None]).cpu().double().sum().item()
             bits[0] += bits_per_dim(nats, 1)
             return a
 
-        x, n = self._blank(), len(symbols)
         x.view(-1)[:n] = symbols.to(x)
-        self._walk(x, self._absent(n), push)
-        if not self.separate:
-            return [coder.encode(*map(np.concatenate, zip(*pushed)), PRECISION)], bits[0]
-        M = n // self.model.D                            # each call: (M * k,) -> (k, M)
-        lanes = (np.concatenate([part.reshape(M, -1).T for part in parts])
-                 for parts in zip(*pushed))
-        return coder.encode_streams(*lanes, PRECISION), bits[0]
+        self._walk(x, n, push)
+        if self.separate:                                # each call: (streams * k,) -> (k, streams)
+            lanes = (np.concatenate([part.reshape(streams, -1).T for part in parts])
+                     for parts in zip(*pushed))
+            coded = coder.encode_streams(*lanes, PRECISION)
+        else:
+            coded = [coder.encode(*map(np.concatenate, zip(*pushed)), PRECISION)]
+        if self.fast:
+            return coded, bits[0]
+        return [pack_shifts(row) + part for row, part in zip(shifts, coded)], bits[0]
 
     def decode(self, payloads, n):
         """Payloads -> (n,) uint8 symbols, and for each payload whether its stream came to a clean
         end. A payload None is left out, its symbols are 0: the network still predicts them, so that
         its calls have the encoder's shapes."""
         wanted = [i for i, payload in enumerate(payloads) if payload is not None]
-        streams = [payloads[i] for i in wanted]
+        streams, shifts = [payloads[i] for i in wanted], [{}] * len(wanted)
+        if not self.fast:
+            shifts, streams = zip(*map(unpack_shifts, streams))
         decoder = (coder.DecoderStreams(streams, PRECISION) if self.separate else
                    coder.Decoder(streams[0], PRECISION))
 
         def pop(log_p, where, s):
-            a, log_p = self._blank(), log_p[where]
-            symbols = np.zeros(len(log_p), dtype=np.int64)
-            if self.separate:                            # (M * k, A) -> (k, streams, A + 1)
-                rows = symbols.reshape(len(payloads), -1)
-                part = log_p.view(*rows.shape, -1)[wanted]
-                cdf = tables(part.flatten(0, 1)).reshape(*part.shape[:2], -1).swapaxes(0, 1)
-                rows[wanted] = decoder.pop(cdf).T
-            else:
-                symbols[:] = decoder.pop(tables(log_p))
-            symbols = torch.from_numpy(symbols).to(a)
+            a, log_p = torch.zeros_like(where, dtype=torch.long), log_p[where]
+            symbols = np.zeros((len(payloads), len(log_p) // len(payloads)), dtype=np.int64)
+            part = log_p.view(*symbols.shape, -1)[wanted]                # (streams, k, A)
+            cdf, _ = self._tables(part.flatten(0, 1), len(wanted),
+                                  [row.get(self.call, 0) for row in shifts])
+            if self.separate:
+                cdf = cdf.reshape(*part.shape[:2], -1).swapaxes(0, 1)    # (k, streams, A + 1)
+            symbols[wanted] = decoder.pop(cdf).T
+            symbols = torch.from_numpy(symbols).flatten().to(a)
             possible = log_p.gather(1, symbols[:, None])[:, 0] > -torch.inf
             a[where] = torch.where(possible, symbols, 0)         # damaged bytes may say anything
             return a
 
-        x = self._walk(self._blank(), self._absent(n), pop)
+        x = self._walk(self._blank(n), n, pop)
         clean = np.ones(len(payloads), bool)
         clean[wanted] = decoder.clean if self.separate else decoder.done
         return x.view(-1)[:n].to("cpu", torch.uint8), clean
+
+    def _tables(self, log_p, streams, shifts=None):
+        """(n, A) log-probabilities, of that many streams one after the other -> (n, A + 1) integer
+        tables, and by how much the grid of each stream is shifted: as far as it takes to be safe,
+        where shifts are not given."""
+        if self.fast:
+            probs = torch.softmax(log_p.cpu().double(), dim=-1)
+            return coder.quantize(probs.numpy(), PRECISION), np.zeros(streams, dtype=np.int64)
+        log_p = log_p.cpu().numpy().reshape(streams, -1)
+        shift = np.zeros(streams, dtype=np.int64) if shifts is None else np.array(shifts)
+        levels, safe = to_levels(log_p, shift)
+        while shifts is None and not safe.all():
+            shift += ~safe
+            if shift.max() > 255:
+                raise UserError("no grid is safe: the network gives no usable numbers")
+            levels, safe = to_levels(log_p, shift)
+        return coder.quantize_levels(levels.reshape(-1, self.model.A), PRECISION), shift
 
     def fingerprint(self):
         """CRC-32 of the integer tables for a fixed input of the very shape that coding uses."""
@@ -128,31 +171,51 @@ class Codec:
         with torch.no_grad():
             log_p = self.model.log_probs(x, self.sigma.expand(B, D) < half[0], half,
                                          torch.ones_like(half))
-        return zlib.crc32(tables(log_p.flatten(0, 1)).tobytes())
+        return zlib.crc32(self._tables(log_p.flatten(0, 1), 1)[0].tobytes())
 
-    def _blank(self):
-        return torch.zeros(self.batch, self.model.D, dtype=torch.long, device=self.device)
+    def _blank(self, n):
+        """Zeros for n symbols: (batch, D) in fast mode, else as many rows as they fill."""
+        rows = self.batch if self.fast else -(-n // self.model.D)
+        return torch.zeros(rows, self.model.D, dtype=torch.long, device=self.device)
 
-    def _absent(self, n):
-        """(batch, D) bool: all but the first n symbols."""
-        return torch.arange(self.batch * self.model.D, device=self.device).view(
-            self.batch, self.model.D) >= n
-
-    def _walk(self, x, absent, choose):
-        """One walk over the plan, as far as the longest datapoint needs it."""
+    def _walk(self, x, n, choose):
+        """One walk over the plan, as far as n symbols need it."""
         def counted(*call):
             self.tick()
+            self.call += 1
             return choose(*call)
 
+        absent = torch.arange(x.numel(), device=self.device).view(x.shape) >= n
         sigma = rerank(self.sigma.expand(x.shape), absent=absent)
-        longest = int((~absent).sum(dim=1).max())
-        plan = [(s, t, k) for s, t, k in self.plan if t <= longest]
+        plan, self.call = [(s, t, k) for s, t, k in self.plan if t <= n], -1
         return self.model.walk(self.model.coarse(x, 0), plan, sigma, counted)
 
 
-def tables(log_p):
-    """(n, A) log-probabilities -> (n, A + 1) integer tables."""
-    return coder.quantize(torch.softmax(log_p.cpu().double(), dim=-1).numpy(), PRECISION)
+def to_levels(log_p, shift):
+    """(streams, n) float64 log-probabilities in nats -> their levels, whole numbers of 1/GRID nat
+    below 0, on a grid shifted by shift / 256 of a level, (streams,); and (streams,) whether all of
+    a stream's values are further than MARGIN from where rounding turns."""
+    if np.isnan(log_p).any():
+        raise UserError("the network gives no numbers: its weights are damaged")
+    above = np.minimum(-log_p * coder.GRID + shift[:, None] / 256, coder.DEEPEST) + 0.5
+    levels = np.floor(above)
+    far = np.abs(above - levels - 0.5) < 0.5 - MARGIN * coder.GRID
+    return np.maximum(levels, 0).astype(np.int64), far.all(axis=1)
+
+
+def pack_shifts(shifts):
+    """[(call, shift)] -> how many in one byte, then call (3 bytes) and shift (1) of each."""
+    if len(shifts) > 255:
+        raise UserError("too many network calls are near a rounding boundary; use --fast")
+    return bytes([len(shifts)]) + b"".join(
+        struct.pack(">I", call << 8 | shift) for call, shift in shifts)
+
+
+def unpack_shifts(payload):
+    """A payload -> {call: shift}, and the stream behind them; whatever the bytes."""
+    end = 1 + 4 * int.from_bytes(payload[:1], "big")
+    numbers = np.frombuffer(payload[1:end][:(len(payload[1:end]) // 4) * 4], ">u4").tolist()
+    return {number >> 8: number & 255 for number in numbers}, payload[end:]
 
 
 # -- The archive -----------------------------------------------------------------------------------
@@ -200,10 +263,11 @@ def make_header(codec, content, order):
     runs = [[*key, len(list(run))]
             for key, run in itertools.groupby((s, k) for s, _, k in codec.plan)]
     image = dict(npy=content.npy) if content.kind == "image" else {}
+    machine = dict(probe=codec.fingerprint(), device=codec.device.type,
+                   threads=torch.get_num_threads(), torch=torch.__version__) if codec.fast else {}
     return dict(kind=content.kind, length=len(content.symbols), shape=content.shape, **image,
-                K=codec.model.K, order=order, plan=runs, batch=codec.batch,
-                weights=digest(codec.model), probe=codec.fingerprint(), device=codec.device.type,
-                threads=torch.get_num_threads(), torch=torch.__version__)
+                K=codec.model.K, order=order, plan=runs, batch=codec.batch, weights=codec.weights,
+                fast=codec.fast, **machine)
 
 
 def digest(model):
@@ -219,7 +283,8 @@ def pack(header, blocks):
     longest = max([len(payload) for _, payload in blocks], default=0)
     width = -(-longest.bit_length() // 8)
     text = json.dumps(header | dict(width=width), separators=(",", ":")).encode()
-    head = MAGIC + struct.pack(">BH", VERSION, len(text)) + text
+    text = zlib.compress(text, 9)
+    head = MAGIC + struct.pack(">BI", VERSION, len(text)) + text
     head += b"".join(len(payload).to_bytes(width, "big") + checksum(symbols, payload)
                      for symbols, payload in blocks)
     return head + struct.pack(">I", zlib.crc32(head)) + b"".join(part for _, part in blocks)
@@ -237,9 +302,9 @@ def unpack(archive, name):
     if archive[4:5] != bytes([VERSION]):
         raise UserError(f"{name} has format version {archive[4] if len(archive) > 4 else '?'}, "
                         f"this program reads {VERSION}")
-    at = 7 + int.from_bytes(archive[5:7], "big")
+    at = 9 + int.from_bytes(archive[5:9], "big")
     try:
-        header = json.loads(archive[7:at])
+        header = json.loads(zlib.decompressobj().decompress(archive[9:at], LONGEST_HEADER))
         require(all(type(header[key]) is int for key in ("length", "batch", "width")))
         sizes = header["shape"]
         require(len(sizes) in (1, 3) and all(type(n) is int and n > 0 for n in sizes))
@@ -252,7 +317,7 @@ def unpack(archive, name):
         end = at + number * (width + 4)
         require(end + 4 <= len(archive))
         require(zlib.crc32(archive[:end]) == int.from_bytes(archive[end:end + 4], "big"))
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, RecursionError, zlib.error):
         raise UserError(f"{name} is damaged: its header or index is cut off, or does not match its "
                         "checksum")
     blocks, begin = [], end + 4
@@ -280,9 +345,13 @@ def open_codec(header, model, checkpoint, name):
             digest(model), [*checkpoint["shape"]], model.K):
         raise UserError(f"{name} was written with another checkpoint")
     try:
-        probe, written = header["probe"], "torch {torch}, {threads} threads, {device}"
-        require(0 < header["threads"] <= 1024 and header["kind"] == checkpoint["kind"])
-        torch.set_num_threads(header["threads"])
+        require(header["kind"] == checkpoint["kind"] and type(header["fast"]) is bool
+                and type(header["order"]) is str)
+        if header["fast"]:
+            probe, written = header["probe"], "torch {torch}, {threads} threads, {device}"
+            written = written.format_map(header)
+            require(0 < header["threads"] <= 1024)
+            torch.set_num_threads(header["threads"])
         runs, step, plan = header["plan"], collections.Counter(), []
         require(all(times > 0 for _, _, times in runs)
                 and sum(times for _, _, times in runs) <= model.S * model.D)
@@ -294,18 +363,17 @@ def open_codec(header, model, checkpoint, name):
         if header["kind"] == "image":
             require(sorted(header["npy"]) in (sorted(header["shape"]),
                                               sorted(header["shape"][1:])))
-        written = written.format_map(header)
         codec = Codec(model, header["shape"], header["order"], plan, header["batch"],
-                      header["kind"] == "image")
+                      header["kind"] == "image", header["fast"])
     except (KeyError, TypeError, ValueError, RuntimeError):
         raise UserError(f"{name} is damaged: its header makes no sense")
-    if codec.fingerprint() != probe:
+    if codec.fast and codec.fingerprint() != probe:
         raise UserError(f"{name} cannot be decoded here: this machine computes other probabilities "
                         f"than the one that wrote it ({written})")
     return codec
 
 
-def encode(model, content, order, plan, verify=True):
+def encode(model, content, order, plan, verify=True, fast=False):
     """Content -> archive, and its ideal length in bits: -log2 p under this order and plan.
 
     verify: decode each block at once, and compare.
@@ -313,7 +381,7 @@ def encode(model, content, order, plan, verify=True):
     n, D, separate = len(content.symbols), model.D, content.kind == "image"
     chunks = max(1, -(-n // D))
     batch = -(-chunks // -(-chunks // max(1, BLOCK // D)))
-    codec = Codec(model, content.shape, order, plan, batch, separate)
+    codec = Codec(model, content.shape, order, plan, batch, separate, fast)
     blocks, bits, done = [], 0.0, 0
     parts = content.symbols.split(batch * D) if n else ()
     with tqdm(desc="encoding", unit="call", total=len(parts) * len(plan) * (1 + verify)) as bar:
@@ -333,7 +401,7 @@ def decode(model, checkpoint, archive, name, item=None):
     """Archive -> Content, or that of one block alone; UserError where anything does not match."""
     header, blocks = unpack(archive, name)
     if item is not None and not 0 <= item < len(blocks):
-        raise UserError(f"--item {item}: {name} has items 0 to {len(blocks) - 1}")
+        raise UserError(f"--item {item}: {name} has {len(blocks)}, counted from 0")
     codec = open_codec(header, model, checkpoint, name)
     n, D, separate = header["length"], model.D, codec.separate
     size = codec.batch * D                               # symbols in a batch
@@ -344,8 +412,10 @@ def decode(model, checkpoint, archive, name, item=None):
         codec.tick = bar.update
         for batch in batches:
             here = range(batch * each, min((batch + 1) * each, len(blocks)))
+            if separate and item is not None and not codec.fast:
+                here = [item]                            # no need of the others' company
             wanted = [blocks[i][1] if item in (None, i) else None for i in here]
-            x, clean = codec.decode(wanted, min(size, n - batch * size))
+            x, clean = codec.decode(wanted, min(len(here) * symbols, n - here[0] * symbols))
             for i, part, good, payload in zip(here, x.split(symbols), clean, wanted):
                 if payload is not None:
                     if not good or checksum(part, payload) != blocks[i][0]:
@@ -397,9 +467,8 @@ def search(model, checkpoint, pairs):
               f"the training data is not there ({error})")
         return pairs[0]
     x, scores = spread(data.chunks("train")[0], max(4, 2048 // model.D)).long(), []
-    shape = data.shape if len(data.shape) > 1 else model.D
     for rule, plan in tqdm(pairs, desc="searching an order", unit="order", leave=False):
-        sigma = torch.from_numpy(planner.order(rule, shape)).to(x.device).expand(x.shape)
+        sigma = torch.from_numpy(planner.order(rule, data.shape)).to(x.device).expand(x.shape)
         scores.append(bits_per_dim(model.nll(x, plan, sigma).mean().item(), model.D))
     table = sorted(zip(scores, range(len(pairs))))
     print(f"orders, bits/{datasets.UNITS[data.kind]} of training data: " + ", ".join(
@@ -442,7 +511,7 @@ def run_encode(args):
     model, checkpoint, pairs = settle(args)
     content = open_input(args.input, checkpoint)         # what cannot be coded is said first
     order, plan = search(model, checkpoint, pairs)
-    archive, bits = encode(model, content, order, plan, args.verify)
+    archive, bits = encode(model, content, order, plan, args.verify, args.fast)
     with replacing(args.output) as file:
         file.write(archive)
     number, units = content.count
@@ -459,7 +528,8 @@ def run_decode(args):
     """an archive to the file it was made of"""
     archive = read(args.input)
     header, _ = unpack(archive, args.input)
-    model, checkpoint = load_model(args.ckpt, args.device or str(header.get("device")))
+    device = args.device or (str(header["device"]) if "device" in header else None)
+    model, checkpoint = load_model(args.ckpt, device)
     content = decode(model, checkpoint, archive, args.input, args.item)
     with replacing(args.output) as file:
         file.write(content.to_bytes())
@@ -467,12 +537,12 @@ def run_decode(args):
     print(f"{args.output}: {number:,} {units}, checksums match")
 
 
-def compare(model, checkpoint, content, order, plan):
+def compare(model, checkpoint, content, order, plan, fast=False):
     """What one file costs by every measure: ({name: bits/dim}, facts about the archive)."""
     n, D, device = len(content.symbols), model.D, next(model.parameters()).device
     test = bound(model, *datasets.cut(content.symbols.to(device), D), progress=True)
     begin = time.perf_counter()
-    archive, bits = encode(model, content, order, plan, verify=False)
+    archive, bits = encode(model, content, order, plan, verify=False, fast=fast)
     encoded = time.perf_counter()
     back = decode(model, checkpoint, archive, "the archive").symbols
     decoded = time.perf_counter()
@@ -497,9 +567,9 @@ def run_bench(args):
         content.symbols = content.symbols[:max(16 * model.D if content.kind == "image" else 0,
                                                20000 // model.D * model.D)]
     if len(content.symbols) < model.D:
-        raise UserError(f"{args.input} is shorter than a chunk of {model.D}")
+        raise UserError(f"{args.input or 'the test split'} is shorter than a chunk of {model.D}")
     order, plan = search(model, checkpoint, pairs)
-    rows, f = compare(model, checkpoint, content, order, plan)
+    rows, f = compare(model, checkpoint, content, order, plan, args.fast)
     number, units = content.count
     print(f"{number:,} {units}, {'x'.join(map(str, content.shape))}, order "
           f"{label(order, plan, model)}, {len(plan)} network calls a batch; "
@@ -534,6 +604,9 @@ def main():
             command.add_argument("--order", default="auto",
                                  help="forward, backward, random:SEED, spaced:G, coarse, or "
                                       "auto: the best of several on training data")
+        if name != "decode":
+            command.add_argument("--fast", action="store_true",
+                                 help="float32: faster, but only this machine can decode it")
         if name == "decode":
             command.add_argument("--item", type=int,
                                  help="only this block, counted from 0: this image")

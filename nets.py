@@ -153,27 +153,29 @@ class UNet(nn.Module):
     """U-Net for images (C, H, W): D = C * H * W variables, colour by colour, each with its mask.
 
     The paper's is dim=256, depth=32, levels=1, heads=1, neighbours=False, logistic=False,
-    time=True: everything at full resolution. The defaults learn more in the same time (bench.py
-    images):
+    time=True, zero_init=False: everything at full resolution. The defaults learn more in the same
+    time (bench.py images):
 
     depth       ResBlocks of each level, on the way down and again on the way up
-    levels      resolutions, each half of the one before; the second has twice the channels
+    levels      resolutions, each half of the one before; below the first with twice the channels
     heads       of the attention between all pixels in the middle; 0: none
     neighbours  also show the network, for each colour, means of the known values near by, and how
                 many they are, in windows of several sizes
-    logistic    the logits of a value are those of a logistic distribution around the mean of what
-                is known near by, moved and scaled by the network, and a correction, a softmax as
-                the paper's. So classes are ordered from the first step on
+    logistic    the logits are those of values (not of digits: direct parametrisation): of a
+                logistic distribution around the mean of what is known near by, moved and scaled by
+                the network, and a correction, a softmax as the paper's. So classes are ordered from
+                the first step on
+    zero_init   the softmax begins as the uniform distribution
     """
 
     def __init__(self, K, shape, num_outputs=None, dim=32, depth=2, levels=3, heads=0,
-                 neighbours=True, logistic=True, time=False, stages=1):
+                 neighbours=True, logistic=True, time=False, zero_init=True, stages=1):
         super().__init__()
         C, H, W = shape
         self.K, self.shape, self.stages = K, tuple(shape), stages
         self.num_outputs = num_outputs or K
         self.neighbours = neighbours
-        self.logistic = logistic and self.num_outputs == K
+        self.logistic = logistic                         # the logits are those of values, then
         inputs = (2 + (2 * len(WINDOWS) + (stages > 1) if neighbours else 0)) * C
         inputs, quarter = inputs + (stages if stages > 1 else 0), dim // 4
         self.embed = nn.Embedding(K, quarter)
@@ -196,7 +198,8 @@ class UNet(nn.Module):
                                          for i in range(depth)))
             width = w
         self.norm = nn.GroupNorm(groups(width), width)
-        self.head = nn.Parameter(torch.zeros(C, width, self.num_outputs))
+        std = 0.0 if zero_init else width ** -0.5
+        self.head = nn.Parameter(std * torch.randn(C, width, self.num_outputs))
         self.bias = nn.Parameter(torch.zeros(C, 1, self.num_outputs))
         self.place = nn.Conv2d(width, 2 * C, 1) if self.logistic else None
         if self.place is not None:
@@ -227,12 +230,12 @@ class UNet(nn.Module):
 
     def body(self, x, m, t, s):
         """-> h (B * H * W, dim), from which the logits of a pixel's colours come, and (B * D, 2)
-        location and log-scale of each variable's logistic distribution, or None."""
+        what `logistic` takes for each variable, or None."""
         (B, D), (C, H, W) = x.shape, self.shape
         x, m = x.view(B, C, H, W), m.view(B, C, H, W)
         if self.stages == 1:
             x = torch.where(m, x, self.K // 2)           # the value that is shown as 0
-        v = x / self.K - 0.5
+        v = x.to(self.head.dtype) / self.K - 0.5
         known, near = m.to(v.dtype), 0.0                                 # (B, C, H, W)
         inputs = [v, known]
         if self.neighbours:
@@ -260,7 +263,7 @@ class UNet(nn.Module):
         """What the blocks are told of the time: (B, 4 * dim), or None."""
         if self.time is None:
             return None
-        part = 1000 * (t + (s - 1) * D) / (self.stages * D)
+        part = 1000 * (t + (s - 1) * D).to(self.head.dtype) / (self.stages * D)
         angles = wave_angles(part, self.time[0].in_features)
         return self.time(torch.cat((angles.sin(), angles.cos()), dim=-1))
 
@@ -340,14 +343,16 @@ def local_means(v, known, prior=0.3):
     return torch.stack(means), torch.stack(counts)
 
 
-def logistic(location, log_scale, K):
-    """(n, 1) each, on the scale of value/K - 0.5 -> (n, K) log-density of the logistic distribution
-    at the K values, but for a constant."""
-    values = (torch.arange(K, device=location.device) + 0.5) / K - 0.5
-    z = (values - location) * torch.exp(3 - 2 * log_scale).clamp(max=2.0 * K)         # (n, K)
+def logistic(location, width, K):
+    """Log-density of the logistic distribution at the K values, but for a constant: (n, K).
+
+    location (n, 1) on the scale of value/K - 0.5, its scale is e^(2 width - 3), at least 1/(2K).
+    """
+    values = torch.arange(K, dtype=location.dtype, device=location.device) / K - 0.5
+    z = (values - location) * torch.exp(3 - 2 * width).clamp(max=2.0 * K)         # (n, K)
     return z - 2 * F.softplus(z)
 
 
 def groups(width):
-    """How many groups a GroupNorm has: the paper's 32, fewer where they would be smaller than 4."""
+    """How many groups a GroupNorm has: the released code's 32, or 8 below 128 channels."""
     return math.gcd(width, 32 if width >= 128 else 8)

@@ -104,7 +104,8 @@ def cosine_plan(S, D, budget):
 def order(rule, shape):
     """An order by its name: sigma (D,) int64, the step that writes each position.
 
-    shape: D of text, (C, H, W) of an image, where D = C * H * W positions lie colour by colour.
+    shape: D or (D,) of text, (C, H, W) of an image, whose D = C * H * W positions lie colour by
+    colour.
 
     forward, backward   text from its ends; an image pixel by pixel, row by row, all colours at once
     random:SEED         a permutation that depends on SEED and D alone, on any machine
@@ -116,7 +117,7 @@ def order(rule, shape):
     ValueError for any other name.
     """
     name, _, number = rule.partition(":")
-    C, *sides = shape if np.ndim(shape) else (1, shape)
+    C, *sides = (1, *np.ravel(shape)) if np.size(shape) == 1 else shape
     positions = np.arange(C * int(np.prod(sides)))
     turn = positions.reshape(C, -1).T.reshape(-1)            # the colours of a pixel together
     if rule == "backward":

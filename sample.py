@@ -72,12 +72,12 @@ def make_plan(model, L, calls, known, absent):
         entry for entry in planner.full_plan(model.S, model.D) if first <= entry[1] <= last]
 
 
-def make_sigma(rule, B, model, generator):
+def make_sigma(rule, B, model, shape, generator):
     """(S, B, D): a fresh random order for each sample and stage, or the same for all by name."""
     if rule == "random":
         return model.orders(B, model.D, generator.device, generator)
     try:
-        sigma = torch.from_numpy(planner.order(rule, model.D)).to(generator.device)
+        sigma = torch.from_numpy(planner.order(rule, shape)).to(generator.device)
         return sigma.expand(model.S, B, model.D)
     except ValueError as error:
         raise UserError(f"--order: {error}, or random for a new one each time")
@@ -102,7 +102,7 @@ def main():
     parser.add_argument("--calls", type=int,
                         help="network calls in all (default: one for each variable)")
     parser.add_argument("--order", default="random",
-                        help="random, forward, backward, random:SEED, spaced:G")
+                        help="random, forward, backward, random:SEED, spaced:G, coarse")
     parser.add_argument("--prompt",
                         help="text to keep, with _ for every character that is to be filled in")
     parser.add_argument("--inpaint", metavar="top|left|random:P",
@@ -131,7 +131,7 @@ def main():
         x = x.expand(args.n, D)
     plan = make_plan(model, checkpoint["L"], args.calls, known, absent)
     generator = torch.Generator(device).manual_seed(args.seed)
-    sigma = rerank(make_sigma(args.order, len(x), model, generator),
+    sigma = rerank(make_sigma(args.order, len(x), model, checkpoint["shape"], generator),
                    known.to(device), absent.to(device))
     with tqdm(plan, desc="sampling", unit="call", leave=False) as calls:
         drawn = model.sample(len(x), calls, sigma, x.to(device), temperature=args.temperature,

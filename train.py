@@ -61,14 +61,16 @@ class Settings:
     turns: bool = setting(False, "turn training images by quarters at random")
     branch: int = setting(None, "b of an upscale model, which writes base-b digits in stages; "
                                 "without it the model is order-agnostic")
-    parametrization: str = setting("data", "of an upscale model: data or direct")
+    parametrization: str = setting("data", "of an upscale model: data or direct; of images direct "
+                                           "but in size paper")
     dim: int = setting(None, "width of the network")
     depth: int = setting(None, "blocks of the network; of images: on each side of each level")
     levels: int = setting(None, "of images: resolutions, each half of the one before")
     heads: int = setting(None, "attention heads; of images: in the middle, 0: no attention there")
     mlp: int = setting(None, "of text: width of the hidden layer in each block")
     neighbours: bool = setting(True, "of images: show means of the known values near by too")
-    logistic: bool = setting(True, "of images: logits are a logistic distribution and a correction")
+    logistic: bool = setting(True, "of images, where the network gives logits of values: they are "
+                                   "a logistic distribution and a correction")
     positions: str = setting("rotary", "rotary or sinusoidal")
     pairs: bool = setting(True, "embed pairs of neighbours too")
     conv: int = setting(5, "width of the depthwise convolutions in text blocks, odd; 0: none")
@@ -100,7 +102,7 @@ class Settings:
     device: str = setting(None, "cuda, mps or cpu; the default is the first of them that is there")
     seed: int = setting(0, "of the weights and of every draw")
     passes: int = setting(None, "passes over the test split; "
-                                "the default is as many as make half a million characters")
+                                "the default is as many as make half a million variables")
     report: int = setting(100, "training steps between rows of log.csv")
     out: str = setting(None, "folder for the results; the default is out/<data>")
 
@@ -124,6 +126,8 @@ SIZES = {
                       zero_init=False, late=False, time=True, batch=128, steps=1_170_000,
                       optimizer="adam", lr=1e-4, warmup=0, decay=0.0, clip=100.0, ema=0.9999,
                       short=0.0)}}
+TEXT_ONLY = {"length", "mlp", "positions", "pairs", "conv", "qk_norm", "short", "short_length"}
+IMAGE_ONLY = {"bits", "flips", "turns", "levels", "neighbours", "logistic"}
 AFFORDABLE = 1 << 25                 # variables that the network may predict to measure a plan
 RESUMABLE = {"steps", "minutes", "passes", "report", "out", "data_dir", "compile"}
 
@@ -179,6 +183,11 @@ def complete(given):
     sizes = SIZES[datasets.kind_of(given.get("data", Settings.data))]
     if size not in sizes:
         raise UserError(f"--size {size}: choose {', '.join(sizes)}")
+    foreign = TEXT_ONLY if datasets.kind_of(given.get("data", Settings.data)) == "image" else (
+        IMAGE_ONLY)
+    if wrong := sorted(foreign & given.keys()):
+        raise UserError(f"--{wrong[0].replace('_', '-')} is for "
+                        f"{'text' if foreign is TEXT_ONLY else 'images'}: leave it out")
     preset = dict(sizes[size])
     if "minutes" in given:
         preset.pop("steps", None)
@@ -205,7 +214,8 @@ def check(c):
                "--length, --dim, --depth, --levels, --mlp, --batch and --report must be positive"),
               (1 <= c.bits <= 8, "--bits: choose 1 to 8"),
               (c.levels is None or c.dim >= 4, "--dim must be at least 4 for images"),
-              (c.heads > 0 or c.heads == 0 and c.levels, "--heads must be positive"),
+              (c.heads > 0 or c.heads == 0 and c.levels is not None, "--heads must be positive"),
+              (not c.time or c.dim % 2 == 0, "--dim must be even where the network is shown t"),
               (c.heads == 0 or c.dim % (2 * c.heads) == 0,
                f"--dim {c.dim} must be a multiple of 2 * heads = {2 * c.heads}"),
               (min(c.lr, c.muon_lr, c.clip) > 0 and c.warmup >= 0 and c.weight_decay >= 0,
@@ -268,8 +278,10 @@ def build_model(c, K, shape):
                           mlp=c.mlp, positions=c.positions, pairs=c.pairs, conv=c.conv,
                           qk_norm=c.qk_norm, zero_init=c.zero_init, time=c.time, stages=S)
     else:
+        values = c.branch is None or c.parametrization == "data"         # what the logits are of
         net = UNet(K, shape, outputs, dim=c.dim, depth=c.depth, levels=c.levels, heads=c.heads,
-                   neighbours=c.neighbours, logistic=c.logistic, time=c.time, stages=S)
+                   neighbours=c.neighbours, logistic=c.logistic and values, time=c.time,
+                   zero_init=c.zero_init, stages=S)
     D = math.prod(shape)
     if c.branch is None:
         return ARDM(net, D, K)
@@ -281,7 +293,7 @@ def load_data(c, device, checkpoint=None, fetch=True):
     if checkpoint and (datasets.kind_of(c.data) == "image") != (checkpoint["kind"] == "image"):
         raise UserError(f"--data {c.data}: the checkpoint is of a model of {checkpoint['kind']}, "
                         "this is not")
-    data = datasets.load(c.data, c.length, c.data_dir, device, fetch, c.bits, c.seed,
+    data = datasets.load(c.data, c.length, c.data_dir, device, fetch, c.bits,
                          flips=c.flips, turns=c.turns)
     if checkpoint and (data.K, [*data.shape]) != (checkpoint["K"], [*checkpoint["shape"]]):
         raise UserError(f"{data.name} has K = {data.K} and shape {tuple(data.shape)}, the "
@@ -604,15 +616,15 @@ def bound(model, chunks, rest=(), passes=None, seed=1, progress=False):
 def components(sums, counts, S):
     """Sums of samples of L_t in nats, (S*D,), and their counts -> L (S, D) float64 in bits.
 
-    A step that no datapoint has met takes the value between its neighbours; a stage without any is
-    NaN.
+    A step that no datapoint has met takes the value between its neighbours, a stage without any
+    the mean of all.
     """
     sums, counts = sums.cpu().double().numpy().reshape(S, -1), counts.cpu().numpy().reshape(S, -1)
     L = np.empty_like(sums)
     for row, total, count in zip(L, sums, counts):
         met = np.flatnonzero(count)
         row[:] = (np.interp(np.arange(len(row)), met, total[met] / count[met])
-                  if len(met) else np.nan)
+                  if len(met) else sums.sum() / counts.sum())
     return bits_per_dim(L, 1)
 
 
@@ -725,10 +737,10 @@ def describe(results):
     for row in r["calls"]:
         lines.append(f"  {row['calls']:>22}   {row['predicted']:>18.3f}   "
                      + (f"{row['measured']:.3f}" if row["measured"] else "too many calls"))
-    row = [row for row in r["calls"] if row["measured"]][-1]
-    lines.append(f"  (exact, on {row['chunks']} test {things}, each in one random order; standard "
-                 f"error {row['stderr']:.3f};\n  L_t of the same {things}, but the plans are from "
-                 "the validation split)")
+    for row in [row for row in r["calls"] if row["measured"]][-1:]:
+        lines.append(f"  (exact, on {row['chunks']} test {things}, each in one random order; "
+                     f"standard error {row['stderr']:.3f};\n  L_t of the same {things}, but the "
+                     "plans are from the validation split)")
     return "\n".join(line for line in lines if parts or "same chunks:" not in line)
 
 
