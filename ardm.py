@@ -22,7 +22,7 @@ Symbols, as in the paper (everything is counted from 1):
                    call (Sec. 3.1)
 
 Likelihoods and losses are in nats per datapoint; `bits_per_dim` converts. This file needs torch
-alone and never builds a network: any net(x, m, t, s) -> (B, D, A) logits will do.
+alone and never builds a network: any net(x, m, t, s) -> (B, D, outputs) logits will do.
 """
 import math
 

@@ -7,8 +7,15 @@
     ablation    each ingredient of the recipe taken away alone, in equal time, on pydoc
     run         `python train.py`, its peak memory and a sample in the making
     compress    archives of the test text of that run, under several budgets of network calls
+    portable    how far the network's numbers differ between simulated machines, whether archives
+                decode there, and what the portable mode costs (needs the runs of run and stages)
     text8       our recipe against the paper's at the same size, in equal time
                 (downloads text8 where ARDM_DATA names no folder with the prefix of it)
+    unet        training steps of the paper's kind of U-Net, small
+    images      each ingredient of the recipe for images taken away alone, on CIFAR-10
+    stages      calls against bits for four models of glyphs
+    mnist, cifar10    ten minutes of training for both kinds of model, pictures, archives
+                (they download what ARDM_DATA does not hold)
 
 Prints tables, keeps the numbers with machine and versions in --out (assets/bench.json), and writes
 them into the README. Run it alone: a rival on the same cores halves every speed. --quick shrinks
@@ -328,6 +335,66 @@ def bench_compress(args):
     return rows
 
 
+# -- portable archives -----------------------------------------------------------------------------
+
+OLDER = dict(ATEN_CPU_CAPABILITY="default", MKL_CBWR="COMPATIBLE", ONEDNN_MAX_CPU_ISA="SSE41")
+MACHINES = {"older instructions": OLDER, "one thread": dict(OMP_NUM_THREADS="1"),
+            "both": {**OLDER, "OMP_NUM_THREADS": "1"}}
+PROBE = """
+import sys, numpy as np, torch, train
+model = train.load_model(sys.argv[1], "cpu")[0]
+generator = torch.Generator().manual_seed(0)
+x = torch.randint(model.K, (16, model.D), generator=generator)
+m = torch.rand(16, model.D, generator=generator) < 0.5
+t = torch.full((16,), model.D // 2)
+with torch.no_grad():
+    both = [kind(model).log_probs(x, m, t, t // t).double() for kind in (
+        torch.nn.Module.float, torch.nn.Module.double)]
+np.save(sys.argv[2], torch.stack(both).numpy())
+"""
+
+
+def child(arguments, **environment):
+    return subprocess.run([sys.executable, *map(str, arguments)], env={**os.environ, **environment},
+                          capture_output=True, check=True)
+
+
+def bench_portable(args):
+    """Differences between simulated machines, archives that decode there, and the price."""
+    rows, scratch = [], Path(args.scratch)
+    for name, path in dict(text=Path(args.ckpt),
+                           glyphs=Path("out/glyphs-order-agnostic/ckpt.pt")).items():
+        if not path.is_file():
+            print(f"  {path} is not there: left out")
+            continue
+        child(["-c", PROBE, path, scratch / "here.npy"])
+        here = np.load(scratch / "here.npy")
+        model, checkpoint = train.load_model(path, "cpu")
+        content = compress.open_input("test", checkpoint)
+        content.symbols = content.symbols[:(8 if args.quick else 64) * model.D]
+        plan, cost = planner.uniform_plan(model.S, model.D, 16), {}
+        for fast in (True, False):
+            begin = time.perf_counter()
+            archive, bits = compress.encode(model, content, "spaced:16", plan, False, fast)
+            cost[fast] = time.perf_counter() - begin, len(archive)
+        (scratch / "archive").write_bytes(archive)
+        for machine, environment in MACHINES.items():
+            child(["-c", PROBE, path, scratch / "there.npy"], **environment)
+            there = np.load(scratch / "there.npy")
+            known = np.isfinite(here)
+            child(["compress.py", "decode", "--ckpt", path, "--device", "cpu", scratch / "archive",
+                   scratch / "back"], **environment)
+            single, double = (np.abs(a - b)[k].max() for a, b, k in zip(here, there, known))
+            rows.append(dict(model=name, machine=machine, single=single, double=double,
+                             same=(scratch / "back").read_bytes() == content.to_bytes(),
+                             seconds=cost[False][0] / cost[True][0],
+                             percent=100 * (cost[False][1] / cost[True][1] - 1)))
+            print("  {model}, {machine}: float32 {single:.1e}, float64 {double:.1e}, decoded "
+                  "{same}, {seconds:.2f} times the seconds, {percent:+.3f}% bytes".format(
+                      **rows[-1]))
+    return rows
+
+
 # -- images ----------------------------------------------------------------------------------------
 
 def real_data(name):
@@ -479,6 +546,9 @@ TABLES = {                           # section -> {head of a column: format of a
     "ablation": {"": "{name}", "bits/char": "{bits:.3f}", "steps": "{steps:,}"},
     "text8": {"": "{name}", "bits/char": "{bits:.3f}", "steps": "{steps:,}",
               "characters/s": "{chars_per_second:,.0f}"},
+    "portable": {"model": "{model}", "simulated": "{machine}", "float32 differs by": "{single:.0e}",
+                 "float64 differs by": "{double:.0e}", "decodes to the same": "{same}",
+                 "seconds, of fast mode's": "{seconds:.1f}", "bytes": "{percent:+.2f}%"},
     "unet": {"training step": "{name}", "weights": "{params:,}", "seconds": "{seconds:.3f}",
              "images/s": "{samples_per_second:.1f}"},
     "images": {"": "{name}", "bits/dim": "{bits:.3f}", "steps": "{steps:,}"},

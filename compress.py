@@ -4,6 +4,7 @@
     python compress.py decode --ckpt out/pydoc/ckpt.pt IN OUT
     python compress.py decode --ckpt out/mnist/ckpt.pt --item 17 IN OUT     that image, no other
     python compress.py bench --ckpt out/pydoc/ckpt.pt [FILE]    bits/char, beside bz2, lzma and zlib
+    python compress.py info IN                                  what an archive holds
 
 IN is text, or images: a .npy file, or train, valid or test for that split of the model's data.
 `batch` datapoints go through the network together, in one walk over the plan. Those of text, the
@@ -49,6 +50,7 @@ import json
 import os
 import shlex
 import struct
+import sys
 import time
 import zlib
 from pathlib import Path
@@ -62,7 +64,8 @@ import data as datasets
 import planner
 from ardm import bits_per_dim, rerank
 from data import UserError
-from train import Parser, bound, command_line, load_data, load_model, references, replacing, spread
+from train import (Parser, bound, command_line, image_sizes, load_data, load_model, references,
+                   replacing, spread)
 
 MAGIC, VERSION, PRECISION = b"ARDM", 2, 22
 BLOCK = 1 << 15                                      # symbols in a batch, about
@@ -294,9 +297,10 @@ def checksum(symbols, payload):
     return struct.pack(">I", zlib.crc32(payload, zlib.crc32(symbols.numpy().tobytes())))
 
 
-def unpack(archive, name):
-    """The bytes of an archive -> header dict and [(checksum, payload)], checked as far as can be
-    without the model. UserError says what is wrong."""
+def unpack(archive, name, keep_going=False):
+    """The bytes of an archive -> header dict and [(checksum, payload, offset)], checked as far as
+    can be without the model. UserError says what is wrong. keep_going: payloads that are not whole
+    are no error."""
     if archive[:4] != MAGIC:
         raise UserError(f"{name} is no archive of compress.py")
     if archive[4:5] != bytes([VERSION]):
@@ -323,12 +327,13 @@ def unpack(archive, name):
     blocks, begin = [], end + 4
     for entry in range(at, end, width + 4):
         size = int.from_bytes(archive[entry:entry + width], "big")
-        if begin + size > len(archive):
+        if begin + size > len(archive) and not keep_going:
             raise UserError(f"{name} is cut off: block {len(blocks)}, at byte {begin}, is not "
-                            "there, or not whole")
-        blocks.append((archive[entry + width:entry + width + 4], archive[begin:begin + size]))
+                            "there, or not whole (--keep-going delivers the others)")
+        blocks.append((archive[entry + width:entry + width + 4], archive[begin:begin + size],
+                       begin))
         begin += size
-    if begin != len(archive):
+    if begin != len(archive) and not keep_going:
         raise UserError(f"{name} is damaged: {len(archive) - begin} bytes follow the last block")
     return header, blocks
 
@@ -397,31 +402,41 @@ def encode(model, content, order, plan, verify=True, fast=False):
     return pack(make_header(codec, content, order), blocks), bits
 
 
-def decode(model, checkpoint, archive, name, item=None):
-    """Archive -> Content, or that of one block alone; UserError where anything does not match."""
-    header, blocks = unpack(archive, name)
+def decode(model, checkpoint, archive, name, item=None, damaged=None):
+    """Archive -> Content, or that of one block alone; UserError where anything does not match.
+
+    damaged: a list; then a block that does not match is left out, and told there in words.
+    """
+    header, blocks = unpack(archive, name, damaged is not None)
     if item is not None and not 0 <= item < len(blocks):
         raise UserError(f"--item {item}: {name} has {len(blocks)}, counted from 0")
     codec = open_codec(header, model, checkpoint, name)
-    n, D, separate = header["length"], model.D, codec.separate
-    size = codec.batch * D                               # symbols in a batch
-    each = size // D if separate else 1                  # blocks in a batch
-    symbols, parts = D if separate else size, []
+    parts, D = [], model.D
+    size = D if codec.separate else codec.batch * D      # symbols in a block
+    each = codec.batch if codec.separate else 1          # blocks in a batch
     batches = [item // each] if item is not None else range(-(-len(blocks) // each))
     with tqdm(desc="decoding", unit="call", total=len(batches) * len(codec.plan)) as bar:
         codec.tick = bar.update
         for batch in batches:
             here = range(batch * each, min((batch + 1) * each, len(blocks)))
-            if separate and item is not None and not codec.fast:
+            if item is not None and not codec.fast:
                 here = [item]                            # no need of the others' company
             wanted = [blocks[i][1] if item in (None, i) else None for i in here]
-            x, clean = codec.decode(wanted, min(len(here) * symbols, n - here[0] * symbols))
-            for i, part, good, payload in zip(here, x.split(symbols), clean, wanted):
-                if payload is not None:
-                    if not good or checksum(part, payload) != blocks[i][0]:
-                        raise UserError(f"{name} is damaged: block {i} of {len(blocks)} (counted "
-                                        "from 0) does not decode to its checksum")
+            n = min(len(here) * size, header["length"] - here[0] * size)
+            x, clean = codec.decode(wanted, n)
+            for i, part, good in zip(here, x.split(size), clean):
+                check, payload, offset = blocks[i]
+                if item not in (None, i):
+                    continue
+                if good and checksum(part, payload) == check:
                     parts.append(part)
+                    continue
+                error = (f"block {i} of {len(blocks)} (counted from 0), at byte {offset}, does not "
+                         "decode to its checksum")
+                if damaged is None:
+                    raise UserError(f"{name} is damaged: {error} (--keep-going delivers the "
+                                    "others)")
+                damaged.append(error)
     return Content(header["kind"], torch.cat(parts) if parts else torch.zeros(0, dtype=torch.uint8),
                    model.K, header["shape"], header.get("npy"))
 
@@ -527,14 +542,36 @@ def run_encode(args):
 def run_decode(args):
     """an archive to the file it was made of"""
     archive = read(args.input)
-    header, _ = unpack(archive, args.input)
+    header, _ = unpack(archive, args.input, args.keep_going)
     device = args.device or (str(header["device"]) if "device" in header else None)
     model, checkpoint = load_model(args.ckpt, device)
-    content = decode(model, checkpoint, archive, args.input, args.item)
+    damaged = [] if args.keep_going else None
+    content = decode(model, checkpoint, archive, args.input, args.item, damaged)
     with replacing(args.output) as file:
         file.write(content.to_bytes())
     number, units = content.count
     print(f"{args.output}: {number:,} {units}, checksums match")
+    if damaged:
+        print(*damaged, f"{args.input} is damaged: {len(damaged)} blocks are left out", sep="\n",
+              file=sys.stderr)
+        sys.exit(1)
+
+
+def run_info(args):
+    """what an archive holds, without decoding it"""
+    archive = read(args.input)
+    header, blocks = unpack(archive, args.input, keep_going=True)
+    D, n = int(np.prod(header["shape"])), header["length"]
+    units = f"{n // D:,} images" if header["kind"] == "image" else f"{n:,} characters"
+    calls = sum(times for _, _, times in header["plan"])
+    mode = ("fast: for torch {torch} with {threads} threads on {device}".format_map(header)
+            if header["fast"] else "portable")
+    print(f"{args.input}: {len(archive):,} bytes, format {VERSION}, {mode}",
+          f"  {units} of K = {header['K']}, {8 * len(archive) / max(1, n):.3f} bits each",
+          f"  {len(blocks)} blocks, {'x'.join(map(str, header['shape']))}, {header['batch']} "
+          "datapoints in a batch",
+          f"  order {header['order']}, {calls} network calls a batch",
+          f"  weights {header['weights']}", sep="\n")
 
 
 def compare(model, checkpoint, content, order, plan, fast=False):
@@ -546,17 +583,28 @@ def compare(model, checkpoint, content, order, plan, fast=False):
     encoded = time.perf_counter()
     back = decode(model, checkpoint, archive, "the archive").symbols
     decoded = time.perf_counter()
-    payload = sum(len(part) for _, part in unpack(archive, "the archive")[1])
+    sizes = [len(part) for _, part, _ in unpack(archive, "the archive")[1]]
+    payload = sum(sizes)
     rows = {"bound, mean over all orders": test["bits"],
             "exact nll of this order and plan": bits / n,
             "archive, payload": 8 * payload / n, "archive, whole file": 8 * len(archive) / n}
     facts = dict(symbols=n, order=label(order, plan, model), calls=len(plan),
-                 stderr=test["stderr"], payload_bytes=payload, archive_bytes=len(archive),
+                 stderr=test["stderr"], blocks=sizes, payload_bytes=payload, archive_bytes=len(archive),
                  percent_over_nll=100 * (8 * payload / bits - 1), encode_seconds=encoded - begin,
                  decode_seconds=decoded - encoded, identical=torch.equal(back, content.symbols),
                  weight_bytes=4 * sum(p.numel() for p in model.parameters()))
     return rows | references(content.symbols.numpy(), content.kind, content.K,
                              content.shape), facts
+
+
+def print_sizes(blocks, others, most=20):
+    """Bytes of the first images, one by one, and in how many of all the archive is smaller."""
+    for name, sizes in others.items():
+        smaller = sum(ours < theirs for ours, theirs in zip(blocks, sizes))
+        print(f"  smaller than {name} in {smaller} of {len(sizes)}")
+    print(f"  bytes of image 0, 1, ...: archive {' '.join(map(str, blocks[:most]))}")
+    for name, sizes in others.items():
+        print(f"    {name} {' '.join(map(str, sizes[:most]))}")
 
 
 def run_bench(args):
@@ -580,6 +628,8 @@ def run_bench(args):
              "archive, whole file": f" ({f['archive_bytes']:,} bytes)"}
     for name, value in rows.items():
         print(f"  {name:34} {value:.4f}{notes.get(name, '')}")
+    if content.kind == "image":
+        print_sizes(f["blocks"], image_sizes(datasets.to_images(content.symbols, content.shape)))
     print(f"encoded in {f['encode_seconds']:.1f} s, decoded in {f['decode_seconds']:.1f} s, "
           f"{'identical' if f['identical'] else 'DIFFERENT'}; the weights, "
           f"{f['weight_bytes']:,} bytes, are in none of these numbers")
@@ -588,10 +638,14 @@ def run_bench(args):
 def main():
     parser = Parser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True,
-                                     metavar="encode | decode | bench")
-    for name, run in (("encode", run_encode), ("decode", run_decode), ("bench", run_bench)):
+                                     metavar="encode | decode | bench | info")
+    for name, run in (("encode", run_encode), ("decode", run_decode), ("bench", run_bench),
+                      ("info", run_info)):
         command = commands.add_parser(name, help=run.__doc__)
         command.set_defaults(run=run)
+        if name == "info":
+            command.add_argument("input", help="an archive")
+            continue
         command.add_argument("--ckpt", required=True, help="a checkpoint of train.py")
         command.add_argument("--device", help="cuda, mps or cpu")
         command.add_argument("input", nargs="?" if name == "bench" else None,
@@ -608,13 +662,15 @@ def main():
             command.add_argument("--fast", action="store_true",
                                  help="float32: faster, but only this machine can decode it")
         if name == "decode":
+            command.add_argument("--keep-going", action="store_true",
+                                 help="leave out damaged blocks, deliver the others; exit code 1")
             command.add_argument("--item", type=int,
                                  help="only this block, counted from 0: this image")
         if name == "encode":
             command.add_argument("--no-verify", dest="verify", action="store_false",
                                  help="skip the decoding that proves it")
     args = parser.parse_args()
-    if args.command != "bench" and Path(args.output).exists():
+    if args.command in ("encode", "decode") and Path(args.output).exists():
         if Path(args.output).is_dir():
             raise UserError(f"{args.output} is a folder, not a file to write")
         if Path(args.input).exists() and os.path.samefile(args.input, args.output):

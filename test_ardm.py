@@ -773,6 +773,44 @@ def message(K, n, seed=0, peaked=1.0):
     return probs, symbols
 
 
+def test_exponentials_are_the_exponential_function():
+    table = coder.exponentials()
+    assert table[0] == 1 << 40 and len(table) == coder.DEEPEST + 1 and table[-1] == 0
+    exact = np.exp(-np.arange(coder.DEEPEST) / 1024) * 2.0 ** 40
+    assert np.abs(table[:-1] - exact).max() < 1.01 and (np.diff(table) <= 0).all()
+    assert table[1024] == 404487723187                                   # 2^40 / e, rounded down
+
+
+@pytest.mark.parametrize("K", [2, 27, 256])
+def test_levels_give_tables_as_good_as_probabilities(K):
+    probs, symbols = message(K, 300, peaked=4.0)
+    levels = np.minimum(np.rint(-np.log(probs) * 1024), 1e6).astype(np.int64)
+    cdf = coder.quantize_levels(levels)
+    assert cdf.dtype == np.int32 and (np.diff(cdf, axis=1) > 0).all()
+    assert (cdf[:, 0] == 0).all() and (cdf[:, -1] == 1 << 22).all()
+    bits = {name: -np.log2(np.diff(table, axis=1)[np.arange(300), symbols] / 2 ** 22).mean()
+            for name, table in (("levels", cdf), ("probs", coder.quantize(probs)))}
+    assert abs(bits["levels"] - bits["probs"]) < 1e-4
+    decoder = coder.Decoder(coder.encode(*coder.intervals(cdf, symbols)))
+    assert np.array_equal(decoder.pop(cdf), symbols) and decoder.done
+    for bad in (levels - 10 ** 7, levels + 10 ** 9):
+        with pytest.raises(ValueError):
+            coder.quantize_levels(bad)
+
+
+def test_safe_levels_survive_any_difference_below_the_margin():
+    rng, margin = np.random.default_rng(0), compress.MARGIN
+    log_p = -np.concatenate([rng.exponential(2, 1000), rng.integers(0, 2000, 1000) / 1024 +
+                             0.5 / 1024 + rng.uniform(-3, 3, 1000) * margin])[:, None]
+    levels, safe = compress.to_levels(log_p, np.zeros(len(log_p)))
+    assert safe[:1000].mean() > 0.99 and 0.4 < safe[1000:].mean() < 0.8
+    for sign in (-1, 1):
+        others, _ = compress.to_levels(log_p + sign * margin, np.zeros(len(log_p)))
+        assert (others == levels)[safe].all() and not (others == levels)[~safe].all()
+    with pytest.raises(UserError, match="no numbers"):
+        compress.to_levels(np.array([[np.nan]]), np.zeros(1))
+
+
 @pytest.mark.parametrize("K, n, precision, peaked", [
     (2, 5000, 22, 3), (27, 5000, 22, 1), (27, 5000, 22, 6), (256, 3000, 22, 2),
     (65536, 60, 26, 3), (1, 10, 22, 1), (27, 0, 22, 1), (27, 1, 22, 1), (256, 2, 22, 1)])
@@ -1346,7 +1384,7 @@ def test_files_of_any_length_come_back(folder, tmp_path, n):
         pairs = compress.candidates(model, checkpoint["L"], calls)
         archive, bits = compress.encode(model, content(text), order, pairs[-1][1])
         assert compress.decode(model, checkpoint, archive, "archive").to_bytes() == text
-        payload = sum(len(part) for _, part in compress.unpack(archive, "archive")[1])
+        payload = sum(len(part) for _, part, _ in compress.unpack(archive, "archive")[1])
         assert 8 * payload <= bits * 1.001 + 64
 
 
@@ -1405,6 +1443,72 @@ def test_every_damaged_archive_is_refused(folder):
         compress.decode(model, checkpoint, archive + b"x", "archive")
 
 
+class Perturbed(nn.Module):
+    """A network on another machine: its numbers differ by up to `size`."""
+
+    def __init__(self, net, size):
+        super().__init__()
+        self.net, self.size, self.rng = net, size, torch.Generator().manual_seed(0)
+
+    def forward(self, *inputs):
+        logits = self.net(*inputs)
+        noise = torch.rand(logits.shape, dtype=logits.dtype, generator=self.rng)
+        return logits + self.size * (2 * noise - 1)
+
+
+def test_portable_archives_decode_where_other_numbers_come_out(folder, monkeypatch):
+    model, checkpoint = train.load_model(folder / "ckpt.pt", "cpu")
+    text = (folder / "test.txt").read_bytes()[:2000]
+    archive, _ = compress.encode(model, content(text), "forward", planner.uniform_plan(1, 24, 6))
+    weights = compress.unpack(archive, "archive")[0]["weights"]
+    monkeypatch.setattr(compress, "digest", lambda model: weights)
+    for size, same in ((0, True), (4e-11, True), (1e-5, False)):
+        model.net = Perturbed(train.load_model(folder / "ckpt.pt", "cpu")[0].net, size)
+        if same:
+            back = compress.decode(model, checkpoint, archive, "archive")
+            assert back.to_bytes() == text
+        else:
+            with pytest.raises(UserError, match="does not decode"):
+                compress.decode(model, checkpoint, archive, "archive")
+
+
+def test_a_grid_is_shifted_where_a_value_lies_on_a_boundary(folder):
+    model, _ = train.load_model(folder / "ckpt.pt", "cpu")
+    codec = compress.Codec(model, (24,), "forward", planner.full_plan(1, 24), 4, separate=False)
+    log_p = torch.full((3, 27), -3.0, dtype=torch.float64)
+    assert codec._tables(log_p, 1)[1] == [0]
+    log_p[1, 5] -= 0.5 / 1024
+    cdf, shift = codec._tables(log_p, 1)
+    assert shift == [1] and np.array_equal(cdf, codec._tables(log_p, 1, [1])[0])
+    assert compress.unpack_shifts(compress.pack_shifts([(3, 1), (70000, 255)]) + b"rest") == (
+        {3: 1, 70000: 255}, b"rest")
+
+
+ELSEWHERE = dict(ATEN_CPU_CAPABILITY="default", MKL_CBWR="COMPATIBLE", ONEDNN_MAX_CPU_ISA="SSE41",
+                 OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+
+
+@pytest.mark.parametrize("which", ["folder", "gallery"])
+def test_archives_decode_on_a_simulated_other_machine(which, request, tmp_path):
+    place = request.getfixturevalue(which)
+    source = place / ("test.txt" if which == "folder" else "test.npy")
+    ckpt = ("--ckpt", place / "ckpt.pt", "--device", "cpu")
+    for mode in ([], ["--fast"]):
+        done = run("compress.py", "encode", *ckpt, "--calls", 20, "--order", "forward",
+                   "--no-verify", *mode, source, tmp_path / "a")
+        assert done.returncode == 0, done.stderr
+        done = run("compress.py", "decode", *ckpt, tmp_path / "a", tmp_path / "b",
+                   env={**os.environ, **ELSEWHERE})
+        if not mode:
+            assert done.returncode == 0, done.stderr
+            assert (tmp_path / "b").read_bytes() == source.read_bytes()
+        else:                                            # refused, or the very same numbers
+            assert done.returncode in (0, 2) and (done.returncode == 0 or
+                                                  "other probabilities" in done.stderr)
+    done = run("compress.py", "info", tmp_path / "a")
+    assert done.returncode == 0 and "order forward, 20 network calls" in done.stdout
+
+
 def test_damaged_archives_of_upscale_models_are_refused():
     """A wrong digit may lead to a value that does not exist."""
     model = UpscaleARDM(StageTable(2, 5, 5, 2), 2, 5, 4)
@@ -1420,7 +1524,7 @@ def test_damaged_archives_of_upscale_models_are_refused():
 
 def repacked(header, blocks):
     """An archive with another header, its checksum made right again."""
-    return compress.pack(header, [(torch.zeros(1), payload) for _, payload in blocks])
+    return compress.pack(header, [(torch.zeros(1), payload) for _, payload, _ in blocks])
 
 
 def test_a_machine_that_computes_other_numbers_refuses(folder):
@@ -1523,7 +1627,7 @@ def test_damage_to_one_image_leaves_the_others(gallery, monkeypatch, order):
     archive, bits = compress.encode(model, source, order, plan)
     header, blocks = compress.unpack(archive, "archive")
     assert len(blocks) == 8 and header["batch"] == 3
-    sizes = [len(payload) for _, payload in blocks]
+    sizes = [len(payload) for _, payload, _ in blocks]
     assert 8 * sum(sizes) < bits * 1.001 + 8 * 32
     at = len(archive) - sum(sizes[4:]) + 2                               # in image 4
     bad = archive[:at] + bytes([archive[at] ^ 1]) + archive[at + 1:]
@@ -1534,6 +1638,10 @@ def test_damage_to_one_image_leaves_the_others(gallery, monkeypatch, order):
     for item in (4, None):
         with pytest.raises(UserError, match="block 4 of 8"):
             compress.decode(model, checkpoint, bad, "archive", item)
+    damaged = []
+    kept = compress.decode(model, checkpoint, bad[:-1], "archive", damaged=damaged)
+    assert torch.equal(kept.symbols.view(6, 90), whole[[0, 1, 2, 3, 5, 6]])
+    assert [f"block {i} of 8" in line for i, line in zip((4, 7), damaged)] == [True, True]
     with pytest.raises(UserError, match="has 8, counted from 0"):
         compress.decode(model, checkpoint, archive, "archive", 8)
 

@@ -2,12 +2,13 @@
 
     python train.py                                     about three minutes on a laptop, no download
     python train.py --data text8                        the paper's text, for one CUDA GPU
-    python train.py --data FILE --minutes 10            any text file, or any bytes
+    python train.py --data FILE --minutes 10            any text, any bytes, or a .npy of images
+    python train.py --data cifar10 --branch 4           an upscale model of images
     python train.py --resume                            goes on where an interrupted run stopped
     python train.py --evaluate out/pydoc/ckpt.pt        the number, its standard error, the protocol
 
-A run writes OUT/ckpt.pt, log.csv, test.txt (or test.bin: a piece of the test split, for
-compress.py) and, last, results.json.
+A run writes OUT/ckpt.pt, log.csv, test.txt (test.bin, test.npy: a piece of the test split, for
+compress.py), of images samples.png and, last, results.json.
 """
 import argparse
 import bz2
@@ -656,7 +657,9 @@ def references(symbols, kind, K, shape):
     share = share[share > 0]
     single = "single values" if kind == "image" else "single letters"
     return {"uniform": math.log2(K), single: float(-(share * np.log2(share)).sum())} | (
-        image_references(datasets.to_images(symbols, shape)) if kind == "image"
+        {name: 8 * sum(sizes) / min(len(symbols), 1000 * math.prod(shape))
+         for name, sizes in image_sizes(datasets.to_images(symbols, shape)[:1000]).items()}
+        if kind == "image"
         else text_references(datasets.to_bytes(symbols, K), shape[0]))
 
 
@@ -671,10 +674,9 @@ def text_references(stream, D):
         for name, pack in packers.items()}
 
 
-def image_references(images):
-    """Each image (H, W, C) by itself as PNG, and as WebP where Pillow is installed (the first 1000
-    images)."""
-    images = images[:1000]
+def image_sizes(images):
+    """Bytes of each image, (N, H, W, C), as PNG, and as WebP where Pillow is installed: {name:
+    list}."""
     if images.shape[-1] not in (1, 3):
         return {}
     images = images if images.shape[-1] == 3 else images[..., 0]
@@ -684,12 +686,11 @@ def image_references(images):
         def size(image, name, **how):
             Image.fromarray(image).save(file := io.BytesIO(), name, **how)
             return file.tell()
-        sizes = {"PNG of each image": [size(x, "PNG", optimize=True) for x in images],
-                 "WebP of each image": [size(x, "WebP", lossless=True, quality=100, method=6)
-                                        for x in images]}
+        return {"PNG of each image": [size(x, "PNG", optimize=True) for x in images],
+                "WebP of each image": [size(x, "WebP", lossless=True, quality=100, method=6)
+                                       for x in images]}
     except ImportError:
-        sizes = {"PNG of each image (filters, then zlib)": [len(datasets.png(x)) for x in images]}
-    return {name: 8 * sum(row) / images.size for name, row in sizes.items()}
+        return {"PNG of each image (filters, then zlib)": [len(datasets.png(x)) for x in images]}
 
 
 def evaluate(model, data, passes=None):
