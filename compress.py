@@ -589,7 +589,8 @@ def compare(model, checkpoint, content, order, plan, fast=False):
             "exact nll of this order and plan": bits / n,
             "archive, payload": 8 * payload / n, "archive, whole file": 8 * len(archive) / n}
     facts = dict(symbols=n, order=label(order, plan, model), calls=len(plan),
-                 stderr=test["stderr"], blocks=sizes, payload_bytes=payload, archive_bytes=len(archive),
+                 stderr=test["stderr"], blocks=sizes, payload_bytes=payload,
+                 archive_bytes=len(archive),
                  percent_over_nll=100 * (8 * payload / bits - 1), encode_seconds=encoded - begin,
                  decode_seconds=decoded - encoded, identical=torch.equal(back, content.symbols),
                  weight_bytes=4 * sum(p.numel() for p in model.parameters()))

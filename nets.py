@@ -125,7 +125,17 @@ class NeighbourConv(nn.Conv2d):
         super().__init__(dim, dim, (1, width), padding="same", groups=dim)
 
     def forward(self, h):
+        if h.dtype == torch.float64:             # for which the fast convolutions are not made
+            return self.shifted(h)
         return super().forward(h.transpose(1, 2)[:, :, None])[:, :, 0].transpose(1, 2)
+
+    def shifted(self, h):
+        """The same, as a sum of shifted copies."""
+        (width, D), out = (self.kernel_size[1], h.shape[1]), self.bias.expand_as(h).clone()
+        padded = F.pad(h, (0, 0, width // 2, width // 2))
+        for i in range(width):
+            out.addcmul_(padded[:, i:i + D], self.weight[:, 0, 0, i])
+        return out
 
 
 def wave_angles(positions, dim):
@@ -171,38 +181,35 @@ class UNet(nn.Module):
     def __init__(self, K, shape, num_outputs=None, dim=32, depth=2, levels=3, heads=0,
                  neighbours=True, logistic=True, time=False, zero_init=True, stages=1):
         super().__init__()
-        C, H, W = shape
         self.K, self.shape, self.stages = K, tuple(shape), stages
-        self.num_outputs = num_outputs or K
-        self.neighbours = neighbours
-        self.logistic = logistic                         # the logits are those of values, then
+        self.neighbours, self.logistic, self.num_outputs = neighbours, logistic, num_outputs or K
+        C, quarter = shape[0], dim // 4
         inputs = (2 + (2 * len(WINDOWS) + (stages > 1) if neighbours else 0)) * C
-        inputs, quarter = inputs + (stages if stages > 1 else 0), dim // 4
-        self.embed = nn.Embedding(K, quarter)
-        self.mix = nn.Conv2d(C * quarter, quarter, 1)
-        self.first = nn.Conv2d(inputs, dim - quarter, 3, padding=1)
+        self.first = nn.Conv2d(inputs + (stages if stages > 1 else 0), dim - quarter, 3, padding=1)
+        self.embed, self.mix = nn.Embedding(K, quarter), nn.Conv2d(C * quarter, quarter, 1)
         self.time = nn.Sequential(nn.Linear(dim, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, 4 * dim),
                                   nn.SiLU()) if time else None
-        widths = [dim * min(2, 2 ** level) for level in range(levels)]
-        around = dict(time=4 * dim if time else 0)
+
+        def block(width, out):
+            return ResBlock(width, out, time=4 * dim if time else 0)
         self.down, self.up, width = nn.ModuleList(), nn.ModuleList(), dim
+        widths = [dim * min(2, 2 ** level) for level in range(levels)]
         for w in widths:
-            self.down.append(nn.ModuleList(ResBlock(width if i == 0 else w, w, **around)
-                                           for i in range(depth)))
+            self.down.append(nn.ModuleList(block(width if i == 0 else w, w) for i in range(depth)))
             width = w
-        self.middle = nn.ModuleList([ResBlock(width, width, **around)])
+        self.middle = nn.ModuleList([block(width, width)])
         if heads:
-            self.middle += [PixelAttention(width, heads), ResBlock(width, width, **around)]
-        for w in reversed(widths):
-            self.up.append(nn.ModuleList(ResBlock((width if i == 0 else w) + w, w, **around)
+            self.middle += [PixelAttention(width, heads), block(width, width)]
+        for w in reversed(widths):               # each block also sees what its like said before
+            self.up.append(nn.ModuleList(block((width if i == 0 else w) + w, w)
                                          for i in range(depth)))
             width = w
         self.norm = nn.GroupNorm(groups(width), width)
         std = 0.0 if zero_init else width ** -0.5
         self.head = nn.Parameter(std * torch.randn(C, width, self.num_outputs))
         self.bias = nn.Parameter(torch.zeros(C, 1, self.num_outputs))
-        self.place = nn.Conv2d(width, 2 * C, 1) if self.logistic else None
-        if self.place is not None:
+        self.place = nn.Conv2d(width, 2 * C, 1) if logistic else None
+        if logistic:
             nn.init.zeros_(self.place.weight), nn.init.zeros_(self.place.bias)
         self.to(memory_format=torch.channels_last)       # several times as fast on a CPU
 
@@ -231,12 +238,24 @@ class UNet(nn.Module):
     def body(self, x, m, t, s):
         """-> h (B * H * W, dim), from which the logits of a pixel's colours come, and (B * D, 2)
         what `logistic` takes for each variable, or None."""
-        (B, D), (C, H, W) = x.shape, self.shape
-        x, m = x.view(B, C, H, W), m.view(B, C, H, W)
+        (B, D), shape = x.shape, self.shape
+        x, m = x.view(B, *shape), m.view(B, *shape)
         if self.stages == 1:
             x = torch.where(m, x, self.K // 2)           # the value that is shown as 0
-        v = x.to(self.head.dtype) / self.K - 0.5
-        known, near = m.to(v.dtype), 0.0                                 # (B, C, H, W)
+        inputs, near = self.look(x.to(self.head.dtype) / self.K - 0.5, m, s)
+        digits = self.embed(x).permute(0, 1, 4, 2, 3).flatten(1, 2)      # (B, C * dim / 4, H, W)
+        h = torch.cat((self.first(inputs), self.mix(digits)), dim=1)
+        h = F.silu(self.norm(self.pyramid(h, self.steps(t, s, D))))      # (B, dim, H, W)
+        place = None
+        if self.logistic:
+            shift, scale = self.place(h).chunk(2, dim=1)                 # (B, C, H, W)
+            place = torch.stack((near + shift, scale), dim=-1).view(B * D, 2)
+        return h.permute(0, 2, 3, 1).flatten(0, 2), place
+
+    def look(self, v, m, s):
+        """What the first convolution sees, (B, inputs, H, W), of v and m (B, C, H, W) and s (B,);
+        and the mean of what is known next to each variable, (B, C, H, W), or 0."""
+        known, near = m.to(v.dtype), 0.0
         inputs = [v, known]
         if self.neighbours:
             means, counts = local_means(v, known)                        # (windows, B, C, H, W)
@@ -247,17 +266,10 @@ class UNet(nn.Module):
             if self.stages > 1:
                 inputs.append(16 * (v - near) * (1 - known))             # x^(s-1)
         if self.stages > 1:
-            stage = F.one_hot(s - 1, self.stages)[:, :, None, None]
-            inputs.append(stage.expand(-1, -1, H, W).to(v.dtype))
-        inputs = torch.cat(inputs, dim=1).contiguous(memory_format=torch.channels_last)
-        digits = self.embed(x).permute(0, 1, 4, 2, 3).flatten(1, 2)      # (B, C * dim / 4, H, W)
-        h = torch.cat((self.first(inputs), self.mix(digits)), dim=1)
-        h = F.silu(self.norm(self.pyramid(h, self.steps(t, s, D))))      # (B, dim, H, W)
-        place = None
-        if self.logistic:
-            shift, scale = self.place(h).chunk(2, dim=1)                 # (B, C, H, W)
-            place = torch.stack((near + shift, scale), dim=-1).view(B * D, 2)
-        return h.permute(0, 2, 3, 1).flatten(0, 2), place
+            stage = F.one_hot(s - 1, self.stages)[:, :, None, None].to(v.dtype)
+            inputs.append(stage.expand(-1, -1, *v.shape[2:]))
+        inputs = torch.cat(inputs, dim=1)
+        return inputs.contiguous(memory_format=torch.channels_last), near
 
     def steps(self, t, s, D):
         """What the blocks are told of the time: (B, 4 * dim), or None."""

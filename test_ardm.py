@@ -549,6 +549,13 @@ def test_paper_network_has_the_papers_size():
     assert abs(sum(p.numel() for p in net.parameters()) - 85.1e6) < 0.2e6
 
 
+@pytest.mark.parametrize("width, D", [(5, 9), (3, 1), (5, 2)])
+def test_neighbour_convolution_in_float64_is_the_convolution(width, D):
+    layer = nets.NeighbourConv(4, width)
+    h = torch.randn(2, D, 4)
+    assert torch.allclose(layer(h), layer.double()(h.double()).float(), atol=1e-6)
+
+
 PICTURES = [dict(dim=8, depth=1, levels=2), dict(dim=8, depth=2, levels=3, heads=2),
             dict(dim=8, depth=1, levels=1, heads=1, neighbours=False, logistic=False, time=True)]
 
@@ -1549,7 +1556,14 @@ def test_headers_that_ask_for_too_much_are_refused(folder):
             compress.decode(model, checkpoint, repacked(header | change, blocks), "archive")
 
 
-SMALL_PICTURES = ["--steps", 25, "--report", 10, "--dim", 8, "--depth", 1, "--levels", 2,
+SMALL_@pytest.mark.parametrize("width, D", [(5, 9), (3, 1), (5, 2)])
+def test_neighbour_convolution_in_float64_is_the_convolution(width, D):
+    layer = nets.NeighbourConv(4, width)
+    h = torch.randn(2, D, 4)
+    assert torch.allclose(layer(h), layer.double()(h.double()).float(), atol=1e-6)
+
+
+PICTURES = ["--steps", 25, "--report", 10, "--dim", 8, "--depth", 1, "--levels", 2,
                   "--device", "cpu"]
 
 

@@ -656,11 +656,12 @@ def references(symbols, kind, K, shape):
     share = np.bincount(symbols) / len(symbols)
     share = share[share > 0]
     single = "single values" if kind == "image" else "single letters"
-    return {"uniform": math.log2(K), single: float(-(share * np.log2(share)).sum())} | (
-        {name: 8 * sum(sizes) / min(len(symbols), 1000 * math.prod(shape))
-         for name, sizes in image_sizes(datasets.to_images(symbols, shape)[:1000]).items()}
-        if kind == "image"
-        else text_references(datasets.to_bytes(symbols, K), shape[0]))
+    found = {"uniform": math.log2(K), single: float(-(share * np.log2(share)).sum())}
+    if kind != "image":
+        return found | text_references(datasets.to_bytes(symbols, K), shape[0])
+    images = datasets.to_images(symbols, shape)[:1000]
+    return found | {name: 8 * sum(sizes) / images.size
+                    for name, sizes in image_sizes(images).items()}
 
 
 def text_references(stream, D):
