@@ -9,6 +9,7 @@
     compress    archives of the test text of that run, under several budgets of network calls
     portable    how far the network's numbers differ between simulated machines, whether archives
                 decode there, and what the portable mode costs (needs the runs of run and stages)
+    fuzz        10,000 mutated archives: how many are refused, none may decode wrongly
     text8       our recipe against the paper's at the same size, in equal time
                 (downloads text8 where ARDM_DATA names no folder with the prefix of it)
     unet        training steps of the paper's kind of U-Net, small
@@ -395,6 +396,48 @@ def bench_portable(args):
     return rows
 
 
+def mutated(archive, rng):
+    """An archive with a few bytes changed, cut out, put in or moved."""
+    b = bytearray(archive)
+    for _ in range(rng.integers(1, 4)):
+        i, j = sorted(rng.integers(0, len(b) + 1, 2))
+        kind = rng.integers(5)
+        if kind <= 1 and i < len(b):
+            b[i] ^= int(rng.integers(1, 256))
+        elif kind == 2:
+            del b[i:j]
+        elif kind == 3:
+            b[i:i] = rng.bytes(int(rng.integers(1, 9)))
+        else:
+            b[i:j] = b[i:j][::-1]
+    return bytes(b)
+
+
+def bench_fuzz(args):
+    """Mutated archives of a small model: how many are refused, and that none decodes wrongly."""
+    c = train.complete(dict(size="tiny", length=16, dim=16, depth=1, mlp=16, device="cpu"))
+    torch.manual_seed(0)
+    model = train.build_model(c, 27, (16,)).eval()
+    checkpoint = dict(kind="text", K=27, shape=[16])
+    content = compress.read_content(b"what is written can be read again", checkpoint)
+    plan = planner.uniform_plan(1, 16, 4)
+    archive, _ = compress.encode(model, content, "forward", plan)
+    found, rng = dict.fromkeys(("refused", "the same", "WRONG", "TRACEBACK"), 0), (
+        np.random.default_rng(0))
+    for _ in range(100 if args.quick else 10_000):
+        bad = mutated(archive, rng)
+        try:
+            back = compress.decode(model, checkpoint, bad, "archive")
+            found["the same" if torch.equal(back.symbols, content.symbols) else "WRONG"] += 1
+        except datasets.UserError:
+            found["refused"] += 1
+        except Exception as error:                                     # what must not happen
+            found["TRACEBACK"] += 1
+            print(f"  {error!r}")
+    print(f"  {found}")
+    return [dict(found, archives=sum(found.values()))]
+
+
 # -- images ----------------------------------------------------------------------------------------
 
 def real_data(name):
@@ -549,6 +592,9 @@ TABLES = {                           # section -> {head of a column: format of a
     "portable": {"model": "{model}", "simulated": "{machine}", "float32 differs by": "{single:.0e}",
                  "float64 differs by": "{double:.0e}", "decodes to the same": "{same}",
                  "seconds, of fast mode's": "{seconds:.1f}", "bytes": "{percent:+.2f}%"},
+    "fuzz": {"mutated archives": "{archives:,}", "refused": "{refused:,}",
+             "unchanged, decoded": "{the same}", "decoded wrongly": "{WRONG}",
+             "crashed": "{TRACEBACK}"},
     "unet": {"training step": "{name}", "weights": "{params:,}", "seconds": "{seconds:.3f}",
              "images/s": "{samples_per_second:.1f}"},
     "images": {"": "{name}", "bits/dim": "{bits:.3f}", "steps": "{steps:,}"},
