@@ -22,7 +22,9 @@ Prints tables, keeps the numbers with machine and versions in --out (assets/benc
 them into the README. Run it alone: a rival on the same cores halves every speed. --quick shrinks
 everything to seconds, to see that it runs, and writes nothing.
 """
+import contextlib
 import importlib.util
+import io
 import json
 import os
 import re
@@ -427,7 +429,8 @@ def bench_fuzz(args):
     for _ in range(100 if args.quick else 10_000):
         bad = mutated(archive, rng)
         try:
-            back = compress.decode(model, checkpoint, bad, "archive")
+            with contextlib.redirect_stderr(io.StringIO()):              # no 10,000 progress bars
+                back = compress.decode(model, checkpoint, bad, "archive")
             found["the same" if torch.equal(back.symbols, content.symbols) else "WRONG"] += 1
         except datasets.UserError:
             found["refused"] += 1
