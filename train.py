@@ -129,7 +129,7 @@ SIZES = {
                       short=0.0)}}
 TEXT_ONLY = {"length", "mlp", "positions", "pairs", "conv", "qk_norm", "short", "short_length"}
 IMAGE_ONLY = {"bits", "flips", "turns", "levels", "neighbours", "logistic"}
-AFFORDABLE = 1 << 25                 # variables that the network may predict to measure a plan
+AFFORDABLE = 1 << 24                 # variables that the network may predict to measure a plan
 RESUMABLE = {"steps", "minutes", "passes", "report", "out", "data_dir", "compile"}
 
 
@@ -629,11 +629,11 @@ def components(sums, counts, S):
     return bits_per_dim(L, 1)
 
 
-def measure_plans(model, chunks, plans, seed=1):
+def measure_plans(model, chunks, plans, seed=1, affordable=AFFORDABLE):
     """Exact bits/dim of chunks (N, D) under each plan, every chunk in its own random order: [dict].
 
-    The prediction beside it is the plan's cost by the L_t of the same chunks. A plan of so many
-    calls that it would take long is not measured: None.
+    The prediction beside it is the plan's cost by the L_t of the same chunks. A plan for which the
+    network would predict more variables than is affordable is not measured: None.
     """
     (N, D), generator = chunks.shape, torch.Generator(chunks.device).manual_seed(seed)
     sigma = model.orders(N, D, chunks.device, generator)
@@ -642,7 +642,7 @@ def measure_plans(model, chunks, plans, seed=1):
     for plan in tqdm(plans, desc="exact nll under each plan", unit="plan", leave=False):
         row = dict(calls=len(plan), predicted=planner.plan_cost(L, plan) / D, measured=None)
         rows.append(row)
-        if len(plan) * N * D > AFFORDABLE:
+        if len(plan) * N * D > affordable:
             continue
         parts = zip(chunks.split(max(1, 32768 // D)), sigma.split(max(1, 32768 // D), dim=1))
         bits = bits_per_dim(torch.cat([model.nll(x.long(), plan, order) for x, order in parts]), D)
