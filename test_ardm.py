@@ -581,6 +581,35 @@ def test_unet_at_some_places_says_what_it_says_at_all(options, stages, outputs):
     assert torch.allclose(whole[~m], part, atol=1e-5)
 
 
+def test_unet_gives_each_colour_of_each_pixel_its_own_logits(monkeypatch):
+    net = picture_net(PICTURES[2])
+    h = torch.randn(3 * 30, 8)
+    monkeypatch.setattr(net, "body", lambda *inputs: (h, None))
+    x = torch.zeros(3, 60, dtype=torch.long)
+    expected = torch.einsum("bpd,cdk->bcpk", h.view(3, 30, 8), net.head) + net.bias[None]
+    assert torch.allclose(net(x, x > 0, x[:, 0], x[:, 0]), expected.reshape(3, 60, 6), atol=1e-5)
+
+
+@pytest.mark.parametrize("options", PICTURES)
+def test_unet_keeps_pixels_where_they_are(options, monkeypatch):
+    """Without what is in the middle, a value is seen in the 3 x 3 pixels around it alone, and in
+    the windows of the means where those are shown."""
+    net = picture_net(options)
+    monkeypatch.setattr(net, "pyramid", lambda h, time: h)
+    monkeypatch.setattr(net, "norm", nn.Identity())
+    monkeypatch.setattr(nets, "local_means", lambda v, known: (torch.zeros(4, *v.shape),) * 2)
+    x, m = torch.zeros(1, 60, dtype=torch.long), torch.ones(1, 60, dtype=torch.bool)
+    t = torch.tensor([5])
+    before = net(x, m, t, t // t)
+    for c, i, j in [(0, 0, 5), (1, 4, 0), (1, 2, 3)]:
+        other = x.view(1, 2, 5, 6).clone()
+        other[0, c, i, j] = 3
+        changed = (net(other.view(1, 60), m, t, t // t) != before).any(dim=2).view(2, 5, 6)
+        around = torch.zeros(5, 6, dtype=torch.bool)
+        around[max(0, i - 1):i + 2, max(0, j - 1):j + 2] = True
+        assert torch.equal(changed, around.expand(2, 5, 6))
+
+
 @pytest.mark.parametrize("options", PICTURES)
 @pytest.mark.parametrize("branch", [None, 2])
 def test_unet_sees_what_is_known_and_nothing_else(options, branch):
