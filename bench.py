@@ -517,7 +517,7 @@ def bench_stages(args):
     for branch in (None, 4) if args.quick else (None, 2, 4, 16):
         name = f"upscale-{branch}" if branch else "order-agnostic"
         folder = Path(args.scratch if args.quick else "out") / f"glyphs-{name}"
-        length = dict(steps=20, report=10) if args.quick else dict(minutes=args.minutes or 2.0)
+        length = dict(steps=20, report=10) if args.quick else dict(minutes=args.minutes or 1.5)
         command([sys.executable, "train.py", *flags(data="glyphs", branch=branch, device="cpu",
                                                     out=folder, **length)])
         command([sys.executable, "sample.py", "--frames", *flags(ckpt=folder / "ckpt.pt", n=6,

@@ -1524,10 +1524,7 @@ ELSEWHERE = dict(ATEN_CPU_CAPABILITY="default", MKL_CBWR="COMPATIBLE", ONEDNN_MA
                  OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
 
 
-@pytest.mark.parametrize("which", ["folder", "gallery"])
-def test_archives_decode_on_a_simulated_other_machine(which, request, tmp_path):
-    place = request.getfixturevalue(which)
-    source = place / ("test.txt" if which == "folder" else "test.npy")
+def check_other_machine(place, source, tmp_path):
     ckpt = ("--ckpt", place / "ckpt.pt", "--device", "cpu")
     for mode in ([], ["--fast"]):
         done = run("compress.py", "encode", *ckpt, "--calls", 20, "--order", "forward",
@@ -1543,6 +1540,14 @@ def test_archives_decode_on_a_simulated_other_machine(which, request, tmp_path):
                                                   "other probabilities" in done.stderr)
     done = run("compress.py", "info", tmp_path / "a")
     assert done.returncode == 0 and "order forward, 20 network calls" in done.stdout
+
+
+def test_text_decodes_on_a_simulated_other_machine(folder, tmp_path):
+    check_other_machine(folder, folder / "test.txt", tmp_path)
+
+
+def test_images_decode_on_a_simulated_other_machine(gallery, tmp_path):
+    check_other_machine(gallery, gallery / "test.npy", tmp_path)
 
 
 def test_damaged_archives_of_upscale_models_are_refused():
@@ -1585,14 +1590,7 @@ def test_headers_that_ask_for_too_much_are_refused(folder):
             compress.decode(model, checkpoint, repacked(header | change, blocks), "archive")
 
 
-SMALL_@pytest.mark.parametrize("width, D", [(5, 9), (3, 1), (5, 2)])
-def test_neighbour_convolution_in_float64_is_the_convolution(width, D):
-    layer = nets.NeighbourConv(4, width)
-    h = torch.randn(2, D, 4)
-    assert torch.allclose(layer(h), layer.double()(h.double()).float(), atol=1e-6)
-
-
-PICTURES = ["--steps", 25, "--report", 10, "--dim", 8, "--depth", 1, "--levels", 2,
+SMALL_PICTURES = ["--steps", 25, "--report", 10, "--dim", 8, "--depth", 1, "--levels", 2,
                   "--device", "cpu"]
 
 
