@@ -264,9 +264,10 @@ def locate(name, folder, fetch, *files):
 
 def check_md5(path, content, md5):
     if (found := hashlib.md5(content).hexdigest()) != md5:
+        usable = "" if path.name.endswith("ubyte.gz") else (
+            f", or train on it as it is with --data {path}")
         raise UserError(f"{path} is not the whole upstream file (md5 {found}, expected {md5}); "
-                        "remove it to download it again, or train on it as it is with "
-                        f"--data {path}")
+                        f"remove it to download it again{usable}")
 
 
 def read_stream(path):
