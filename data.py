@@ -412,7 +412,7 @@ def draw_glyphs(n, seed, size=16):
     grid = nn.functional.affine_grid(theta, (n, 1, size, size), align_corners=False)
     ink = nn.functional.grid_sample(digits, grid, align_corners=False)
     ink = uniform(0.0, 0.2, 1, 1, 1) + uniform(0.5, 0.75, 1, 1, 1) * ink
-    noise = 0.02 * torch.randn(ink.shape, generator=generator)
+    noise = 0.01 * torch.randn(ink.shape, generator=generator)
     return ((ink + noise).clamp(0, 1) * 255).round().to(torch.uint8).numpy()
 
 

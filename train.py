@@ -190,6 +190,8 @@ def complete(given):
         raise UserError(f"--{wrong[0].replace('_', '-')} is for "
                         f"{'text' if foreign is TEXT_ONLY else 'images'}: leave it out")
     preset = dict(sizes[size])
+    if size == "tiny" and given.get("data") in ("glyphs", "mnist"):
+        preset |= dict(batch=32, heads=4)                # small images: more of them, and attention
     if "minutes" in given:
         preset.pop("steps", None)
     c = Settings(**{**preset, **given, "size": size, "device": str(device)})
