@@ -304,7 +304,7 @@ def bench_run(args):
         args.ckpt = str(Path(args.scratch) / "ckpt.pt")
     import resource                                                    # not on Windows
     folder, plots = Path(args.ckpt).parent, importlib.util.find_spec("matplotlib") is not None
-    options = ["--steps", "30", "--report", "10"] if args.quick else ["--plot"] if plots else []
+    options = flags(steps=30, report=10, passes=1) if args.quick else ["--plot"] if plots else []
     command([sys.executable, "train.py", "--out", str(folder), *options])
     if "--plot" in options:
         shutil.copy(folder / "results.png", Path(args.out).parent)
@@ -515,7 +515,7 @@ def bench_stages(args):
     for branch in (None, 4) if args.quick else (None, 2, 4, 16):
         name = f"upscale-{branch}" if branch else "order-agnostic"
         folder = Path(args.scratch if args.quick else "out") / f"glyphs-{name}"
-        length = dict(steps=20, report=10) if args.quick else dict(minutes=args.minutes or 1.5)
+        length = dict(steps=20, report=10, passes=1) if args.quick else dict(minutes=args.minutes or 1.5)
         command([sys.executable, "train.py", *flags(data="glyphs", branch=branch, device="cpu",
                                                     out=folder, **length)])
         command([sys.executable, "sample.py", "--frames", *flags(ckpt=folder / "ckpt.pt", n=6,
@@ -541,7 +541,7 @@ def image_results(args, data, minutes, count, calls):
     rows = []
     given = some_images(data, args.scratch) if args.quick else real_data(data)
     calls = 10 if args.quick else calls
-    given |= dict(steps=20, report=10) if args.quick else dict(minutes=args.minutes or minutes)
+    given |= dict(steps=20, report=10, passes=1) if args.quick else dict(minutes=args.minutes or minutes)
     for branch in (4,) if args.quick else (None, 4):
         name = f"upscale-{branch}" if branch else "order-agnostic"
         folder = Path(args.scratch if args.quick else "out") / f"{data}-{name}"

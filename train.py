@@ -102,7 +102,7 @@ class Settings:
     compile: bool = setting(None, "torch.compile; the default is yes on CUDA (it needs a compiler)")
     device: str = setting(None, "cuda, mps or cpu; the default is the first of them that is there")
     seed: int = setting(0, "of the weights and of every draw")
-    passes: int = setting(None, "passes over the test split; "
+    passes: int = setting(None, "passes over each split in the evaluation; "
                                 "the default makes half a million variables at least")
     report: int = setting(100, "training steps between rows of log.csv")
     out: str = setting(None, "folder for the results; the default is out/<data>")
@@ -632,7 +632,7 @@ def components(sums, counts, S):
     return bits_per_dim(L, 1)
 
 
-def measure_plans(model, chunks, plans, seed=1, affordable=AFFORDABLE):
+def measure_plans(model, chunks, plans, passes=None, seed=1, affordable=AFFORDABLE):
     """Exact bits/dim of chunks (N, D) under each plan, every chunk in its own random order: [dict].
 
     The prediction beside it is the plan's cost by the L_t of the same chunks. A plan for which the
@@ -640,7 +640,7 @@ def measure_plans(model, chunks, plans, seed=1, affordable=AFFORDABLE):
     """
     (N, D), generator = chunks.shape, torch.Generator(chunks.device).manual_seed(seed)
     sigma = model.orders(N, D, chunks.device, generator)
-    L = planner.smooth(bound(model, chunks, progress=True)["L"])
+    L = planner.smooth(bound(model, chunks, passes=passes, progress=True)["L"])
     rows = []
     for plan in tqdm(plans, desc="exact nll under each plan", unit="plan", leave=False):
         row = dict(calls=len(plan), predicted=planner.plan_cost(L, plan) / D, measured=None)
@@ -702,7 +702,7 @@ def evaluate(model, data, passes=None):
     D, calls = model.D, model.S * model.D
     begin = time.perf_counter()
     valid, rest = data.chunks("valid")
-    L = bound(model, spread(valid, max(64, (1 << 21) // D)), rest, progress=True)["L"]
+    L = bound(model, spread(valid, max(64, (1 << 21) // D)), rest, passes, progress=True)["L"]
     test = bound(model, *data.chunks("test"), passes, progress=True)
     budgets = (5, 10, 20, 50) if data.kind != "image" else (20, 50, 100, 200)
     plans = [planner.plan(L, budget) for budget in budgets if model.S <= budget < calls]
@@ -711,7 +711,7 @@ def evaluate(model, data, passes=None):
     return dict(data=data.name, kind=data.kind, bits_per_dim=test["bits"], stderr=test["stderr"],
                 passes=test["passes"], chunks=test["chunks"], shape=[*data.shape],
                 rest=test["rest"], L_valid=L.tolist(), L_test=test["L"].tolist(),
-                calls=measure_plans(model, some, plans), references=references(
+                calls=measure_plans(model, some, plans, passes), references=references(
                     data.splits["test"].cpu().numpy().reshape(-1), data.kind, data.K, data.shape),
                 evaluation_seconds=time.perf_counter() - begin)
 
