@@ -515,7 +515,8 @@ def bench_stages(args):
     for branch in (None, 4) if args.quick else (None, 2, 4, 16):
         name = f"upscale-{branch}" if branch else "order-agnostic"
         folder = Path(args.scratch if args.quick else "out") / f"glyphs-{name}"
-        length = dict(steps=20, report=10, passes=1) if args.quick else dict(minutes=args.minutes or 1.5)
+        length = (dict(steps=20, report=10, passes=1) if args.quick else
+                  dict(minutes=args.minutes or 1.5))
         command([sys.executable, "train.py", *flags(data="glyphs", branch=branch, device="cpu",
                                                     out=folder, **length)])
         command([sys.executable, "sample.py", "--frames", *flags(ckpt=folder / "ckpt.pt", n=6,
@@ -541,7 +542,8 @@ def image_results(args, data, minutes, count, calls):
     rows = []
     given = some_images(data, args.scratch) if args.quick else real_data(data)
     calls = 10 if args.quick else calls
-    given |= dict(steps=20, report=10, passes=1) if args.quick else dict(minutes=args.minutes or minutes)
+    given |= (dict(steps=20, report=10, passes=1) if args.quick else
+              dict(minutes=args.minutes or minutes))
     for branch in (4,) if args.quick else (None, 4):
         name = f"upscale-{branch}" if branch else "order-agnostic"
         folder = Path(args.scratch if args.quick else "out") / f"{data}-{name}"
