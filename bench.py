@@ -25,6 +25,7 @@ everything to seconds, to see that it runs, and writes nothing.
 import contextlib
 import importlib.util
 import io
+import itertools
 import json
 import os
 import re
@@ -513,11 +514,11 @@ def equal_split(L, calls):
 def bench_stages(args):
     """Calls against bits for the order-agnostic and three upscale models of glyphs."""
     rows = []
-    for branch in (None, 4) if args.quick else (None, 2, 4, 16):
+    for branch in (None, 4) if args.quick else (None, *args.branches):
         name = f"upscale-{branch}" if branch else "order-agnostic"
         folder = Path(args.scratch if args.quick else "out") / f"glyphs-{name}"
         length = (dict(steps=20, report=10, passes=1) if args.quick else
-                  dict(minutes=args.minutes or 1.5))
+                  dict(minutes=args.minutes or 1.0))
         command([sys.executable, "train.py", *flags(data="glyphs", branch=branch, device="cpu",
                                                     out=folder, **length)])
         command([sys.executable, "sample.py", "--frames", *flags(ckpt=folder / "ckpt.pt", n=6,
@@ -528,9 +529,12 @@ def bench_stages(args):
         L, chunks = checkpoint["L"].numpy(), train.load_data(
             checkpoint["settings"], "cpu").chunks("test")[0]
         budgets = (50,) if args.quick else (50, 100, 200, L.size)
-        plans = [planner.plan(L, n) for n in budgets] + [equal_split(L, n) for n in budgets]
+        plans = [planner.plan(L, n) for n in budgets] + [
+            equal_split(L, n) for n in budgets if n < L.size]          # all calls: one plan alone
         found = train.measure_plans(model, train.spread(chunks, 39), plans, affordable=1e9)
-        for n, best, equal in zip(budgets, found, found[len(budgets):]):
+        for n, best, equal in itertools.zip_longest(budgets, found[:len(budgets)],
+                                                    found[len(budgets):]):
+            equal = equal or best
             rows.append(dict(name=name, calls=n, predicted=best["predicted"],
                              measured=best["measured"], equal=equal["measured"]))
             print("  {name} {calls}: predicted {predicted:.3f}, measured {measured:.3f}, equal "
@@ -665,6 +669,8 @@ def main():
     parser.add_argument("--size", choices=list(train.SIZES["text"]),
                         help="for speed: this size instead")
     parser.add_argument("--batch", type=int, help="for speed with --size")
+    parser.add_argument("--branches", type=int, nargs="*", default=[2, 4, 16],
+                        help="for stages: the upscale models (default 2 4 16)")
     parser.add_argument("--ckpt", default="out/pydoc/ckpt.pt",
                         help="for run, which makes it, and compress, which needs it")
     parser.add_argument("--out", default="assets/bench.json", help="where the numbers are kept")

@@ -95,7 +95,8 @@ def frames(model, x, sigma, plan, most=12):
             for s, t in shown]
 
 
-def main():
+def arguments():
+    """The command line, checked as far as can be without the model."""
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--ckpt", required=True, help="a checkpoint of train.py")
     parser.add_argument("--n", type=int, default=8, help="how many samples (default 8)")
@@ -118,6 +119,11 @@ def main():
     args = parser.parse_args()
     if args.n < 1 or not args.temperature > 0 or not 0 <= args.seed < 1 << 63:
         raise UserError("--n must be at least 1, --temperature above 0 and --seed 0 to 2^63 - 1")
+    return args
+
+
+def main():
+    args = arguments()
     model, checkpoint = load_model(args.ckpt, args.device)
     image, (device, D) = checkpoint["kind"] == "image", (next(model.parameters()).device, model.D)
     if args.prompt is not None and image or args.inpaint and not image:
