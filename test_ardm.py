@@ -620,6 +620,8 @@ def test_unet_sees_what_is_known_and_nothing_else(options, branch):
     before = model.log_probs(x, m, t, s)
     hidden = torch.where(m, x, (x + 3) % 6)
     assert torch.equal(before, model.log_probs(hidden, m, t, s))
+    if branch is None:                                   # whatever stands where nothing is known
+        assert torch.equal(net(x, m, t, s), net(hidden, m, t, s))
     i = int(m[0].nonzero()[0])
     shown = x.clone()
     shown[0, i] = (x[0, i] + 4) % 8 if branch else (x[0, i] + 1) % 6   # another first digit
