@@ -562,6 +562,7 @@ def image_results(args, data, minutes, count, calls):
             for picture in ("frames", "inpaint"):
                 shutil.copy(folder / f"{picture}.png", f"assets/{folder.name}_{picture}.png")
         results = json.loads((folder / "results.json").read_text())
+        results["settings"] |= dict(data=data, data_dir="", out="")     # no paths of this machine
         model, checkpoint = train.load_model(folder / "ckpt.pt", "cpu")
         content = compress.open_input("test", checkpoint)
         content.symbols = content.symbols[:(2 if args.quick else count) * model.D]
