@@ -181,18 +181,24 @@ def bench_coder(args):
 
 # -- training --------------------------------------------------------------------------------------
 
-def timed_training(source, /, **given):
-    """Trains with these settings: bits/char on the test split, steps, characters a second."""
+def timed_training(source, /, keep=None, **given):
+    """Trains with these settings: bits/char on the test split, steps, characters a second. keep:
+    where the checkpoint stays."""
     c = train.complete(dict(given, report=10 ** 9))
     data = source(c) if callable(source) else source
     run = train.Run(c, data.K, data.kind, data.shape)
     with tempfile.TemporaryDirectory() as folder:
         train.train(run, data, Path(folder))
+    if keep:
+        run.save(keep)
     passes = 1 if data.kind == "image" else 4
     bits = train.bound(run.ema, *data.chunks("test"), passes=passes)["bits"]
     return dict(bits=bits, steps=run.step,
                 chars_per_second=run.step * c.batch * data.D / run.seconds,
                 params=sum(p.numel() for p in run.model.parameters()), minutes=run.seconds / 60)
+
+
+TEXT8 = Path("out/text8-prefix/ckpt.pt")             # what bench_text8 leaves for bench_archives
 
 
 def text8_prefix(c):
@@ -241,8 +247,8 @@ PAPER = {name: value for name, value in train.SIZES["text"]["paper"].items()    
 def bench_text8(args):
     """4 layers of 128 and chunks of 250 for all."""
     minutes = 0.02 if args.quick else args.minutes or 10.0
-    ours = dict(length=250, batch=8)
-    variants = {"our tiny recipe": ours,
+    ours = dict(length=250, batch=8, data="text8")
+    variants = {"our tiny recipe": dict(ours, keep=None if args.quick else TEXT8),
                 "the paper's recipe, the same size": {**ours, **PAPER, "warmup": 100}}
     return table(variants, text8_prefix, minutes, size="tiny", device="cpu")
 
@@ -329,7 +335,7 @@ def bench_compress(args):
     """The test text of the default run, under several budgets of calls, beside the usual tools."""
     model, checkpoint = train.load_model(args.ckpt, "cpu")
     content, rows = compress.open_input("test", checkpoint), []
-    content.symbols = content.symbols[:2000 if args.quick else 10000]
+    content.length = min(content.length, 2000 if args.quick else 10000)
     for calls in (8,) if args.quick else (model.D // 8, model.D // 4, model.D // 2, model.D):
         pairs = compress.candidates(model, checkpoint["L"], calls)
         bits, facts = compress.compare(model, checkpoint, content,
@@ -338,6 +344,44 @@ def bench_compress(args):
         print("  {calls} calls  {percent_over_nll:+.3f}% over the nll".format(**facts))
         print("  " + "  ".join(f"{name} {value:.3f}" for name, value in bits.items()))
     return rows
+
+
+def bench_archives(args):
+    """Held-out text as our archives and as the usual tools': whole, and every chunk by itself."""
+    rows = []
+    for name, path in dict(pydoc=Path(args.ckpt), text8=TEXT8).items():
+        if not path.is_file():
+            print(f"  {path} is not there: left out")
+            continue
+        model, checkpoint = train.load_model(path, "cpu")
+        source = text8_prefix if name == "text8" else lambda c: train.load_data(c, "cpu")
+        symbols = source(checkpoint["settings"]).splits["test"][:2000 if args.quick else 20000]
+        content = compress.Content.of(symbols, "text", 27, checkpoint["shape"])
+        for every in (10,) if args.quick else (4, 1):
+            rows.append(dict(text=name, tool=f"ardm, {-(-model.D // every)} calls", **our_archives(
+                model, checkpoint, content, every)))
+            print("  {text}, {tool}: {whole:.3f}, in chunks {chunks:.3f}".format(**rows[-1]))
+        found = train.references(symbols.numpy(), "text", 27, checkpoint["shape"])
+        rows += [dict(text=name, tool=tool, whole=bits, chunks=found[f"{tool} in chunks"])
+                 for tool, bits in found.items() if f"{tool} in chunks" in found]
+    return rows
+
+
+def our_archives(model, checkpoint, content, every):
+    """Every so many letters of a chunk together: bits of one archive, of one whose blocks are
+    single chunks, and the seconds of the first."""
+    calls = -(-model.D // every)
+    plan = planner.uniform_plan(1, model.D, calls)
+    order = "forward" if every == 1 else f"spaced:{every}"
+    begin = time.perf_counter()
+    archive, _ = compress.encode(model, content, order, plan, False)
+    middle = time.perf_counter()
+    assert torch.equal(compress.decode(model, checkpoint, archive, "archive"), content.symbols)
+    end = time.perf_counter()
+    alone, _ = compress.encode(model, content, order, plan, False, block=1)
+    return dict(whole=8 * len(archive) / content.length, chunks=8 * len(alone) / content.length,
+                encode=middle - begin, decode=end - middle,
+                weights=4 * sum(p.numel() for p in model.parameters()))
 
 
 # -- portable archives -----------------------------------------------------------------------------
@@ -367,22 +411,26 @@ def child(arguments, **environment):
 def bench_portable(args):
     """Differences between simulated machines, archives that decode there, and the price."""
     rows, scratch = [], Path(args.scratch)
-    for name, path in dict(text=Path(args.ckpt),
-                           glyphs=Path("out/glyphs-order-agnostic/ckpt.pt")).items():
-        if not path.is_file():
-            print(f"  {path} is not there: left out")
-            continue
+    for name, path in trained(args):
         child(["-c", PROBE, path, scratch / "here.npy"])
         here = np.load(scratch / "here.npy")
         model, checkpoint = train.load_model(path, "cpu")
         content = compress.open_input("test", checkpoint)
-        content.symbols = content.symbols[:(8 if args.quick else 64) * model.D]
-        plan, cost = planner.uniform_plan(model.S, model.D, 16), {}
-        for fast in (True, False):
+        content.length = min(content.length, (8 if args.quick else 64) * model.D)
+        plan, cost = planner.uniform_plan(model.S, model.D, 16), {True: [], False: []}
+        for fast in (True, False) * (1 if args.quick else 3):
             begin = time.perf_counter()
-            archive, bits = compress.encode(model, content, "spaced:16", plan, False, fast)
-            cost[fast] = time.perf_counter() - begin, len(archive)
+            archive, _ = compress.encode(model, content, "spaced:16", plan, False, fast)
+            middle = time.perf_counter()
+            compress.decode(model, checkpoint, archive, "archive")
+            blocks = compress.unpack(io.BytesIO(archive), "archive")[1]
+            cost[fast].append((middle - begin, time.perf_counter() - middle,
+                               sum(size for _, size, *_ in blocks)))
+        encode, decode, size = np.median(cost[False], axis=0) / np.median(cost[True], axis=0)
         (scratch / "archive").write_bytes(archive)
+        with open(scratch / "in", "wb") as file:
+            compress.write_content(file, compress.unpack(io.BytesIO(archive), "archive")[0],
+                                   [content.symbols])
         for machine, environment in MACHINES.items():
             child(["-c", PROBE, path, scratch / "there.npy"], **environment)
             there = np.load(scratch / "there.npy")
@@ -391,12 +439,66 @@ def bench_portable(args):
                    scratch / "back"], **environment)
             single, double = (np.abs(a - b)[k].max() for a, b, k in zip(here, there, known))
             rows.append(dict(model=name, machine=machine, single=single, double=double,
-                             same=(scratch / "back").read_bytes() == content.to_bytes(),
-                             seconds=cost[False][0] / cost[True][0],
-                             percent=100 * (cost[False][1] / cost[True][1] - 1)))
+                             same=(scratch / "back").read_bytes() == (
+                                 scratch / "in").read_bytes(),
+                             encode=encode, decode=decode, percent=100 * (size - 1)))
             print("  {model}, {machine}: float32 {single:.1e}, float64 {double:.1e}, decoded "
-                  "{same}, {seconds:.2f} times the seconds, {percent:+.3f}% bytes".format(
-                      **rows[-1]))
+                  "{same}, {encode:.2f} and {decode:.2f} times the seconds, {percent:+.3f}% "
+                  "payload".format(**rows[-1]))
+    return rows
+
+
+def trained(args):
+    """(name, path) of the checkpoints of text and of glyphs that are there."""
+    for name, path in dict(text=Path(args.ckpt),
+                           glyphs=Path("out/glyphs-order-agnostic/ckpt.pt")).items():
+        if path.is_file():
+            yield name, path
+        else:
+            print(f"  {path} is not there: left out")
+
+
+def bench_blocks(args):
+    """What random access costs: blocks of 1, 4, 16 datapoints, or all of them in one."""
+    rows = []
+    for name, path in trained(args):
+        model, checkpoint = train.load_model(path, "cpu")
+        content = compress.open_input("test", checkpoint)
+        number = min(content.length, 4096 if args.quick else compress.BLOCK) // model.D
+        content.length = number * model.D
+        plan, here = planner.uniform_plan(model.S, model.D, 16), []
+        for block in sorted({1, 4, 16, compress.DEFAULT_BLOCK, number}):
+            if block <= number:
+                begin = time.perf_counter()
+                archive, _ = compress.encode(model, content, "spaced:16", plan, False, block=block)
+                middle = time.perf_counter()
+                compress.decode(model, checkpoint, archive, "archive")
+                here.append(dict(model=name, block=block, bytes=len(archive), encode=middle - begin,
+                                 decode=time.perf_counter() - middle))
+        rows += [dict(row, percent=100 * (row["bytes"] / here[-1]["bytes"] - 1)) for row in here]
+        for row in rows[-len(here):]:
+            print("  {model}, {block} in a block: {bytes} bytes, {percent:+.2f}%".format(**row))
+    return rows
+
+
+def bench_ahead(args):
+    """One datapoint, every step a call: encoding it call by call, and with many calls together."""
+    rows = []
+    for name, path in trained(args):
+        model, checkpoint = train.load_model(path, "cpu")
+        content = compress.open_input("test", checkpoint)
+        content.length = model.D
+        plan, seconds = planner.full_plan(model.S, model.D), []
+        for batch in (1, None):
+            begin = time.perf_counter()
+            archive, _ = compress.encode(model, content, "forward", plan, False, batch=batch)
+            seconds.append(time.perf_counter() - begin)
+        begin = time.perf_counter()
+        compress.decode(model, checkpoint, archive, "archive")
+        rows.append(dict(model=name, calls=len(plan), alone=seconds[0], ahead=seconds[1],
+                         decode=time.perf_counter() - begin))
+        print("  {model}, {calls} calls: {alone:.2f} s, together {ahead:.2f} s, decoding "
+              "{decode:.2f} s".format(**rows[-1]))
     return rows
 
 
@@ -423,7 +525,8 @@ def bench_fuzz(args):
     torch.manual_seed(0)
     model = train.build_model(c, 27, (16,)).eval()
     checkpoint = dict(kind="text", K=27, shape=[16])
-    content = compress.read_content(b"what is written can be read again", checkpoint)
+    text = torch.from_numpy(datasets.to_symbols(b"what is written can be read again", 27))
+    content = compress.Content.of(text, "text", 27, checkpoint["shape"])
     plan = planner.uniform_plan(1, 16, 4)
     archive, _ = compress.encode(model, content, "forward", plan)
     found, rng = dict.fromkeys(("refused", "the same", "WRONG", "TRACEBACK"), 0), (
@@ -433,7 +536,7 @@ def bench_fuzz(args):
         try:
             with contextlib.redirect_stderr(io.StringIO()):              # no 10,000 progress bars
                 back = compress.decode(model, checkpoint, bad, "archive")
-            found["the same" if torch.equal(back.symbols, content.symbols) else "WRONG"] += 1
+            found["the same" if torch.equal(back, text) else "WRONG"] += 1
         except datasets.UserError:
             found["refused"] += 1
         except Exception as error:                                     # what must not happen
@@ -565,7 +668,7 @@ def image_results(args, data, minutes, count, calls):
         results["settings"] |= dict(data=data, data_dir="", out="")     # no paths of this machine
         model, checkpoint = train.load_model(folder / "ckpt.pt", "cpu")
         content = compress.open_input("test", checkpoint)
-        content.symbols = content.symbols[:(2 if args.quick else count) * model.D]
+        content.length = (2 if args.quick else count) * model.D
         pairs = compress.candidates(model, checkpoint["L"], calls)
         bits, facts = compress.compare(model, checkpoint, content,
                                        *compress.search(model, checkpoint, pairs))
@@ -581,8 +684,8 @@ def bench_mnist(args):
 
 
 def bench_cifar10(args):
-    """CIFAR-10, ten minutes each, archives of 40 images."""
-    return image_results(args, "cifar10", 10.0, 40, 100)
+    """CIFAR-10, twenty minutes each, archives of 40 images."""
+    return image_results(args, "cifar10", 20.0, 40, 100)
 
 
 # -- the README ------------------------------------------------------------------------------------
@@ -600,7 +703,16 @@ TABLES = {                           # section -> {head of a column: format of a
               "characters/s": "{chars_per_second:,.0f}"},
     "portable": {"model": "{model}", "simulated": "{machine}", "float32 differs by": "{single:.0e}",
                  "float64 differs by": "{double:.0e}", "decodes to the same": "{same}",
-                 "seconds, of fast mode's": "{seconds:.1f}", "bytes": "{percent:+.2f}%"},
+                 "encode, of fast mode's seconds": "{encode:.1f}",
+                 "decode, of fast mode's seconds": "{decode:.1f}", "payload": "{percent:+.3f}%"},
+    "archives": {"text": "{text}", "": "{tool}", "whole": "{whole:.2f}",
+                 "every chunk alone": "{chunks:.2f}", "encode": "{encode:.0f} s",
+                 "decode": "{decode:.0f} s", "weights beside it": "{weights:,} bytes"},
+    "blocks": {"model": "{model}", "datapoints in a block": "{block}", "bytes": "{bytes:,}",
+               "over one block": "{percent:+.2f}%", "encode": "{encode:.1f} s",
+               "decode": "{decode:.1f} s"},
+    "ahead": {"model": "{model}", "calls": "{calls}", "encode, call by call": "{alone:.2f} s",
+              "encode, calls together": "{ahead:.2f} s", "decode": "{decode:.2f} s"},
     "fuzz": {"mutated archives": "{archives:,}", "refused": "{refused:,}",
              "unchanged, decoded": "{the same}", "decoded wrongly": "{WRONG}",
              "crashed": "{TRACEBACK}"},
@@ -662,6 +774,7 @@ SECTIONS = {name[6:]: value for name, value in list(globals().items()) if name.s
 
 
 def main():
+    """The command line: sections measured, kept in --out and shown in the README."""
     parser = train.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("sections", nargs="*", metavar="SECTION",
                         help=", ".join(SECTIONS) + "; none: only write the README's tables anew")

@@ -36,6 +36,7 @@ import numpy as np
 
 WORD = (1 << 32) - 1
 GRID = 1 << 10                       # levels in a nat
+LANES = 40                           # streams from which on NumPy is faster than one by one
 DEEPEST = 28 * GRID                  # level from which on a probability counts as 0: e^-28 < 2^-40
 
 
@@ -165,6 +166,8 @@ class Decoder:
 
 def encode_streams(starts, freqs, precision=22):
     """M streams at once: (T, M) starts and freqs, in reading order down each column -> M bytes."""
+    if starts.shape[1] < LANES:
+        return [encode(*stream, precision) for stream in zip(starts.T, freqs.T)]
     starts, freqs = (a.astype(np.uint64) for a in _check_intervals(starts, freqs, precision))
     (T, M), room = starts.shape, np.uint64(64 - precision)
     rest = np.uint64(1 << precision) - freqs
@@ -179,6 +182,27 @@ def encode_streams(starts, freqs, precision=22):
         x += x // f * rest[step] + starts[step]
     lanes = np.split(words.T[moved.T], np.cumsum(moved.sum(axis=0))[:-1]) if M else []
     return [_message(state, lane) for state, lane in zip(x.tolist(), lanes)]
+
+
+def decoders(streams, precision=22):
+    """What reads these M streams: `DecoderStreams`, or for few of them `FewDecoders`."""
+    return (DecoderStreams if len(streams) >= LANES else FewDecoders)(streams, precision)
+
+
+class FewDecoders:
+    """`DecoderStreams` of few streams, each read by itself."""
+
+    def __init__(self, streams, precision=22):
+        self.each = [Decoder(stream, precision) for stream in streams]
+
+    def pop(self, cdf):
+        """cdf (T, M, A + 1) -> (T, M) int64, the next T symbols of each stream."""
+        return np.stack([one.pop(cdf[:, i]) for i, one in enumerate(self.each)], axis=1)
+
+    @property
+    def clean(self):
+        """(M,) bool: which streams are at a clean end."""
+        return np.array([one.done for one in self.each], dtype=bool)
 
 
 class DecoderStreams:

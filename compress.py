@@ -7,22 +7,22 @@
     python compress.py info IN                                  what an archive holds
 
 IN is text, or images: a .npy file, or train, valid or test for that split of the model's data.
-`batch` datapoints go through the network together, in one walk over the plan. Those of text, the
-chunks of a file, share one rANS stream, a block; every image is a stream and a block by itself.
-The encoder makes the decoder's very calls, in the same batches: a batch that is not full is filled
-up with absent variables. An archive, all numbers big-endian:
+A block is a stream that is decoded as a whole: one image, or 256 chunks of text (--block). Blocks
+go through the network together, as many as --batch says, or as the memory at hand allows. A file is
+read, coded and written block by block: its size is no matter of memory. All numbers of an archive
+are big-endian:
 
     offset      bytes   what
     0           4       "ARDM"
-    4           1       format version, 2
+    4           1       format version, 3
     5           4       h, length of the header
-    9           h       header: JSON, see `make_header`, deflated by zlib
-    then        w + 4   of each block: length of the payload, in w bytes (`width` in the header),
-                        and CRC-32 of the symbols that it decodes to, one byte each, and then of
-                        the payload
+    9           h       header: JSON, see `make_header`, packed by `deflate`
+    then        w + 4   of each block: in w bytes (`width` in the header) twice the length of the
+                        payload, plus 1 where it has no shifts; and CRC-32 of the symbols that it
+                        decodes to, one byte each, and then of the payload
     then        4       CRC-32 of all before it
     then                the payloads, one behind the other: in portable mode the shifts of the
-                        grid, see `pack_shifts`, then a stream of coder.py
+                        grid, where there are any, see `pack_shifts`; a stream of coder.py
 
 Encoder and decoder must compute the same integers, but the last bits of what a network says depend
 on the machine, its libraries, the number of threads, and what is beside a datapoint in its batch.
@@ -35,9 +35,10 @@ of a boundary, it shifts the grid of that call a little, until none does, and st
 under this one assumption, a difference below MARGIN, every decoder gets the encoder's integers: on
 CPU or CUDA, with any number of threads and any batch size.
 
---fast: float32, several times as fast, bound to the machine. The header carries a fingerprint of
-what the network says about a fixed input: a machine on which it says something else would decode
-garbage, and refuses first.
+--fast: float32, bound to the machine: the decoder makes the encoder's very calls, in batches of the
+same shape; one that is not full is filled up with absent variables. The header carries a
+fingerprint of what the network says about a fixed input: a machine on which it says something else
+would decode garbage, and refuses first.
 
 In both modes the encoder proves each block by decoding it, and checksums tell damage.
 """
@@ -47,6 +48,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import shlex
 import struct
@@ -67,22 +69,29 @@ from data import UserError
 from train import (Parser, bound, command_line, image_sizes, load_data, load_model, references,
                    replacing, spread)
 
-MAGIC, VERSION, PRECISION = b"ARDM", 2, 22
-BLOCK = 1 << 15                                      # symbols in a batch, about
-LONGEST_HEADER = 1 << 24                             # bytes; a plan has up to S * D entries
+MAGIC, VERSION, PRECISION = b"ARDM", 3, 22
+BLOCK = 1 << 15                                      # symbols in a block at most
+DEFAULT_BLOCK = 256                                  # datapoints of text in a block
+LONGEST_HEADER = 1 << 22                             # bytes; a plan has up to S * D entries
+WORDS = (b'bytes"image","npy":[28,28],"backward"random:1"coarse"spaced:"probe":"batch":"device":'
+         b'"cpu""threads":2,"torch":"2.13.0+cpu",{"kind":"text","length":20000,"shape":[64],"K":27,'
+         b'"order":"forward","plan":[[1,1,64]],[1,2,"block":256,"weights":"","fast":false,'
+         b'"width":2}')                              # what headers say, see `deflate`
 MARGIN = 1e-10                                       # nats: see above
 
 
 class Codec:
-    """Batches of datapoints to payloads and back: a model, an order, a plan and a batch size.
+    """Datapoints to payloads and back, for a model, an order and a plan.
 
-    shape: of a datapoint, (D,) or (C, H, W). separate: every datapoint is a stream of its own;
-    otherwise all of a batch are one, and the last may be shorter than D: what it lacks is absent.
-    fast: float32, bound to this machine; see above. tick() is called for every network call.
+    shape: of a datapoint, (D,) or (C, H, W). block: datapoints in a stream; only a last stream may
+    hold fewer, and of text less than a whole last one: what it lacks is absent. batch: datapoints
+    that go through the network together, raised to a whole number of blocks. fast: float32, bound
+    to this machine; see above. tick() is called for every entry of the plan.
     """
 
-    def __init__(self, model, shape, order, plan, batch, separate, fast=False):
-        self.plan, self.batch, self.separate, self.fast = plan, batch, separate, fast
+    def __init__(self, model, shape, order, plan, block, batch, fast=False):
+        self.plan, self.fast = plan, fast
+        self.block, self.batch = block, max(block, batch // block * block)
         self.weights, device = digest(model), next(model.parameters()).device
         self.device = torch.device("cpu") if device.type == "mps" and not fast else device
         self.model = model if fast else copy.deepcopy(model).to(self.device).double()
@@ -90,64 +99,89 @@ class Codec:
         self.sigma = torch.from_numpy(planner.order(order, shape)).to(self.device)
 
     def encode(self, symbols):
-        """(n,) symbols, n <= batch * D -> payloads, and ideal length in bits: -log2 p under this
-        order and plan."""
-        n, D, pushed, bits = len(symbols), self.model.D, [], [0.0]
-        x, streams = self._blank(n), n // D if self.separate else 1
-        shifts = [[] for _ in range(streams)]            # (call, shift of the grid), where not 0
+        """(n,) symbols, whole blocks or a single one -> payloads, and the ideal length of each in
+        bits, (streams,): -log2 p under this order and plan."""
+        x, sigma, plan = self._begin(len(symbols))
+        x.view(-1)[:len(symbols)] = symbols.to(x)
+        streams, pushed = -(-len(symbols) // (self.block * self.model.D)), []
+        shifts, bits = [[] for _ in range(streams)], np.zeros(streams)
 
-        def push(log_p, where, s):
-            a, log_p = self.model.symbol(x, s), log_p[where]
-            written = a[where]
+        def push(call, log_p, where, s):
+            """Takes down the intervals of what one call writes."""
+            written = self.model.symbol(x, s)[where]
             cdf, shift = self._tables(log_p, streams)
             for i in np.flatnonzero(shift):
-                shifts[i].append((self.call, int(shift[i])))
-            pushed.append(coder.intervals(cdf, written.cpu().numpy()))
-            nats = -log_p.gather(1, written[:, None]).cpu().double().sum().item()
-            bits[0] += bits_per_dim(nats, 1)
-            return a
+                shifts[i].append((call, int(shift[i])))
+            parts = coder.intervals(cdf, written.cpu().numpy())
+            pushed.append([part.reshape(streams, -1).T for part in parts])       # (k, streams)
+            nats = -log_p.gather(1, written[:, None]).cpu().double().view(streams, -1).sum(dim=1)
+            bits[:] += bits_per_dim(nats.numpy(), 1)
 
-        x.view(-1)[:n] = symbols.to(x)
-        self._walk(x, n, push)
-        if self.separate:                                # each call: (streams * k,) -> (k, streams)
-            lanes = (np.concatenate([part.reshape(streams, -1).T for part in parts])
-                     for parts in zip(*pushed))
-            coded = coder.encode_streams(*lanes, PRECISION)
-        else:
-            coded = [coder.encode(*map(np.concatenate, zip(*pushed)), PRECISION)]
+        self._read(x, plan, sigma, push)
+        coded = coder.encode_streams(*map(np.concatenate, zip(*pushed)), PRECISION)
         if self.fast:
-            return coded, bits[0]
-        return [pack_shifts(row) + part for row, part in zip(shifts, coded)], bits[0]
+            return coded, bits
+        return [pack_shifts(row) + part for row, part in zip(shifts, coded)], bits
+
+    @torch.no_grad()
+    def _read(self, x, plan, sigma, push):
+        """Gives push what the network says at each entry of the plan: (number of the entry, (n, A)
+        log-probabilities, where, s). These calls need not wait for each other, as data that is
+        known waits for nothing: in portable mode as many go together as the batch has room for."""
+        B, size = len(x), 1 if self.fast else max(1, self.batch // len(x))
+        for first in range(0, len(plan), size):
+            part = plan[first:first + size]
+            s, t, k = torch.tensor(part, device=x.device).repeat_interleave(B, dim=0).T
+            order = sigma.repeat(len(part), 1)                           # (calls * B, D)
+            m = order < t[:, None]
+            where = ~m & (order < (t + k)[:, None])
+            log_p = self.model.log_probs(x.repeat(len(part), 1), m, t, s, where)
+            where = where.view(len(part), B, -1)
+            each = log_p.split(where.sum(dim=(1, 2)).tolist())
+            for i, (log_p, (stage, _, _)) in enumerate(zip(each, part)):
+                self.tick()
+                push(first + i, log_p, where[i], stage)
 
     def decode(self, payloads, n):
         """Payloads -> (n,) uint8 symbols, and for each payload whether its stream came to a clean
         end. A payload None is left out, its symbols are 0: the network still predicts them, so that
         its calls have the encoder's shapes."""
+        x, sigma, plan = self._begin(n)
         wanted = [i for i, payload in enumerate(payloads) if payload is not None]
         streams, shifts = [payloads[i] for i in wanted], [{}] * len(wanted)
         if not self.fast:
             shifts, streams = zip(*map(unpack_shifts, streams))
-        decoder = (coder.DecoderStreams(streams, PRECISION) if self.separate else
-                   coder.Decoder(streams[0], PRECISION))
+        decoder, calls = coder.decoders(streams, PRECISION), itertools.count()
 
         def pop(log_p, where, s):
-            a, log_p = torch.zeros_like(where, dtype=torch.long), log_p[where]
+            """What one call writes, read from the streams: `choose` of `walk`."""
+            self.tick()
+            a, log_p, call = torch.zeros_like(where, dtype=torch.long), log_p[where], next(calls)
             symbols = np.zeros((len(payloads), len(log_p) // len(payloads)), dtype=np.int64)
             part = log_p.view(*symbols.shape, -1)[wanted]                # (streams, k, A)
             cdf, _ = self._tables(part.flatten(0, 1), len(wanted),
-                                  [row.get(self.call, 0) for row in shifts])
-            if self.separate:
-                cdf = cdf.reshape(*part.shape[:2], -1).swapaxes(0, 1)    # (k, streams, A + 1)
+                                  [row.get(call, 0) for row in shifts])
+            cdf = cdf.reshape(*part.shape[:2], -1).swapaxes(0, 1)        # (k, streams, A + 1)
             symbols[wanted] = decoder.pop(cdf).T
             symbols = torch.from_numpy(symbols).flatten().to(a)
             possible = log_p.gather(1, symbols[:, None])[:, 0] > -torch.inf
             a[where] = torch.where(possible, symbols, 0)         # damaged bytes may say anything
             return a
 
-        x = self._walk(self._blank(n), n, pop)
+        x = self.model.walk(self.model.coarse(x, 0), plan, sigma, pop)
         clean = np.ones(len(payloads), bool)
-        clean[wanted] = decoder.clean if self.separate else decoder.done
+        clean[wanted] = decoder.clean
         return x.view(-1)[:n].to("cpu", torch.uint8), clean
+
+    def _begin(self, n):
+        """For n symbols: zeros (rows, D), as many rows as they fill, in fast mode the whole batch;
+        sigma (rows, D), in which what is too many is absent; and the plan, as far as it goes."""
+        D = self.model.D
+        x = torch.zeros(self.batch if self.fast else -(-n // D), D, dtype=torch.long,
+                        device=self.device)
+        absent = torch.arange(x.numel(), device=self.device).view(x.shape) >= n
+        sigma = rerank(self.sigma.expand(x.shape), absent=absent)
+        return x, sigma, [(s, t, k) for s, t, k in self.plan if t <= n]
 
     def _tables(self, log_p, streams, shifts=None):
         """(n, A) log-probabilities, of that many streams one after the other -> (n, A + 1) integer
@@ -176,22 +210,33 @@ class Codec:
                                          torch.ones_like(half))
         return zlib.crc32(self._tables(log_p.flatten(0, 1), 1)[0].tobytes())
 
-    def _blank(self, n):
-        """Zeros for n symbols: (batch, D) in fast mode, else as many rows as they fill."""
-        rows = self.batch if self.fast else -(-n // self.model.D)
-        return torch.zeros(rows, self.model.D, dtype=torch.long, device=self.device)
 
-    def _walk(self, x, n, choose):
-        """One walk over the plan, as far as n symbols need it."""
-        def counted(*call):
-            self.tick()
-            self.call += 1
-            return choose(*call)
+def pick_batch(model):
+    """Datapoints that go through the network together: on a CPU 2^13 variables, more are slower, on
+    a GPU 2^18, and no more than a quarter of the free memory holds, where the system tells."""
+    device = next(model.parameters()).device
+    wide = max(p.shape[0] for group in model.net.matrices().values() for p in group)
+    try:
+        free = (torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else
+                os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, ValueError, OSError):
+        free = 1 << 40
+    most = 1 << (18 if device.type == "cuda" else 13)
+    return max(1, min(most, free // 4 // (64 * wide)) // model.D)    # float64, some 8 layers
 
-        absent = torch.arange(x.numel(), device=self.device).view(x.shape) >= n
-        sigma = rerank(self.sigma.expand(x.shape), absent=absent)
-        plan, self.call = [(s, t, k) for s, t, k in self.plan if t <= n], -1
-        return self.model.walk(self.model.coarse(x, 0), plan, sigma, counted)
+
+def pick_sizes(model, kind, fast=False, block=None, batch=None):
+    """(block, batch) as they are asked for, where they are; UserError where they cannot be."""
+    most = max(1, BLOCK // model.D)
+    if block is None:
+        block = 1 if kind == "image" else min(DEFAULT_BLOCK, most)
+    if not 1 <= block <= most:
+        raise UserError(f"--block {block}: choose 1 to {most}")
+    if batch is None:
+        batch = min(most, pick_batch(model)) if fast else pick_batch(model)
+    if batch < 1 or fast and batch > most:
+        raise UserError(f"--batch {batch}: choose 1 or more, with --fast up to {most}")
+    return block, batch
 
 
 def to_levels(log_p, shift):
@@ -224,41 +269,112 @@ def unpack_shifts(payload):
 # -- The archive -----------------------------------------------------------------------------------
 
 class Content:
-    """What is coded: its symbols (n,) uint8, what they are (kind), and the shape of a datapoint.
+    """What is coded: how many symbols (length), what they are (kind), and the shape of a datapoint.
 
-    npy: of images, the shape of one of them in the .npy file, (H, W) or (H, W, C).
+    read(start, stop) -> (n,) uint8 of them: a file is never in memory as a whole. npy: of images,
+    the shape of one of them in the .npy file, (H, W) or (H, W, C).
     """
 
-    def __init__(self, kind, symbols, K, shape, npy=None):
-        self.kind, self.symbols, self.K, self.shape, self.npy = kind, symbols, K, shape, npy
+    def __init__(self, read, length, kind, K, shape, npy=None):
+        self.read, self.length, self.kind, self.K = read, length, kind, K
+        self.shape, self.npy = tuple(shape), npy
+
+    @classmethod
+    def of(cls, symbols, kind, K, shape, npy=None):
+        """That of symbols (n,) in memory."""
+        return cls(lambda start, stop: symbols[start:stop], len(symbols), kind, K, shape, npy)
+
+    @property
+    def symbols(self):
+        """All of them, (length,) uint8."""
+        return self.read(0, self.length)
 
     @property
     def count(self):
         """How many units (characters, images) there are, and what they are called."""
-        n, D = len(self.symbols), int(np.prod(self.shape))
-        return (n // D, "images") if self.kind == "image" else (n, "characters")
+        return amount(self.length, self.kind, self.shape)
 
-    def to_bytes(self):
-        """The bytes of the file."""
-        if self.kind != "image":
-            return datasets.to_bytes(self.symbols, self.K)
-        images = datasets.to_images(self.symbols, self.shape)
-        np.save(file := io.BytesIO(), images.reshape(-1, *self.npy))
-        return file.getvalue()
+    def check(self, name):
+        """UserError where this model has no symbol for something, before anything is written."""
+        size = 1 << 20
+        size -= size % int(np.prod(self.shape)) if self.kind == "image" else 0
+        for start in range(0, self.length, size):
+            part = self.read(start, min(start + size, self.length))
+            if self.kind == "image" and (high := int(part.max())) >= self.K:
+                raise UserError(f"{name} holds the value {high}, the model knows 0 to "
+                                f"{self.K - 1}")
 
 
-def read_content(stream, checkpoint, name="IN"):
-    """The bytes of a file -> Content that the model of this checkpoint can code, or a UserError."""
+def amount(n, kind, shape):
+    """n symbols in units: (number, their name)."""
+    return (n // int(np.prod(shape)), "images") if kind == "image" else (n, "characters")
+
+
+def open_input(path, checkpoint):
+    """Content of a file, or of the split of that name of the data that the model was trained on; a
+    UserError where the model of this checkpoint cannot code it."""
     kind, K, shape = checkpoint["kind"], checkpoint["K"], tuple(checkpoint["shape"])
-    if kind != "image":
-        return Content(kind, torch.from_numpy(datasets.to_symbols(stream, K)), K, shape)
-    images, npy = datasets.read_npy(io.BytesIO(stream), name)
-    if images.shape[1:] != shape:
-        raise UserError(f"{name} holds images of (C, H, W) = {images.shape[1:]}, the model codes "
-                        f"{shape}")
-    if images.max() >= K:
-        raise UserError(f"{name} holds the value {images.max()}, the model knows 0 to {K - 1}")
-    return Content(kind, torch.from_numpy(images).reshape(-1), K, shape, npy)
+    if path in ("train", "valid", "test") and not Path(path).exists():
+        data = load_data(checkpoint["settings"], "cpu", checkpoint, fetch=False)
+        C, *sides = shape                                # of text: its length
+        return Content.of(data.splits[path].reshape(-1), kind, K, shape,
+                          sides if C == 1 else (*sides, C))
+    content = open_images(path, K, shape) if kind == "image" else open_text(path, kind, K, shape)
+    content.check(path)
+    return content
+
+
+def open_text(path, kind, K, shape):
+    """Content of a file of characters or bytes."""
+    try:
+        file = open(path, "rb")
+        file = file if file.seekable() else io.BytesIO(file.read())
+        length = file.seek(0, os.SEEK_END)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}")
+
+    def read(start, stop):
+        file.seek(start)
+        part = file.read(stop - start)
+        if len(part) < stop - start:
+            raise UserError(f"{path} became shorter while it was read")
+        return torch.from_numpy(datasets.to_symbols(part, K, start))
+    return Content(read, length, kind, K, shape)
+
+
+def open_images(path, K, shape):
+    """Content of a .npy file of images of that shape (C, H, W)."""
+    images, npy = datasets.open_npy(path)
+    found, D = (images.shape[3], *images.shape[1:3]), int(np.prod(shape))
+    if found != shape:
+        raise UserError(f"{path} holds images of (C, H, W) = {found}, the model codes {shape}")
+
+    def read(start, stop):
+        part = images[start // D:stop // D].transpose(0, 3, 1, 2)
+        return torch.from_numpy(part.reshape(-1))        # a copy
+    return Content(read, len(images) * D, "image", K, shape, npy)
+
+
+def write_content(file, header, parts):
+    """The file that an archive was made of, from its symbols: an iterator of (n,) uint8. Returns
+    how many there were."""
+    shape, n = header["shape"], 0
+    if header["kind"] != "image":
+        for part in parts:
+            n += file.write(datasets.to_bytes(part, header["K"]))
+        return n
+
+    def head(number):
+        """A .npy header; of the same size for any number."""
+        np.lib.format.write_array_header_1_0(file, dict(
+            descr="|u1", fortran_order=False, shape=(number, *header["npy"])))
+
+    head(header["length"] // int(np.prod(shape)))
+    for part in parts:
+        n += file.write(datasets.to_images(part, shape).tobytes())
+    file.seek(0)
+    head(n // int(np.prod(shape)))                       # fewer, where some are left out
+    return n
 
 
 def make_header(codec, content, order):
@@ -266,10 +382,10 @@ def make_header(codec, content, order):
     runs = [[*key, len(list(run))]
             for key, run in itertools.groupby((s, k) for s, _, k in codec.plan)]
     image = dict(npy=content.npy) if content.kind == "image" else {}
-    machine = dict(probe=codec.fingerprint(), device=codec.device.type,
+    machine = dict(probe=codec.fingerprint(), batch=codec.batch, device=codec.device.type,
                    threads=torch.get_num_threads(), torch=torch.__version__) if codec.fast else {}
-    return dict(kind=content.kind, length=len(content.symbols), shape=content.shape, **image,
-                K=codec.model.K, order=order, plan=runs, batch=codec.batch, weights=codec.weights,
+    return dict(kind=content.kind, length=content.length, shape=content.shape, **image,
+                K=codec.model.K, order=order, plan=runs, block=codec.block, weights=codec.weights,
                 fast=codec.fast, **machine)
 
 
@@ -281,61 +397,89 @@ def digest(model):
     return total.hexdigest()[:16]
 
 
-def pack(header, blocks):
-    """Header dict and [(symbols, payload)] -> the bytes of an archive."""
-    longest = max([len(payload) for _, payload in blocks], default=0)
-    width = -(-longest.bit_length() // 8)
+def blocks_of(header):
+    """[n, ...], how many symbols each block of an archive decodes to."""
+    block, n = header["block"] * math.prod(header["shape"]), header["length"]
+    return [block] * (n // block) + [n % block] * (n % block > 0)
+
+
+def write_archive(file, header, blocks):
+    """header: a dict; blocks: an iterator of (symbols, payload), written as they come: the place of
+    the index is kept free and filled in at the end, as all lengths are known to fit."""
+    sizes, stages = blocks_of(header), header["plan"][-1][0]
+    # most bytes that a payload may take: shifts, state, symbols
+    most = 1 + 4 * 255 + 8 + max(sizes, default=0) * stages * PRECISION // 8
+    width = -(-(most << 1).bit_length() // 8)
     text = json.dumps(header | dict(width=width), separators=(",", ":")).encode()
-    text = zlib.compress(text, 9)
+    text = deflate(text)
     head = MAGIC + struct.pack(">BI", VERSION, len(text)) + text
-    head += b"".join(len(payload).to_bytes(width, "big") + checksum(symbols, payload)
-                     for symbols, payload in blocks)
-    return head + struct.pack(">I", zlib.crc32(head)) + b"".join(part for _, part in blocks)
+    file.write(head + bytes(len(sizes) * (width + 4) + 4))
+    for symbols, payload in blocks:
+        plain = not header["fast"] and payload[0] == 0   # no shifts: what says so is left out
+        entry = (len(payload) - plain) << 1 | plain
+        head += entry.to_bytes(width, "big") + checksum(symbols, payload)
+        file.write(payload[plain:])
+    file.seek(0)
+    file.write(head + struct.pack(">I", zlib.crc32(head)))
+
+
+def deflate(text):
+    """The header's JSON, packed; its words are known beforehand (WORDS), so that it is short."""
+    packer = zlib.compressobj(9, zdict=WORDS)
+    return packer.compress(text) + packer.flush()
 
 
 def checksum(symbols, payload):
     return struct.pack(">I", zlib.crc32(payload, zlib.crc32(symbols.numpy().tobytes())))
 
 
-def unpack(archive, name, keep_going=False):
-    """The bytes of an archive -> header dict and [(checksum, payload, offset)], checked as far as
-    can be without the model. UserError says what is wrong. keep_going: payloads that are not whole
-    are no error."""
-    if archive[:4] != MAGIC:
+def unpack(file, name, keep_going=False):
+    """An open archive -> header dict and [(checksum, size, offset, plain)] of the payloads, for
+    `read_payload`, checked as far as can be without the model. UserError says what is wrong.
+    keep_going: payloads that are not whole are no error."""
+    total = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    start = file.read(9)
+    if start[:4] != MAGIC:
         raise UserError(f"{name} is no archive of compress.py")
-    if archive[4:5] != bytes([VERSION]):
-        raise UserError(f"{name} has format version {archive[4] if len(archive) > 4 else '?'}, "
+    if start[4:5] != bytes([VERSION]):
+        raise UserError(f"{name} has format version {start[4] if len(start) > 4 else '?'}, "
                         f"this program reads {VERSION}")
-    at = 9 + int.from_bytes(archive[5:9], "big")
     try:
-        header = json.loads(zlib.decompressobj().decompress(archive[9:at], LONGEST_HEADER))
-        require(all(type(header[key]) is int for key in ("length", "batch", "width")))
-        sizes = header["shape"]
-        require(len(sizes) in (1, 3) and all(type(n) is int and n > 0 for n in sizes))
-        D, width = int(np.prod(sizes)), header["width"]
-        symbols = D if header["kind"] == "image" else header["batch"] * D        # of a block
-        require(0 <= header["length"] and 0 <= width <= 4 and header["batch"] > 0)
-        require(header["batch"] * D <= max(BLOCK, D))    # what `encode` would write
-        require(header["kind"] != "image" or header["length"] % D == 0)
-        number = -(-header["length"] // symbols)
-        end = at + number * (width + 4)
-        require(end + 4 <= len(archive))
-        require(zlib.crc32(archive[:end]) == int.from_bytes(archive[end:end + 4], "big"))
-    except (ValueError, KeyError, TypeError, RecursionError, zlib.error):
+        text = file.read(min(int.from_bytes(start[5:9], "big"), total))
+        header = json.loads(zlib.decompressobj(zdict=WORDS).decompress(text, LONGEST_HEADER))
+        check_header(header, total)
+        width, number = header["width"], len(blocks_of(header))
+        index = file.read(number * (width + 4))
+        require(zlib.crc32(start + text + index) == int.from_bytes(file.read(4), "big"))
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError, zlib.error):
         raise UserError(f"{name} is damaged: its header or index is cut off, or does not match its "
                         "checksum")
-    blocks, begin = [], end + 4
-    for entry in range(at, end, width + 4):
-        size = int.from_bytes(archive[entry:entry + width], "big")
-        if begin + size > len(archive) and not keep_going:
+    blocks, begin = [], file.tell()
+    for entry in range(0, len(index), width + 4):
+        size, plain = divmod(int.from_bytes(index[entry:entry + width], "big"), 2)
+        if begin + size > total and not keep_going:
             raise UserError(f"{name} is cut off: block {len(blocks)}, at byte {begin}, is not "
                             "there, or not whole (--keep-going delivers the others)")
-        blocks.append((archive[entry + width:entry + width + 4], archive[begin:begin + size],
-                       begin))
+        blocks.append((index[entry + width:entry + width + 4], size, begin, plain))
         begin += size
-    if begin != len(archive) and not keep_going:
-        raise UserError(f"{name} is damaged: {len(archive) - begin} bytes follow the last block")
+    if begin != total and not keep_going:
+        raise UserError(f"{name} is damaged: {total - begin} bytes follow the last block")
     return header, blocks
+
+
+def check_header(header, total):
+    """ValueError, KeyError or TypeError where this is not the header of an archive of that many
+    bytes: nothing that it claims may cost time or memory."""
+    require(all(type(header[key]) is int for key in ("length", "block", "width")))
+    sizes = header["shape"]
+    require(len(sizes) in (1, 3) and all(type(n) is int and n > 0 for n in sizes))
+    D, width = math.prod(sizes), header["width"]
+    require(0 <= header["length"] and 0 <= width <= 4)
+    require(header["kind"] != "image" or header["length"] % D == 0)
+    for rows in (header["block"], header["batch"]) if header["fast"] else (header["block"],):
+        require(type(rows) is int and 0 < rows * D <= max(BLOCK, D))     # what `encode` would write
+    require(header["length"] // (header["block"] * D) * (width + 4) <= total)
 
 
 def require(holds):
@@ -344,7 +488,7 @@ def require(holds):
         raise ValueError
 
 
-def open_codec(header, model, checkpoint, name):
+def open_codec(header, model, checkpoint, name, batch=None):
     """The codec that wrote this archive, or a UserError where it would decode to something else."""
     if (header.get("weights"), header["shape"], header.get("K")) != (
             digest(model), [*checkpoint["shape"]], model.K):
@@ -368,8 +512,9 @@ def open_codec(header, model, checkpoint, name):
         if header["kind"] == "image":
             require(sorted(header["npy"]) in (sorted(header["shape"]),
                                               sorted(header["shape"][1:])))
-        codec = Codec(model, header["shape"], header["order"], plan, header["batch"],
-                      header["kind"] == "image", header["fast"])
+        codec = Codec(model, header["shape"], header["order"], plan, header["block"],
+                      header["batch"] if header["fast"] else batch or pick_batch(model),
+                      header["fast"])
     except (KeyError, TypeError, ValueError, RuntimeError):
         raise UserError(f"{name} is damaged: its header makes no sense")
     if codec.fast and codec.fingerprint() != probe:
@@ -378,67 +523,104 @@ def open_codec(header, model, checkpoint, name):
     return codec
 
 
-def encode(model, content, order, plan, verify=True, fast=False):
-    """Content -> archive, and its ideal length in bits: -log2 p under this order and plan.
+def together(sizes, codec):
+    """[range of blocks, ...] that go through the network together: whole blocks, as many as the
+    batch holds, and a last shorter one by itself."""
+    whole, size = len(sizes), codec.batch // codec.block
+    if whole and sizes[-1] < sizes[0]:
+        whole -= 1
+    groups = [range(i, min(i + size, whole)) for i in range(0, whole, size)]
+    return groups + [range(i, i + 1) for i in range(whole, len(sizes))]
 
-    verify: decode each block at once, and compare.
+
+def encode_file(file, model, content, order, plan, verify=True, fast=False, block=None, batch=None):
+    """Content -> an archive, written to a file that can seek. Returns the ideal length of each
+    block in bits: -log2 p under this order and plan.
+
+    verify: decode each block at once, and compare. block, batch: see Codec.
     """
-    n, D, separate = len(content.symbols), model.D, content.kind == "image"
-    chunks = max(1, -(-n // D))
-    batch = -(-chunks // -(-chunks // max(1, BLOCK // D)))
-    codec = Codec(model, content.shape, order, plan, batch, separate, fast)
-    blocks, bits, done = [], 0.0, 0
-    parts = content.symbols.split(batch * D) if n else ()
-    with tqdm(desc="encoding", unit="call", total=len(parts) * len(plan) * (1 + verify)) as bar:
-        codec.tick = bar.update
-        for part in parts:
-            payloads, ideal = codec.encode(part)
+    block, batch = pick_sizes(model, content.kind, fast, block, batch)
+    chunks = max(1, -(-content.length // model.D))
+    block, batch = min(block, chunks), min(batch, chunks) if fast else batch
+    codec = Codec(model, content.shape, order, plan, block, batch, fast)
+    header, ideal, done = make_header(codec, content, order), [], 0
+    sizes, units = blocks_of(header), datasets.UNITS[content.kind]
+    groups = together(sizes, codec)
+
+    def blocks():
+        nonlocal done
+        for group in groups:
+            part = content.read(done, done + sum(sizes[i] for i in group))
+            payloads, bits = codec.encode(part)
             if verify and not torch.equal(codec.decode(payloads, len(part))[0], part):
                 raise UserError("a block does not decode to what went in: this machine does not "
                                 "compute the same probabilities twice, and nothing was written")
-            blocks += zip(part.split(D) if separate else [part], payloads)
-            bits, done = bits + ideal, done + len(part)
-            bar.set_postfix_str(f"{bits / done:.3f} bits/{datasets.UNITS[content.kind]}")
-    return pack(make_header(codec, content, order), blocks), bits
+            yield from zip(part.split(block * model.D), payloads)
+            ideal.extend(bits)
+            done += len(part)
+            bar.set_postfix_str(f"{sum(ideal) / done:.3f} bits/{units}")
+
+    with tqdm(desc="encoding", unit="call", total=len(groups) * len(plan) * (1 + verify)) as bar:
+        codec.tick = bar.update
+        write_archive(file, header, blocks())
+    return np.array(ideal)
 
 
-def decode(model, checkpoint, archive, name, item=None, damaged=None):
-    """Archive -> Content, or that of one block alone; UserError where anything does not match.
+def encode(*args, **flags):
+    """`encode_file` in memory: the archive and its ideal length in bits."""
+    ideal = encode_file(file := io.BytesIO(), *args, **flags).sum()
+    return file.getvalue(), float(ideal)
+
+
+def decode_file(file, model, checkpoint, name, item=None, damaged=None, batch=None):
+    """An open archive -> iterator of its symbols, block by block, or those of one datapoint;
+    UserError, before or on the way, where anything does not match.
 
     damaged: a list; then a block that does not match is left out, and told there in words.
     """
-    header, blocks = unpack(archive, name, damaged is not None)
-    if item is not None and not 0 <= item < len(blocks):
-        raise UserError(f"--item {item}: {name} has {len(blocks)}, counted from 0")
-    codec = open_codec(header, model, checkpoint, name)
-    parts, D = [], model.D
-    size = D if codec.separate else codec.batch * D      # symbols in a block
-    each = codec.batch if codec.separate else 1          # blocks in a batch
-    batches = [item // each] if item is not None else range(-(-len(blocks) // each))
-    with tqdm(desc="decoding", unit="call", total=len(batches) * len(codec.plan)) as bar:
-        codec.tick = bar.update
-        for batch in batches:
-            here = range(batch * each, min((batch + 1) * each, len(blocks)))
-            if item is not None and not codec.fast:
-                here = [item]                            # no need of the others' company
-            wanted = [blocks[i][1] if item in (None, i) else None for i in here]
-            n = min(len(here) * size, header["length"] - here[0] * size)
-            x, clean = codec.decode(wanted, n)
-            for i, part, good in zip(here, x.split(size), clean):
-                check, payload, offset = blocks[i]
-                if item not in (None, i):
-                    continue
-                if good and checksum(part, payload) == check:
-                    parts.append(part)
-                    continue
-                error = (f"block {i} of {len(blocks)} (counted from 0), at byte {offset}, does not "
-                         "decode to its checksum")
-                if damaged is None:
-                    raise UserError(f"{name} is damaged: {error} (--keep-going delivers the "
-                                    "others)")
-                damaged.append(error)
-    return Content(header["kind"], torch.cat(parts) if parts else torch.zeros(0, dtype=torch.uint8),
-                   model.K, header["shape"], header.get("npy"))
+    header, blocks = unpack(file, name, damaged is not None)
+    codec, sizes, D = open_codec(header, model, checkpoint, name, batch), blocks_of(header), model.D
+    number = -(-header["length"] // D)
+    if item is not None and not 0 <= item < number:
+        raise UserError(f"--item {item}: {name} has {number}, counted from 0")
+    groups, only = together(sizes, codec), None if item is None else item // codec.block
+    if item is not None:                                 # in portable mode without any company
+        groups = [group if codec.fast else [only] for group in groups if only in group]
+
+    def good_blocks():
+        for group in groups:
+            payloads = [read_payload(file, blocks[i]) if only in (None, i) else None for i in group]
+            n = [sizes[i] for i in group]
+            x, clean = codec.decode(payloads, sum(n))
+            for i, part, payload, good in zip(group, x.split(n), payloads, clean):
+                check, _, offset, _ = blocks[i]
+                if payload is not None and not (good and checksum(part, payload) == check):
+                    error = (f"block {i} of {len(blocks)} (counted from 0), at byte {offset}, does "
+                             "not decode to its checksum")
+                    if damaged is None:
+                        raise UserError(f"{name} is damaged: {error} (--keep-going delivers the "
+                                        "others)")
+                    damaged.append(error)
+                elif payload is not None:
+                    yield part if item is None else part.split(D)[item % codec.block]
+
+    def parts():
+        with tqdm(desc="decoding", unit="call", total=len(groups) * len(codec.plan)) as bar:
+            codec.tick = bar.update
+            yield from good_blocks()
+    return parts()
+
+
+def decode(model, checkpoint, archive, *args, **flags):
+    """`decode_file` in memory: the bytes of an archive -> symbols, (n,)."""
+    parts = list(decode_file(io.BytesIO(archive), model, checkpoint, *args, **flags))
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.uint8)
+
+
+def read_payload(file, block):
+    _, size, offset, plain = block
+    file.seek(offset)
+    return bytes(plain) + file.read(size)                # a zero: no shifts
 
 
 # -- Which order and plan --------------------------------------------------------------------------
@@ -493,23 +675,6 @@ def search(model, checkpoint, pairs):
 
 # -- The commands ----------------------------------------------------------------------------------
 
-def read(path):
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}")
-
-
-def open_input(path, checkpoint):
-    """Content of a file, or of the split of that name of the data that the model was trained on."""
-    if path in ("train", "valid", "test") and not Path(path).exists():
-        data = load_data(checkpoint["settings"], "cpu", checkpoint, fetch=False)
-        C, *sides = data.shape                           # of text: its length
-        npy = sides if C == 1 else (*sides, C)
-        return Content(data.kind, data.splits[path].reshape(-1), data.K, data.shape, npy)
-    return read_content(read(path), checkpoint, path)
-
-
 def settle(args):
     """(model, checkpoint, pairs of orders and plans to try) that a command line asks for."""
     model, checkpoint = load_model(args.ckpt, args.device)
@@ -525,31 +690,39 @@ def run_encode(args):
     """a file to an archive"""
     model, checkpoint, pairs = settle(args)
     content = open_input(args.input, checkpoint)         # what cannot be coded is said first
+    sizes = pick_sizes(model, content.kind, args.fast, args.block, args.batch)
     order, plan = search(model, checkpoint, pairs)
-    archive, bits = encode(model, content, order, plan, args.verify, args.fast)
     with replacing(args.output) as file:
-        file.write(archive)
+        encode_file(file, model, content, order, plan, args.verify, args.fast, *sizes)
+        size = file.seek(0, os.SEEK_END)
     number, units = content.count
-    print(f"{args.input}: {number:,} {units} -> {len(archive):,} bytes, "
-          f"{8 * len(archive) / max(1, len(content.symbols)):.3f} "
-          f"bits/{datasets.UNITS[content.kind]}; "
+    print(f"{args.input}: {number:,} {units} -> {size:,} bytes, "
+          f"{8 * size / max(1, content.length):.3f} bits/{datasets.UNITS[content.kind]}; "
           f"order {label(order, plan, model)}, {len(plan)} network calls a batch"
           f"{', decoded and compared' if args.verify else ''}")
     print(f"back again: python compress.py decode --ckpt {shlex.quote(args.ckpt)} "
           f"{shlex.quote(args.output)} FILE")
 
 
+def open_archive(path):
+    try:
+        file = open(path, "rb")
+        return file if file.seekable() else io.BytesIO(file.read())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}")
+
+
 def run_decode(args):
     """an archive to the file it was made of"""
-    archive = read(args.input)
-    header, _ = unpack(archive, args.input, args.keep_going)
+    file = open_archive(args.input)
+    header, _ = unpack(file, args.input, args.keep_going)
     device = args.device or (str(header["device"]) if "device" in header else None)
     model, checkpoint = load_model(args.ckpt, device)
     damaged = [] if args.keep_going else None
-    content = decode(model, checkpoint, archive, args.input, args.item, damaged)
-    with replacing(args.output) as file:
-        file.write(content.to_bytes())
-    number, units = content.count
+    parts = decode_file(file, model, checkpoint, args.input, args.item, damaged, args.batch)
+    with replacing(args.output) as out:
+        n = write_content(out, header, parts)
+    number, units = amount(n, header["kind"], header["shape"])
     print(f"{args.output}: {number:,} {units}, checksums match")
     if damaged:
         print(*damaged, f"{args.input} is damaged: {len(damaged)} blocks are left out", sep="\n",
@@ -559,53 +732,59 @@ def run_decode(args):
 
 def run_info(args):
     """what an archive holds, without decoding it"""
-    archive = read(args.input)
-    header, blocks = unpack(archive, args.input, keep_going=True)
-    D, n = int(np.prod(header["shape"])), header["length"]
-    units = f"{n // D:,} images" if header["kind"] == "image" else f"{n:,} characters"
+    file = open_archive(args.input)
+    header, blocks = unpack(file, args.input, keep_going=True)
+    size, n = file.seek(0, os.SEEK_END), header["length"]
     calls = sum(times for _, _, times in header["plan"])
     mode = ("fast: for torch {torch} with {threads} threads on {device}".format_map(header)
             if header["fast"] else "portable")
-    print(f"{args.input}: {len(archive):,} bytes, format {VERSION}, {mode}",
-          f"  {units} of K = {header['K']}, {8 * len(archive) / max(1, n):.3f} bits each",
-          f"  {len(blocks)} blocks, {'x'.join(map(str, header['shape']))}, {header['batch']} "
-          "datapoints in a batch",
+    print(f"{args.input}: {size:,} bytes, format {VERSION}, {mode}",
+          "  {:,} {} of K = {}, {:.3f} bits each".format(
+              *amount(n, header["kind"], header["shape"]), header["K"], 8 * size / max(1, n)),
+          f"  {len(blocks)} blocks of {header['block']} datapoints of "
+          f"{'x'.join(map(str, header['shape']))}",
           f"  order {header['order']}, {calls} network calls a batch",
           f"  weights {header['weights']}", sep="\n")
 
 
-def compare(model, checkpoint, content, order, plan, fast=False):
+def compare(model, checkpoint, content, order, plan, **flags):
     """What one file costs by every measure: ({name: bits/dim}, facts about the archive)."""
-    n, D, device = len(content.symbols), model.D, next(model.parameters()).device
-    test = bound(model, *datasets.cut(content.symbols.to(device), D), progress=True)
+    n, D, symbols = content.length, model.D, content.symbols
+    test = bound(model, *datasets.cut(symbols.to(next(model.parameters()).device), D),
+                 progress=True)
     begin = time.perf_counter()
-    archive, bits = encode(model, content, order, plan, verify=False, fast=fast)
+    file = io.BytesIO()
+    ideal = encode_file(file, model, content, order, plan, verify=False, **flags)
     encoded = time.perf_counter()
-    back = decode(model, checkpoint, archive, "the archive").symbols
+    back = torch.cat([*decode_file(file, model, checkpoint, "the archive")])
     decoded = time.perf_counter()
-    sizes = [len(part) for _, part, _ in unpack(archive, "the archive")[1]]
-    payload = sum(sizes)
+    sizes = [size for _, size, *_ in unpack(file, "the archive")[1]]
+    bits, payload, whole = float(ideal.sum()), sum(sizes), file.seek(0, os.SEEK_END)
     rows = {"bound, mean over all orders": test["bits"],
             "exact nll of this order and plan": bits / n,
-            "archive, payload": 8 * payload / n, "archive, whole file": 8 * len(archive) / n}
+            "archive, payload": 8 * payload / n, "archive, whole file": 8 * whole / n}
     facts = dict(symbols=n, order=label(order, plan, model), calls=len(plan),
-                 stderr=test["stderr"], blocks=sizes, payload_bytes=payload,
-                 archive_bytes=len(archive),
+                 stderr=test["stderr"], payload_bytes=payload, archive_bytes=whole,
+                 bounds=(test["each"] * D / 8).tolist(), nlls=(ideal / 8).tolist(), blocks=sizes,
                  percent_over_nll=100 * (8 * payload / bits - 1), encode_seconds=encoded - begin,
-                 decode_seconds=decoded - encoded, identical=torch.equal(back, content.symbols),
+                 decode_seconds=decoded - encoded, identical=torch.equal(back, symbols),
                  weight_bytes=4 * sum(p.numel() for p in model.parameters()))
-    return rows | references(content.symbols.numpy(), content.kind, content.K,
-                             content.shape), facts
+    return rows | references(symbols.numpy(), content.kind, content.K, content.shape), facts
 
 
-def print_sizes(blocks, others, most=20):
-    """Bytes of the first images, one by one, and in how many of all the archive is smaller."""
+def print_sizes(facts, others, most=20):
+    """A table of the bytes of the first images, one by one, and in how many of all the archive is
+    the smallest."""
+    columns = dict(bound=facts["bounds"], nll=facts["nlls"], archive=facts["blocks"]) | {
+        name.split()[0]: sizes for name, sizes in others.items()}
+    print("  bytes" + "".join(f"{name:>10}" for name in columns))
+    for i, row in enumerate(zip(*columns.values())):
+        if i < most:
+            print(f"  {i:5}" + "".join(f"{size:10.1f}" if size % 1 else f"{size:10.0f}"
+                                       for size in row))
     for name, sizes in others.items():
-        smaller = sum(ours < theirs for ours, theirs in zip(blocks, sizes))
+        smaller = sum(ours < theirs for ours, theirs in zip(facts["blocks"], sizes))
         print(f"  smaller than {name} in {smaller} of {len(sizes)}")
-    print(f"  bytes of image 0, 1, ...: archive {' '.join(map(str, blocks[:most]))}")
-    for name, sizes in others.items():
-        print(f"    {name} {' '.join(map(str, sizes[:most]))}")
 
 
 def run_bench(args):
@@ -613,12 +792,12 @@ def run_bench(args):
     model, checkpoint, pairs = settle(args)
     content = open_input(args.input or "test", checkpoint)
     if not args.input:
-        content.symbols = content.symbols[:max(16 * model.D if content.kind == "image" else 0,
-                                               20000 // model.D * model.D)]
-    if len(content.symbols) < model.D:
+        least = 16 * model.D if content.kind == "image" else 0
+        content.length = min(content.length, max(least, 20000 // model.D * model.D))
+    if content.length < model.D:
         raise UserError(f"{args.input or 'the test split'} is shorter than a chunk of {model.D}")
     order, plan = search(model, checkpoint, pairs)
-    rows, f = compare(model, checkpoint, content, order, plan, args.fast)
+    rows, f = compare(model, checkpoint, content, order, plan, fast=args.fast, batch=args.batch)
     number, units = content.count
     print(f"{number:,} {units}, {'x'.join(map(str, content.shape))}, order "
           f"{label(order, plan, model)}, {len(plan)} network calls a batch; "
@@ -630,13 +809,14 @@ def run_bench(args):
     for name, value in rows.items():
         print(f"  {name:34} {value:.4f}{notes.get(name, '')}")
     if content.kind == "image":
-        print_sizes(f["blocks"], image_sizes(datasets.to_images(content.symbols, content.shape)))
+        print_sizes(f, image_sizes(datasets.to_images(content.symbols, content.shape)))
     print(f"encoded in {f['encode_seconds']:.1f} s, decoded in {f['decode_seconds']:.1f} s, "
           f"{'identical' if f['identical'] else 'DIFFERENT'}; the weights, "
           f"{f['weight_bytes']:,} bytes, are in none of these numbers")
 
 
 def main():
+    """The command line: encode, decode, bench, info."""
     parser = Parser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True,
                                      metavar="encode | decode | bench | info")
@@ -659,18 +839,24 @@ def main():
             command.add_argument("--order", default="auto",
                                  help="forward, backward, random:SEED, spaced:G, coarse, or "
                                       "auto: the best of several on training data")
-        if name != "decode":
             command.add_argument("--fast", action="store_true",
                                  help="float32: faster, but only this machine can decode it")
+        command.add_argument("--batch", type=int, help="datapoints that go through the network "
+                             "together (default: by the memory at hand)")
         if name == "decode":
             command.add_argument("--keep-going", action="store_true",
                                  help="leave out damaged blocks, deliver the others; exit code 1")
             command.add_argument("--item", type=int,
-                                 help="only this block, counted from 0: this image")
+                                 help="only this datapoint, counted from 0: this image")
         if name == "encode":
             command.add_argument("--no-verify", dest="verify", action="store_false",
                                  help="skip the decoding that proves it")
+            command.add_argument("--block", type=int, help="datapoints in a block, which is "
+                                 f"decoded as a whole (default: 1 image, {DEFAULT_BLOCK} chunks of "
+                                 "text)")
     args = parser.parse_args()
+    if getattr(args, "batch", None) is not None and args.batch < 1:
+        raise UserError(f"--batch {args.batch}: choose 1 or more")
     if args.command in ("encode", "decode") and Path(args.output).exists():
         if Path(args.output).is_dir():
             raise UserError(f"{args.output} is a folder, not a file to write")

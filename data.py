@@ -169,16 +169,17 @@ def is_text(stream):
     return not stream.translate(None, b" abcdefghijklmnopqrstuvwxyz")
 
 
-def to_symbols(stream, K):
+def to_symbols(stream, K, start=0):
     """bytes -> (n,) uint8 symbols: the bytes themselves, or for K = 27 space 0 and a-z 1..26.
 
-    UserError that names the first character which has no symbol, and its position (from 0).
+    UserError that names the first character which has no symbol, and its position: start is that
+    of the first byte.
     """
     if K == 27 and not is_text(stream):
         bad = re.search(rb"[^a-z ]", stream)
         char = stream[bad.start():bad.start() + 4].decode("utf-8", errors="replace")[0]
-        raise UserError(f"character {char!r} at position {bad.start()}: this model knows a-z "
-                        "and space alone")
+        raise UserError(f"character {char!r} at position {start + bad.start()}: this model knows "
+                        "a-z and space alone")
     values = np.frombuffer(stream, dtype=np.uint8)
     return (np.where(values == ord(" "), 0, values - 96).astype(np.uint8) if K == 27
             else values.copy())
@@ -306,28 +307,26 @@ def read_images(name, folder, fetch):
         return name, *read_cifar(path)[1:]
     if Path(name).suffix != ".npy":
         return read_cifar(Path(name))
-    images, _ = read_npy(Path(name))
+    images = np.ascontiguousarray(open_npy(name)[0].transpose(0, 3, 1, 2))
     n = len(images) // 10
     return name, images[n:], images[:n]
 
 
-def read_npy(file, name=None):
-    """(N, H, W) or (N, H, W, C) uint8 in a .npy file, a path or open -> (N, C, H, W), and the
-    shape that one of them has in the file."""
-    name = name or file
+def open_npy(path):
+    """(N, H, W) or (N, H, W, C) uint8 in a .npy file -> (N, H, W, C), read as it is used, and the
+    shape that one image has in the file."""
     try:
-        images = np.load(file, allow_pickle=False)
+        images = np.load(path, mmap_mode="r", allow_pickle=False)
         dtype, shape = images.dtype, images.shape
     except Exception as error:                           # whatever a damaged header brings up
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{name} cannot be read as .npy ({reason[:80]})")
+        raise UserError(f"{path} cannot be read as .npy ({reason[:80]})")
     if dtype != np.uint8 or len(shape) not in (3, 4):
-        raise UserError(f"{name} holds {dtype} of shape {shape}: images are uint8 of shape "
+        raise UserError(f"{path} holds {dtype} of shape {shape}: images are uint8 of shape "
                         "(N, H, W) or (N, H, W, C)")
     if images.size == 0:
-        raise UserError(f"{name} is empty: shape {shape}")
-    images = images if len(shape) == 4 else images[..., None]
-    return np.ascontiguousarray(images.transpose(0, 3, 1, 2)), shape[1:]
+        raise UserError(f"{path} is empty: shape {shape}")
+    return images if len(shape) == 4 else images[..., None], shape[1:]
 
 
 def read_idx(path):

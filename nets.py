@@ -13,9 +13,9 @@ from torch.nn import functional as F
 NEIGHBOURS = ((-1, 1), (-2, -1), (1, 2))     # relative positions of the pairs that are embedded
 MOST_PAIRS = 8191                            # rows of such an embedding; of bytes many share one
 
-# On a CPU, MKL chooses the kernel of a function when it is first called. Where two threads made that
-# call at once, one of them now and then got a coarse kernel, wrong by 1e-4, for that call: enough
-# to make an archive undecodable. So each function is first called here, by one thread.
+# On a CPU, MKL chooses the kernel of a function when it is first called. Where two threads made
+# that call at once, one of them now and then got a coarse kernel, wrong by 1e-4, for that call:
+# enough to make an archive undecodable. So each function is first called here, by one thread.
 for function in (torch.exp, torch.log, torch.log1p, torch.sin, torch.cos, torch.tanh, torch.erf):
     function(torch.ones(1)), function(torch.ones(1).double())
 

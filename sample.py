@@ -123,6 +123,7 @@ def arguments():
 
 
 def main():
+    """The command line: samples, blanks, completions, frames."""
     args = arguments()
     model, checkpoint = load_model(args.ckpt, args.device)
     image, (device, D) = checkpoint["kind"] == "image", (next(model.parameters()).device, model.D)
