@@ -684,8 +684,8 @@ def bench_mnist(args):
 
 
 def bench_cifar10(args):
-    """CIFAR-10, twenty minutes each, archives of 40 images."""
-    return image_results(args, "cifar10", 20.0, 40, 100)
+    """CIFAR-10, ten minutes each, archives of 40 images."""
+    return image_results(args, "cifar10", 10.0, 40, 100)
 
 
 # -- the README ------------------------------------------------------------------------------------
