@@ -182,7 +182,7 @@ class ARDM(nn.Module):
         sigma: (B, D), or (S, B, D) for one order a stage.
         choose(log_p, where, s) -> (B, D) gives the symbols for the variables in `where`
         (B, D bool); the rest of what it returns is ignored. Sampling draws them, likelihood reads
-        them from the data, an encoder reads and stores them, a decoder recovers them. log_p is
+        them from the data, a decoder recovers them. log_p is
         (B, D, A), but only what is about to be written is computed: the rest of it is uniform.
         """
         sigma = sigma.expand(self.S, *x.shape)

@@ -7,10 +7,10 @@
     python compress.py info IN                                  what an archive holds
 
 IN is text, or images: a .npy file, or train, valid or test for that split of the model's data.
-A block is a stream that is decoded as a whole: one image, or 256 chunks of text (--block). Blocks
-go through the network together, as many as --batch says, or as the memory at hand allows. A file is
-read, coded and written block by block: its size is no matter of memory. All numbers of an archive
-are big-endian:
+A block is a stream that is decoded as a whole: one image, or up to 256 chunks of text (--block).
+Blocks go through the network together, as many as --batch says, or as the memory at hand allows. A
+file is read, coded and written block by block: its size is no matter of memory. All numbers of an
+archive are big-endian:
 
     offset      bytes   what
     0           4       "ARDM"
@@ -50,6 +50,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
 import struct
 import sys
@@ -77,6 +78,7 @@ WORDS = (b'bytes"image","npy":[28,28],"backward"random:1"coarse"spaced:"probe":"
          b'"cpu""threads":2,"torch":"2.13.0+cpu",{"kind":"text","length":20000,"shape":[64],"K":27,'
          b'"order":"forward","plan":[[1,1,64]],[1,2,"block":256,"weights":"","fast":false,'
          b'"width":2}')                              # what headers say, see `deflate`
+WRITTEN = "torch {torch}, {threads} threads, {device}"
 MARGIN = 1e-10                                       # nats: see above
 
 
@@ -85,8 +87,8 @@ class Codec:
 
     shape: of a datapoint, (D,) or (C, H, W). block: datapoints in a stream; only a last stream may
     hold fewer, and of text less than a whole last one: what it lacks is absent. batch: datapoints
-    that go through the network together, raised to a whole number of blocks. fast: float32, bound
-    to this machine; see above. tick() is called for every entry of the plan.
+    that go through the network together, rounded to whole blocks, one at the least. fast: float32,
+    bound to this machine; see above. tick() is called for every entry of the plan.
     """
 
     def __init__(self, model, shape, order, plan, block, batch, fast=False):
@@ -146,8 +148,10 @@ class Codec:
         """Payloads -> (n,) uint8 symbols, and for each payload whether its stream came to a clean
         end. A payload None is left out, its symbols are 0: the network still predicts them, so that
         its calls have the encoder's shapes."""
-        x, sigma, plan = self._begin(n)
         wanted = [i for i, payload in enumerate(payloads) if payload is not None]
+        if not wanted:
+            return torch.zeros(n, dtype=torch.uint8), np.ones(len(payloads), bool)
+        x, sigma, plan = self._begin(n)
         streams, shifts = [payloads[i] for i in wanted], [{}] * len(wanted)
         if not self.fast:
             shifts, streams = zip(*map(unpack_shifts, streams))
@@ -196,7 +200,8 @@ class Codec:
         while shifts is None and not safe.all():
             shift += ~safe
             if shift.max() > 255:
-                raise UserError("no grid is safe: the network gives no usable numbers")
+                raise UserError("no grid is safe, as too many values are rounded in one call: take "
+                                "more --calls, or a shorter --block, or --fast")
             levels, safe = to_levels(log_p, shift)
         return coder.quantize_levels(levels.reshape(-1, self.model.A), PRECISION), shift
 
@@ -204,11 +209,12 @@ class Codec:
         """CRC-32 of the integer tables for a fixed input of the very shape that coding uses."""
         B, D = self.batch, self.model.D
         x = torch.arange(B * D, device=self.device).view(B, D) % self.model.K
-        half = torch.full((B,), D // 2 + 1, device=self.device)
+        t = torch.full((B,), D // 2 + 1, device=self.device)
+        m = self.sigma.expand(B, D) < t[0]
         with torch.no_grad():
-            log_p = self.model.log_probs(x, self.sigma.expand(B, D) < half[0], half,
-                                         torch.ones_like(half))
-        return zlib.crc32(self._tables(log_p.flatten(0, 1), 1)[0].tobytes())
+            log_p = torch.cat([self.model.log_probs(x, m, t, torch.full_like(t, s), ~m)
+                               for s in range(1, self.model.S + 1)])
+        return zlib.crc32(self._tables(log_p, 1)[0].tobytes())
 
 
 def pick_batch(model):
@@ -216,13 +222,19 @@ def pick_batch(model):
     a GPU 2^18, and no more than a quarter of the free memory holds, where the system tells."""
     device = next(model.parameters()).device
     wide = max(p.shape[0] for group in model.net.matrices().values() for p in group)
-    try:
-        free = (torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else
-                os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (AttributeError, ValueError, OSError):
-        free = 1 << 40
+    free = (torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory())
+    each = 64 * wide + 80 * model.A + 16 * model.D       # bytes: activations, tables, attention
     most = 1 << (18 if device.type == "cuda" else 13)
-    return max(1, min(most, free // 4 // (64 * wide)) // model.D)    # float64, some 8 layers
+    return max(1, min(most, free // 4 // each) // model.D)
+
+
+def available_memory():
+    """Bytes that the system can spare, where it tells (Linux); else as if there were plenty."""
+    try:
+        text = Path("/proc/meminfo").read_text()
+        return 1024 * int(re.search(r"MemAvailable: *(\d+)", text)[1])
+    except (OSError, TypeError):
+        return 1 << 40
 
 
 def pick_sizes(model, kind, fast=False, block=None, batch=None):
@@ -296,9 +308,9 @@ class Content:
 
     def check(self, name):
         """UserError where this model has no symbol for something, before anything is written."""
-        size = 1 << 20
-        size -= size % int(np.prod(self.shape)) if self.kind == "image" else 0
-        for start in range(0, self.length, size):
+        D = math.prod(self.shape)
+        size = max(1, (1 << 20) // D) * D
+        for start in range(0, self.length if self.K < 256 else 0, size):
             part = self.read(start, min(start + size, self.length))
             if self.kind == "image" and (high := int(part.max())) >= self.K:
                 raise UserError(f"{name} holds the value {high}, the model knows 0 to "
@@ -307,7 +319,7 @@ class Content:
 
 def amount(n, kind, shape):
     """n symbols in units: (number, their name)."""
-    return (n // int(np.prod(shape)), "images") if kind == "image" else (n, "characters")
+    return (n // math.prod(shape), "images") if kind == "image" else (n, "characters")
 
 
 def open_input(path, checkpoint):
@@ -334,8 +346,7 @@ def open_text(path, kind, K, shape):
         raise UserError(f"{path} cannot be read: {error.strerror}")
 
     def read(start, stop):
-        file.seek(start)
-        part = file.read(stop - start)
+        part = read_at(file, stop - start, start, path)
         if len(part) < stop - start:
             raise UserError(f"{path} became shorter while it was read")
         return torch.from_numpy(datasets.to_symbols(part, K, start))
@@ -351,7 +362,7 @@ def open_images(path, K, shape):
 
     def read(start, stop):
         part = images[start // D:stop // D].transpose(0, 3, 1, 2)
-        return torch.from_numpy(part.reshape(-1))        # a copy
+        return torch.from_numpy(part.flatten())          # a copy
     return Content(read, len(images) * D, "image", K, shape, npy)
 
 
@@ -369,11 +380,11 @@ def write_content(file, header, parts):
         np.lib.format.write_array_header_1_0(file, dict(
             descr="|u1", fortran_order=False, shape=(number, *header["npy"])))
 
-    head(header["length"] // int(np.prod(shape)))
+    head(header["length"] // math.prod(shape))
     for part in parts:
         n += file.write(datasets.to_images(part, shape).tobytes())
     file.seek(0)
-    head(n // int(np.prod(shape)))                       # fewer, where some are left out
+    head(n // math.prod(shape))                       # fewer, where some are left out
     return n
 
 
@@ -412,12 +423,12 @@ def write_archive(file, header, blocks):
     width = -(-(most << 1).bit_length() // 8)
     text = json.dumps(header | dict(width=width), separators=(",", ":")).encode()
     text = deflate(text)
-    head = MAGIC + struct.pack(">BI", VERSION, len(text)) + text
+    head = bytearray(MAGIC + struct.pack(">BI", VERSION, len(text)) + text)
     file.write(head + bytes(len(sizes) * (width + 4) + 4))
     for symbols, payload in blocks:
         plain = not header["fast"] and payload[0] == 0   # no shifts: what says so is left out
         entry = (len(payload) - plain) << 1 | plain
-        head += entry.to_bytes(width, "big") + checksum(symbols, payload)
+        head += entry.to_bytes(width, "big") + checksum(symbols, payload[plain:])
         file.write(payload[plain:])
     file.seek(0)
     file.write(head + struct.pack(">I", zlib.crc32(head)))
@@ -434,9 +445,9 @@ def checksum(symbols, payload):
 
 
 def unpack(file, name, keep_going=False):
-    """An open archive -> header dict and [(checksum, size, offset, plain)] of the payloads, for
-    `read_payload`, checked as far as can be without the model. UserError says what is wrong.
-    keep_going: payloads that are not whole are no error."""
+    """An open archive -> header dict and [(checksum, size, offset, plain)] of the payloads, checked
+    as far as can be without the model; plain: 1 where a 0 at its beginning is left out. UserError
+    says what is wrong. keep_going: payloads that are not whole are no error."""
     total = file.seek(0, os.SEEK_END)
     file.seek(0)
     start = file.read(9)
@@ -446,7 +457,7 @@ def unpack(file, name, keep_going=False):
         raise UserError(f"{name} has format version {start[4] if len(start) > 4 else '?'}, "
                         f"this program reads {VERSION}")
     try:
-        text = file.read(min(int.from_bytes(start[5:9], "big"), total))
+        text = file.read(min(int.from_bytes(start[5:9], "big"), LONGEST_HEADER))
         header = json.loads(zlib.decompressobj(zdict=WORDS).decompress(text, LONGEST_HEADER))
         check_header(header, total)
         width, number = header["width"], len(blocks_of(header))
@@ -471,15 +482,26 @@ def unpack(file, name, keep_going=False):
 def check_header(header, total):
     """ValueError, KeyError or TypeError where this is not the header of an archive of that many
     bytes: nothing that it claims may cost time or memory."""
-    require(all(type(header[key]) is int for key in ("length", "block", "width")))
-    sizes = header["shape"]
-    require(len(sizes) in (1, 3) and all(type(n) is int and n > 0 for n in sizes))
-    D, width = math.prod(sizes), header["width"]
-    require(0 <= header["length"] and 0 <= width <= 4)
-    require(header["kind"] != "image" or header["length"] % D == 0)
-    for rows in (header["block"], header["batch"]) if header["fast"] else (header["block"],):
-        require(type(rows) is int and 0 < rows * D <= max(BLOCK, D))     # what `encode` would write
-    require(header["length"] // (header["block"] * D) * (width + 4) <= total)
+    shape, runs, order, fast = (header[key] for key in ("shape", "plan", "order", "fast"))
+    numbers = [header[key] for key in ("length", "block", "width", "K")] + shape
+    numbers += itertools.chain.from_iterable(runs)
+    require(all(type(n) is int for n in numbers) and min(header["block"], *shape) > 0)
+    require(type(order) is str and len(order) < 40 and type(header["weights"]) is str)
+    require(all(s > 0 and k > 0 and times > 0 for s, k, times in runs) and len(runs) > 0)
+    D, length, width = math.prod(shape), header["length"], header["width"]
+    require(0 <= length and 0 <= width <= 4 and type(fast) is bool)
+    if header["kind"] == "image":
+        C, *sides = shape
+        require(length % D == 0 and header["npy"] in ([*sides, C], sides if C == 1 else None))
+    else:
+        require(header["kind"] in ("text", "bytes") and shape == [D])
+    if fast:
+        require(header["device"] in ("cpu", "cuda", "mps") and type(header["torch"]) is str)
+        require(type(header["threads"]) is type(header["batch"]) is type(header["probe"]) is int)
+        require(0 < header["threads"] <= 1024 and header["batch"] >= header["block"])
+    rows = header["batch"] if fast else header["block"]
+    require(rows * D <= max(BLOCK, D))                   # what `encode` would write
+    require(length // (header["block"] * D) * (width + 4) <= total)
 
 
 def require(holds):
@@ -490,36 +512,27 @@ def require(holds):
 
 def open_codec(header, model, checkpoint, name, batch=None):
     """The codec that wrote this archive, or a UserError where it would decode to something else."""
-    if (header.get("weights"), header["shape"], header.get("K")) != (
+    if (header["weights"], header["shape"], header["K"]) != (
             digest(model), [*checkpoint["shape"]], model.K):
         raise UserError(f"{name} was written with another checkpoint")
+    plan, step = [], collections.Counter()
     try:
-        require(header["kind"] == checkpoint["kind"] and type(header["fast"]) is bool
-                and type(header["order"]) is str)
-        if header["fast"]:
-            probe, written = header["probe"], "torch {torch}, {threads} threads, {device}"
-            written = written.format_map(header)
-            require(0 < header["threads"] <= 1024)
-            torch.set_num_threads(header["threads"])
-        runs, step, plan = header["plan"], collections.Counter(), []
-        require(all(times > 0 for _, _, times in runs)
-                and sum(times for _, _, times in runs) <= model.S * model.D)
-        for s, k in (call for s, k, times in runs for call in [(s, k)] * times):
+        require(header["kind"] == checkpoint["kind"])
+        require(sum(times for _, _, times in header["plan"]) <= model.S * model.D)
+        for s, k in (call for s, k, times in header["plan"] for call in [(s, k)] * times):
             plan.append((s, step[s] + 1, k))
             step[s] += k
-        require(step == {s: model.D for s in range(1, model.S + 1)}
-                and all(k > 0 for _, _, k in plan))
-        if header["kind"] == "image":
-            require(sorted(header["npy"]) in (sorted(header["shape"]),
-                                              sorted(header["shape"][1:])))
-        codec = Codec(model, header["shape"], header["order"], plan, header["block"],
-                      header["batch"] if header["fast"] else batch or pick_batch(model),
-                      header["fast"])
-    except (KeyError, TypeError, ValueError, RuntimeError):
+        require(step == {s: model.D for s in range(1, model.S + 1)})
+        planner.order(header["order"], header["shape"])
+    except ValueError:
         raise UserError(f"{name} is damaged: its header makes no sense")
-    if codec.fast and codec.fingerprint() != probe:
+    if header["fast"]:
+        torch.set_num_threads(header["threads"])
+    codec = Codec(model, header["shape"], header["order"], plan, header["block"],
+                  header["batch"] if header["fast"] else batch or pick_batch(model), header["fast"])
+    if codec.fast and codec.fingerprint() != header["probe"]:
         raise UserError(f"{name} cannot be decoded here: this machine computes other probabilities "
-                        f"than the one that wrote it ({written})")
+                        f"than the one that wrote it ({WRITTEN.format_map(header)})")
     return codec
 
 
@@ -543,12 +556,12 @@ def encode_file(file, model, content, order, plan, verify=True, fast=False, bloc
     chunks = max(1, -(-content.length // model.D))
     block, batch = min(block, chunks), min(batch, chunks) if fast else batch
     codec = Codec(model, content.shape, order, plan, block, batch, fast)
-    header, ideal, done = make_header(codec, content, order), [], 0
+    header, ideal, done, total = make_header(codec, content, order), [], 0, 0.0
     sizes, units = blocks_of(header), datasets.UNITS[content.kind]
     groups = together(sizes, codec)
 
     def blocks():
-        nonlocal done
+        nonlocal done, total
         for group in groups:
             part = content.read(done, done + sum(sizes[i] for i in group))
             payloads, bits = codec.encode(part)
@@ -557,8 +570,8 @@ def encode_file(file, model, content, order, plan, verify=True, fast=False, bloc
                                 "compute the same probabilities twice, and nothing was written")
             yield from zip(part.split(block * model.D), payloads)
             ideal.extend(bits)
-            done += len(part)
-            bar.set_postfix_str(f"{sum(ideal) / done:.3f} bits/{units}")
+            done, total = done + len(part), total + bits.sum()
+            bar.set_postfix_str(f"{total / done:.3f} bits/{units}")
 
     with tqdm(desc="encoding", unit="call", total=len(groups) * len(plan) * (1 + verify)) as bar:
         codec.tick = bar.update
@@ -589,20 +602,25 @@ def decode_file(file, model, checkpoint, name, item=None, damaged=None, batch=No
 
     def good_blocks():
         for group in groups:
-            payloads = [read_payload(file, blocks[i]) if only in (None, i) else None for i in group]
+            stored = [read_at(file, *blocks[i][1:3], name) if only in (None, i) else b""
+                      for i in group]
+            whole = [only in (None, i) and len(part) == blocks[i][1]
+                     for i, part in zip(group, stored)]
             n = [sizes[i] for i in group]
+            payloads = [bytes(blocks[i][3]) + part if there else None
+                        for i, part, there in zip(group, stored, whole)]
             x, clean = codec.decode(payloads, sum(n))
-            for i, part, payload, good in zip(group, x.split(n), payloads, clean):
-                check, _, offset, _ = blocks[i]
-                if payload is not None and not (good and checksum(part, payload) == check):
-                    error = (f"block {i} of {len(blocks)} (counted from 0), at byte {offset}, does "
-                             "not decode to its checksum")
-                    if damaged is None:
-                        raise UserError(f"{name} is damaged: {error} (--keep-going delivers the "
-                                        "others)")
-                    damaged.append(error)
-                elif payload is not None:
+            for i, part, payload, good in zip(group, x.split(n), stored, clean & whole):
+                if good and checksum(part, payload) == blocks[i][0]:
                     yield part if item is None else part.split(D)[item % codec.block]
+                elif only in (None, i):
+                    report(f"block {i} of {len(blocks)} (counted from 0), at byte {blocks[i][2]}, "
+                           "is cut off or does not decode to its checksum")
+
+    def report(error):
+        if damaged is None:
+            raise UserError(f"{name} is damaged: {error} (--keep-going delivers the others)")
+        damaged.append(error)
 
     def parts():
         with tqdm(desc="decoding", unit="call", total=len(groups) * len(codec.plan)) as bar:
@@ -617,10 +635,13 @@ def decode(model, checkpoint, archive, *args, **flags):
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.uint8)
 
 
-def read_payload(file, block):
-    _, size, offset, plain = block
-    file.seek(offset)
-    return bytes(plain) + file.read(size)                # a zero: no shifts
+def read_at(file, size, offset, name):
+    """The bytes there, fewer at the end of the file; UserError where it cannot be read."""
+    try:
+        file.seek(offset)
+        return file.read(size)
+    except OSError as error:
+        raise UserError(f"{name} cannot be read: {error.strerror}")
 
 
 # -- Which order and plan --------------------------------------------------------------------------
@@ -680,6 +701,8 @@ def settle(args):
     model, checkpoint = load_model(args.ckpt, args.device)
     calls = model.S * model.D if args.calls is None else args.calls
     try:
+        if len(args.order) > 30:
+            raise ValueError("no order has so long a name")
         args.order == "auto" or planner.order(args.order, model.D)
     except ValueError as error:
         raise UserError(f"--order: {error}, or auto")
@@ -689,8 +712,8 @@ def settle(args):
 def run_encode(args):
     """a file to an archive"""
     model, checkpoint, pairs = settle(args)
+    sizes = pick_sizes(model, checkpoint["kind"], args.fast, args.block, args.batch)
     content = open_input(args.input, checkpoint)         # what cannot be coded is said first
-    sizes = pick_sizes(model, content.kind, args.fast, args.block, args.batch)
     order, plan = search(model, checkpoint, pairs)
     with replacing(args.output) as file:
         encode_file(file, model, content, order, plan, args.verify, args.fast, *sizes)
@@ -713,17 +736,23 @@ def open_archive(path):
 
 
 def run_decode(args):
-    """an archive to the file it was made of"""
+    """an archive back to text or images"""
     file = open_archive(args.input)
     header, _ = unpack(file, args.input, args.keep_going)
-    device = args.device or (str(header["device"]) if "device" in header else None)
-    model, checkpoint = load_model(args.ckpt, device)
+    try:
+        device = args.device or (header["device"] if header["fast"] else None)
+        model, checkpoint = load_model(args.ckpt, device)
+    except UserError as error:
+        if args.device or not header["fast"]:
+            raise
+        raise UserError(f"{args.input} cannot be decoded here: {error} "
+                        f"({WRITTEN.format_map(header)} wrote it)")
     damaged = [] if args.keep_going else None
     parts = decode_file(file, model, checkpoint, args.input, args.item, damaged, args.batch)
     with replacing(args.output) as out:
         n = write_content(out, header, parts)
     number, units = amount(n, header["kind"], header["shape"])
-    print(f"{args.output}: {number:,} {units}, checksums match")
+    print(f"{args.output}: {number:,} {units}, {'these' if damaged else 'all'} checksums match")
     if damaged:
         print(*damaged, f"{args.input} is damaged: {len(damaged)} blocks are left out", sep="\n",
               file=sys.stderr)
@@ -756,7 +785,8 @@ def compare(model, checkpoint, content, order, plan, **flags):
     file = io.BytesIO()
     ideal = encode_file(file, model, content, order, plan, verify=False, **flags)
     encoded = time.perf_counter()
-    back = torch.cat([*decode_file(file, model, checkpoint, "the archive")])
+    back = torch.cat([*decode_file(file, model, checkpoint, "the archive",
+                                   batch=flags.get("batch"))])
     decoded = time.perf_counter()
     sizes = [size for _, size, *_ in unpack(file, "the archive")[1]]
     bits, payload, whole = float(ideal.sum()), sum(sizes), file.seek(0, os.SEEK_END)
@@ -778,10 +808,9 @@ def print_sizes(facts, others, most=20):
     columns = dict(bound=facts["bounds"], nll=facts["nlls"], archive=facts["blocks"]) | {
         name.split()[0]: sizes for name, sizes in others.items()}
     print("  bytes" + "".join(f"{name:>10}" for name in columns))
-    for i, row in enumerate(zip(*columns.values())):
-        if i < most:
-            print(f"  {i:5}" + "".join(f"{size:10.1f}" if size % 1 else f"{size:10.0f}"
-                                       for size in row))
+    for i, row in zip(range(most), zip(*columns.values())):
+        print(f"  {i:5}" + "".join(f"{size:10.1f}" if size % 1 else f"{size:10.0f}"
+                                   for size in row))
     for name, sizes in others.items():
         smaller = sum(ours < theirs for ours, theirs in zip(facts["blocks"], sizes))
         print(f"  smaller than {name} in {smaller} of {len(sizes)}")
@@ -830,19 +859,20 @@ def main():
         command.add_argument("--ckpt", required=True, help="a checkpoint of train.py")
         command.add_argument("--device", help="cuda, mps or cpu")
         command.add_argument("input", nargs="?" if name == "bench" else None,
-                             help="the file to read, or train, valid or test: of the model's data")
+                             help="an archive" if name == "decode" else
+                             "the file to read, or train, valid or test: of the model's data")
         if name != "bench":
             command.add_argument("output", help="the file to write")
         if name != "decode":
             command.add_argument("--calls", type=int,
-                                 help="network calls a block (default: one for each step)")
+                                 help="network calls a batch (default: one for each step)")
             command.add_argument("--order", default="auto",
                                  help="forward, backward, random:SEED, spaced:G, coarse, or "
                                       "auto: the best of several on training data")
             command.add_argument("--fast", action="store_true",
                                  help="float32: faster, but only this machine can decode it")
         command.add_argument("--batch", type=int, help="datapoints that go through the network "
-                             "together (default: by the memory at hand)")
+                             "together, a block at the least (default: by the memory at hand)")
         if name == "decode":
             command.add_argument("--keep-going", action="store_true",
                                  help="leave out damaged blocks, deliver the others; exit code 1")
@@ -852,8 +882,8 @@ def main():
             command.add_argument("--no-verify", dest="verify", action="store_false",
                                  help="skip the decoding that proves it")
             command.add_argument("--block", type=int, help="datapoints in a block, which is "
-                                 f"decoded as a whole (default: 1 image, {DEFAULT_BLOCK} chunks of "
-                                 "text)")
+                                 f"decoded as a whole (default: 1 image, up to {DEFAULT_BLOCK} "
+                                 "chunks of text)")
     args = parser.parse_args()
     if getattr(args, "batch", None) is not None and args.batch < 1:
         raise UserError(f"--batch {args.batch}: choose 1 or more")
@@ -862,6 +892,8 @@ def main():
             raise UserError(f"{args.output} is a folder, not a file to write")
         if Path(args.input).exists() and os.path.samefile(args.input, args.output):
             raise UserError("IN and OUT are the same file")
+    if args.command in ("encode", "decode") and str(args.input) == args.output + ".part":
+        raise UserError(f"{args.input} is where OUT is written before it gets its name: rename IN")
     args.run(args)
 
 

@@ -15,10 +15,12 @@ import subprocess
 import sys
 import tarfile
 import time
+import warnings
 import zipfile
 import zlib
-from types import SimpleNamespace
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -1736,16 +1738,22 @@ def test_a_machine_that_computes_other_numbers_refuses(folder):
         compress.decode(model, checkpoint, bad, "archive")
 
 
-def test_headers_that_ask_for_too_much_are_refused(folder):
+def test_headers_that_ask_for_too_much_are_refused(folder, tmp_path):
     model, checkpoint = train.load_model(folder / "ckpt.pt", "cpu")
     archive, _ = compress.encode(model, content(b"some text"), "forward", planner.full_plan(1, 24))
     assert decoded(model, checkpoint, repacked(archive), "archive") == b"some text"
     for change in (dict(length=10 ** 12), dict(block=0), dict(block=10 ** 9), dict(length=-1),
                    dict(plan=[[1, 0, 24]]), dict(plan=[[1, 1, 10 ** 12]]), dict(plan="x"),
                    dict(order="sideways"), dict(fast=1), dict(fast=True), dict(shape="x"),
-                   dict(K=26), dict(kind="image"), dict(shape=[10 ** 9]), dict(weights="0")):
+                   dict(K=26), dict(kind="image"), dict(shape=[10 ** 9]), dict(weights="0"),
+                   dict(plan=[[1.0, 1, 24]]), dict(plan=[[1, 0.5, 1], [1, 23.5, 1]]), dict(plan=[]),
+                   dict(order="random:" + 10 ** 6 * "1"), dict(shape=[2 ** 40, 2 ** 40, 1])):
+        bad = repacked(archive, **change)
         with pytest.raises(UserError):
-            compress.decode(model, checkpoint, repacked(archive, **change), "archive")
+            compress.decode(model, checkpoint, bad, "archive")
+        (tmp_path / "bad").write_bytes(bad)
+        with suppress(UserError):                        # never anything else
+            compress.run_info(SimpleNamespace(input=tmp_path / "bad"))
 
 
 SMALL_PICTURES = ["--steps", 25, "--report", 10, "--dim", 8, "--depth", 1, "--levels", 2,
@@ -1957,6 +1965,13 @@ def test_compress_refuses_bad_input(refused, folder, tmp_path):
             match="choose forward, backward")
     refused(compress, "encode", *ckpt, tmp_path / "in", tmp_path / "in", match="the same file")
     refused(compress, "encode", *ckpt, tmp_path / "in", tmp_path, match="is a folder")
+    refused(compress, "encode", *ckpt, "--batch", 0, tmp_path / "in", out, match="choose 1 or more")
+    refused(compress, "encode", *ckpt, "--block", 0, tmp_path / "in", out, match="choose 1 to")
+    refused(compress, "encode", *ckpt, "--fast", "--batch", 10 ** 6, tmp_path / "in", out,
+            match="with --fast up to")
+    (tmp_path / "new.part").write_bytes(b"some text")
+    refused(compress, "encode", *ckpt, tmp_path / "new.part", tmp_path / "new", match="rename IN")
+    assert (tmp_path / "new.part").read_bytes() == b"some text"
     refused(compress, "decode", *ckpt, tmp_path / "foreign", out, match="is no archive")
     refused(compress, match="required")
     model, checkpoint = train.load_model(folder / "ckpt.pt", "cpu")
@@ -1970,6 +1985,20 @@ def test_compress_refuses_bad_input(refused, folder, tmp_path):
     (tmp_path / "archive").write_bytes(archive)
     refused(compress, "decode", "--ckpt", tmp_path / "other.pt", tmp_path / "archive", out,
             match="another checkpoint")
+
+
+def test_devices_are_no_files_to_write():
+    with pytest.raises(UserError, match="cannot write"), train.replacing(os.devnull):
+        pass
+    assert not Path(os.devnull).is_file()
+
+
+def test_grey_images_are_read_as_they_are_used(tmp_path):
+    np.save(tmp_path / "grey.npy", images(4, (6, 5)))
+    source = compress.open_images(tmp_path / "grey.npy", 256, (1, 6, 5))
+    with warnings.catch_warnings(action="error"):
+        part = source.read(30, 90)
+    assert np.array_equal(part.numpy().reshape(2, 6, 5), images(4, (6, 5))[1:3])
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path):

@@ -338,8 +338,8 @@ def replacing(path, mode="wb"):
     """A file that appears under its name only once it is complete; until then, and after an error,
     the old one stays as it was."""
     path = Path(path)
-    if path.is_dir():
-        raise UserError(f"cannot write {path}: it is a folder")
+    if path.exists() and not path.is_file():
+        raise UserError(f"cannot write {path}: it is {'a folder' if path.is_dir() else 'no file'}")
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
