@@ -601,6 +601,7 @@ def decode_file(file, model, checkpoint, name, item=None, damaged=None, batch=No
         groups = [group if codec.fast else [only] for group in groups if only in group]
 
     def good_blocks():
+        """What decodes to its checksum, as symbols; `report` hears of the rest."""
         for group in groups:
             stored = [read_at(file, *blocks[i][1:3], name) if only in (None, i) else b""
                       for i in group]
@@ -844,8 +845,8 @@ def run_bench(args):
           f"{f['weight_bytes']:,} bytes, are in none of these numbers")
 
 
-def main():
-    """The command line: encode, decode, bench, info."""
+def build_parser():
+    """The flags of encode, decode, bench and info."""
     parser = Parser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True,
                                      metavar="encode | decode | bench | info")
@@ -884,7 +885,12 @@ def main():
             command.add_argument("--block", type=int, help="datapoints in a block, which is "
                                  f"decoded as a whole (default: 1 image, up to {DEFAULT_BLOCK} "
                                  "chunks of text)")
-    args = parser.parse_args()
+    return parser
+
+
+def main():
+    """The command line: encode, decode, bench, info."""
+    args = build_parser().parse_args()
     if getattr(args, "batch", None) is not None and args.batch < 1:
         raise UserError(f"--batch {args.batch}: choose 1 or more")
     if args.command in ("encode", "decode") and Path(args.output).exists():
