@@ -18,8 +18,9 @@ archive are big-endian:
     5           4       h, length of the header
     9           h       header: JSON, see `make_header`, packed by `deflate`
     then        w + 4   of each block: in w bytes (`width` in the header) twice the length of the
-                        payload, plus 1 where it has no shifts; and CRC-32 of the symbols that it
-                        decodes to, one byte each, and then of the payload
+                        payload, plus 1 where it has no shifts and what counts them is left out;
+                        and CRC-32 of the symbols that it decodes to, one byte each, and then of
+                        the payload as it is stored
     then        4       CRC-32 of all before it
     then                the payloads, one behind the other: in portable mode the shifts of the
                         grid, where there are any, see `pack_shifts`; a stream of coder.py
@@ -356,7 +357,7 @@ def open_text(path, kind, K, shape):
 def open_images(path, K, shape):
     """Content of a .npy file of images of that shape (C, H, W)."""
     images, npy = datasets.open_npy(path)
-    found, D = (images.shape[3], *images.shape[1:3]), int(np.prod(shape))
+    found, D = (images.shape[3], *images.shape[1:3]), math.prod(shape)
     if found != shape:
         raise UserError(f"{path} holds images of (C, H, W) = {found}, the model codes {shape}")
 
@@ -384,7 +385,7 @@ def write_content(file, header, parts):
     for part in parts:
         n += file.write(datasets.to_images(part, shape).tobytes())
     file.seek(0)
-    head(n // math.prod(shape))                       # fewer, where some are left out
+    head(n // math.prod(shape))                          # fewer, where some are left out
     return n
 
 
@@ -441,6 +442,7 @@ def deflate(text):
 
 
 def checksum(symbols, payload):
+    """4 bytes of the index: CRC-32 of the symbols, then of what is stored of the payload."""
     return struct.pack(">I", zlib.crc32(payload, zlib.crc32(symbols.numpy().tobytes())))
 
 
