@@ -16,7 +16,8 @@ Symbols, as in the paper (everything is counted from 1):
     x^(s)          x at the end of stage s: x^(0) says nothing, x^(S) = x
     a, A           symbol that a stage writes, 0..A-1 (order-agnostic model: the value itself,
                    A = K). The paper's a, the absorbing state, is each network's own affair
-    L_t            loss component of step t: what one variable costs that is predicted at step t
+    L_t            loss component of step t: what one variable costs that is predicted at step t,
+                   in nats here, in bits where it is shown and kept
     plan           [(s, t, k), ...]: in stage s, show what sigma < t has written, write the
                    k variables with t <= sigma < t + k together. One entry is one network
                    call (Sec. 3.1)
@@ -158,7 +159,8 @@ class ARDM(nn.Module):
     def loss(self, x, t=None, s=None, sigma=None, generator=None):
         """Algorithm 2 (and 4): one-step estimate of the bound on -log p(x), in nats, (B,).
 
-        Unbiased for Eq. 2 over t, s and sigma, which are drawn where they are not given.
+        Unbiased for Eq. 2 over t, s and sigma, which are drawn where they are not given. sigma:
+        permutations of 1..D, nothing known beforehand or absent.
         loss / (S * D) is a sample of the loss component L_t of stage s, in nats.
         """
         B, D = x.shape
@@ -182,8 +184,8 @@ class ARDM(nn.Module):
         sigma: (B, D), or (S, B, D) for one order a stage.
         choose(log_p, where, s) -> (B, D) gives the symbols for the variables in `where`
         (B, D bool); the rest of what it returns is ignored. Sampling draws them, likelihood reads
-        them from the data, a decoder recovers them. log_p is
-        (B, D, A), but only what is about to be written is computed: the rest of it is uniform.
+        them from the data, a decoder recovers them. log_p is (B, D, A), but only what is about to
+        be written is computed: the rest of it is uniform.
         """
         sigma = sigma.expand(self.S, *x.shape)
         for s, t, k in plan:
@@ -220,8 +222,8 @@ class ARDM(nn.Module):
         if known is not None:
             sigma = rerank(sigma, known, absent=sigma > self.D)
         known = sigma[0] == 0
-        first = int(known.sum(dim=1).min())                            # nothing to write before it
-        plan = (entry for entry in plan if entry[1] + entry[2] - 1 > first)
+        done = int(known.sum(dim=1).min())             # steps at which nothing is left to write
+        plan = (entry for entry in plan if entry[1] + entry[2] - 1 > done)
 
         def draw(log_p, where, s):
             p = torch.softmax(log_p[where] / temperature, dim=-1)      # (n, A) float32 or better

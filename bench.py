@@ -9,14 +9,20 @@
     compress    archives of the test text of that run, under several budgets of network calls
     portable    how far the network's numbers differ between simulated machines, whether archives
                 decode there, and what the portable mode costs (needs the runs of run and stages)
+    archives    held-out text as archives, whole and in chunks, and by the usual tools (needs the
+                runs of run and text8)
+    blocks      what random access costs: datapoints in a block against bytes (needs those of run
+                and stages, as ahead does)
+    ahead       what the encoder gains, which need not wait for what it knows
+    stream      memory for a file of 50 MB
     fuzz        10,000 mutated archives: how many are refused, none may decode wrongly
     text8       our recipe against the paper's at the same size, in equal time
                 (downloads text8 where ARDM_DATA names no folder with the prefix of it)
     unet        training steps of the paper's kind of U-Net, small
     images      each ingredient of the recipe for images taken away alone, on CIFAR-10
     stages      calls against bits for four models of glyphs
-    mnist, cifar10    ten minutes of training for both kinds of model, pictures, archives
-                (they download what ARDM_DATA does not hold)
+    mnist, cifar10    ten and twenty minutes of training for both kinds of model, pictures,
+                archives (they download what ARDM_DATA does not hold)
 
 Prints tables, keeps the numbers with machine and versions in --out (assets/bench.json), and writes
 them into the README. Run it alone: a rival on the same cores halves every speed. --quick shrinks
@@ -411,21 +417,22 @@ def child(arguments, **environment):
 def bench_portable(args):
     """Differences between simulated machines, archives that decode there, and the price."""
     rows, scratch = [], Path(args.scratch)
-    for name, path in trained(args):
+    for (name, path), most in zip(trained(args), (1024, 64)):
         child(["-c", PROBE, path, scratch / "here.npy"])
         here = np.load(scratch / "here.npy")
         model, checkpoint = train.load_model(path, "cpu")
         content = compress.open_input("test", checkpoint)
-        content.length = min(content.length, (8 if args.quick else 64) * model.D)
+        content.length = min(content.length, (8 if args.quick else most) * model.D)
         plan, cost = planner.uniform_plan(model.S, model.D, 16), {True: [], False: []}
+        order = f"spaced:{model.D // 16}"
         for fast in (True, False) * (1 if args.quick else 3):
             begin = time.perf_counter()
-            archive, _ = compress.encode(model, content, "spaced:16", plan, False, fast)
+            archive, _ = compress.encode(model, content, order, plan, False, fast)
             middle = time.perf_counter()
             compress.decode(model, checkpoint, archive, "archive")
             blocks = compress.unpack(io.BytesIO(archive), "archive")[1]
             cost[fast].append((middle - begin, time.perf_counter() - middle,
-                               sum(size for _, size, *_ in blocks)))
+                               sum(size for size, *_ in blocks)))
         encode, decode, size = np.median(cost[False], axis=0) / np.median(cost[True], axis=0)
         (scratch / "archive").write_bytes(archive)
         with open(scratch / "in", "wb") as file:
@@ -467,10 +474,11 @@ def bench_blocks(args):
         number = min(content.length, 4096 if args.quick else compress.BLOCK) // model.D
         content.length = number * model.D
         plan, here = planner.uniform_plan(model.S, model.D, 16), []
+        order = f"spaced:{model.D // 16}"
         for block in sorted({1, 4, 16, compress.DEFAULT_BLOCK, number}):
             if block <= number:
                 begin = time.perf_counter()
-                archive, _ = compress.encode(model, content, "spaced:16", plan, False, block=block)
+                archive, _ = compress.encode(model, content, order, plan, False, block=block)
                 middle = time.perf_counter()
                 compress.decode(model, checkpoint, archive, "archive")
                 here.append(dict(model=name, block=block, bytes=len(archive), encode=middle - begin,
@@ -478,6 +486,33 @@ def bench_blocks(args):
         rows += [dict(row, percent=100 * (row["bytes"] / here[-1]["bytes"] - 1)) for row in here]
         for row in rows[-len(here):]:
             print("  {model}, {block} in a block: {bytes} bytes, {percent:+.2f}%".format(**row))
+    return rows
+
+
+def bench_stream(args):
+    """Peak memory and seconds of a short file and of a long one, coded by a very small model."""
+    folder, rows = Path(args.scratch), []
+    command([sys.executable, "train.py", *flags(
+        steps=20, report=10, passes=1, length=16, dim=8, heads=1, depth=1, mlp=8, batch=64,
+        device="cpu", out=folder / "small")])
+    ckpt, rng = flags(ckpt=folder / "small" / "ckpt.pt", device="cpu"), np.random.default_rng(0)
+    letters = np.frombuffer(b" abcdefghijklmnopqrstuvwxyz", np.uint8)
+    for size in (20_000, 100_000) if args.quick else (1_000_000, 50_000_000):
+        (folder / "in").write_bytes(letters[rng.integers(0, 27, size)].tobytes())
+        row = dict(bytes=size)
+        for name, *options in (("encode", "--calls", "1", "--no-verify", "--order", "forward"),
+                               ("decode",)):
+            begin = time.perf_counter()
+            process = subprocess.Popen([sys.executable, "compress.py", name, *ckpt, *options,
+                                        folder / "in", folder / "out"])
+            _, process.returncode, usage = os.wait4(process.pid, 0)    # not on Windows
+            assert process.returncode == 0
+            row |= {name: time.perf_counter() - begin,
+                    f"{name}_megabytes": usage.ru_maxrss * 1024 / 1e6}     # Linux: kB
+            os.replace(folder / "out", folder / "in")                  # decode reads the archive
+        rows.append(row)
+        print("  {bytes:,} bytes: encode {encode:.0f} s, {encode_megabytes:.0f} MB; decode "
+              "{decode:.0f} s, {decode_megabytes:.0f} MB".format(**row))
     return rows
 
 
@@ -684,8 +719,8 @@ def bench_mnist(args):
 
 
 def bench_cifar10(args):
-    """CIFAR-10, ten minutes each, archives of 40 images."""
-    return image_results(args, "cifar10", 10.0, 40, 100)
+    """CIFAR-10, twenty minutes each, archives of 40 images."""
+    return image_results(args, "cifar10", 20.0, 40, 100)
 
 
 # -- the README ------------------------------------------------------------------------------------
@@ -703,14 +738,17 @@ TABLES = {                           # section -> {head of a column: format of a
               "characters/s": "{chars_per_second:,.0f}"},
     "portable": {"model": "{model}", "simulated": "{machine}", "float32 differs by": "{single:.0e}",
                  "float64 differs by": "{double:.0e}", "decodes to the same": "{same}",
-                 "encode, of fast mode's seconds": "{encode:.1f}",
-                 "decode, of fast mode's seconds": "{decode:.1f}", "payload": "{percent:+.3f}%"},
+                 "encode time / fast mode's": "{encode:.1f}",
+                 "decode time / fast mode's": "{decode:.1f}", "payload": "{percent:+.3f}%"},
     "archives": {"text": "{text}", "": "{tool}", "whole": "{whole:.2f}",
                  "every chunk alone": "{chunks:.2f}", "encode": "{encode:.0f} s",
                  "decode": "{decode:.0f} s", "weights beside it": "{weights:,} bytes"},
     "blocks": {"model": "{model}", "datapoints in a block": "{block}", "bytes": "{bytes:,}",
                "over one block": "{percent:+.2f}%", "encode": "{encode:.1f} s",
                "decode": "{decode:.1f} s"},
+    "stream": {"file": "{bytes:,} bytes", "encode": "{encode:.0f} s",
+               "memory of encode": "{encode_megabytes:.0f} MB", "decode": "{decode:.0f} s",
+               "memory of decode": "{decode_megabytes:.0f} MB"},
     "ahead": {"model": "{model}", "calls": "{calls}", "encode, call by call": "{alone:.2f} s",
               "encode, calls together": "{ahead:.2f} s", "decode": "{decode:.2f} s"},
     "fuzz": {"mutated archives": "{archives:,}", "refused": "{refused:,}",
@@ -730,7 +768,9 @@ TABLES = {                           # section -> {head of a column: format of a
         "PNG (own)": "{bits[PNG of each image (filters, then zlib)]:.3f}"}),
     "compress": {"calls": "{calls}", "order": "{order}",
                  "exact nll": "{bits[exact nll of this order and plan]:.3f}",
-                 "archive": "{bits[archive, whole file]:.3f}", "encode": "{encode_seconds:.0f} s",
+                 "archive": "{bits[archive, whole file]:.3f}", "bz2": "{bits[bz2]:.3f}",
+                 "lzma": "{bits[lzma]:.3f}", "zlib": "{bits[zlib]:.3f}",
+                 "encode": "{encode_seconds:.0f} s",
                  "decode": "{decode_seconds:.0f} s"},
 }
 

@@ -22,8 +22,10 @@ words first; a pop that leaves x < 2^32 takes a word back. Both sides decide by 
 
 The state starts at 0, which nothing needs to tell, and is written in as few bytes as hold it: a
 message costs less than 4 bytes more than its symbols, and no symbols cost none. A right decode ends
-at state 0 with no word left. A message is the state (big-endian), then the words in the order of
-reading; the state has over 4 bytes where there are words, so the length alone tells them apart.
+at state 0 with no word left. Or the state starts at a number below 2^32, a checksum say, and a right
+decode ends at that: the message then costs the 4 bytes of the number, and rounding, and nothing
+else. A message is the state (big-endian), then the words in the order of reading; the state has
+over 4 bytes where there are words, so the length alone tells them apart.
 
 Frequencies are integers: both sides compute them by `quantize`, from the same probabilities to
 the last bit, or by `quantize_levels`, from the same integers, or decoding goes wrong without a
@@ -113,14 +115,15 @@ def intervals(cdf, symbols):
     return starts, cdf[rows, symbols + 1] - starts
 
 
-def encode(starts, freqs, precision=22):
-    """One stream: (N,) starts and freqs in reading order -> bytes.
+def encode(starts, freqs, precision=22, state=0):
+    """One stream: (N,) starts and freqs in reading order -> bytes. state: what the decoder is to
+    end at, below 2^32.
 
     ValueError for an empty interval.
     """
     starts, freqs = _check_intervals(starts, freqs, precision)
     room, total = 64 - precision, 1 << precision
-    x, words = 0, []
+    x, words = state, []
     for start, f in zip(reversed(starts.tolist()), reversed(freqs.tolist())):
         if x >> room >= f:
             words.append(x & WORD)
@@ -132,7 +135,7 @@ def encode(starts, freqs, precision=22):
 class Decoder:
     """Reads one stream.
 
-    Any bytes decode to something: `done` and a checksum tell whether it is right.
+    Any bytes decode to something: `end` or a checksum tells whether it is right.
     """
 
     def __init__(self, data, precision=22):
@@ -159,19 +162,27 @@ class Decoder:
         return np.array(symbols, dtype=np.int64)
 
     @property
+    def end(self):
+        """The state, where everything was read: where the encoder started, if all went right."""
+        return None if self.words else self.x
+
+    @property
     def done(self):
-        """True at a clean end: everything was read and the state is back where it started."""
-        return self.x == 0 and not self.words
+        """True at a clean end of a stream whose encoder started at 0."""
+        return self.end == 0
 
 
-def encode_streams(starts, freqs, precision=22):
-    """M streams at once: (T, M) starts and freqs, in reading order down each column -> M bytes."""
-    if starts.shape[1] < LANES:
-        return [encode(*stream, precision) for stream in zip(starts.T, freqs.T)]
+def encode_streams(starts, freqs, precision=22, states=None):
+    """M streams at once: (T, M) starts and freqs, in reading order down each column -> M bytes.
+    states: M numbers that the decoders are to end at, below 2^32; None: 0."""
+    T, M = starts.shape
+    states = [0] * M if states is None else states
+    if M < LANES:
+        return [encode(*stream, precision, state)
+                for *stream, state in zip(starts.T, freqs.T, states)]
     starts, freqs = (a.astype(np.uint64) for a in _check_intervals(starts, freqs, precision))
-    (T, M), room = starts.shape, np.uint64(64 - precision)
-    rest = np.uint64(1 << precision) - freqs
-    x = np.zeros(M, dtype=np.uint64)
+    rest, room = np.uint64(1 << precision) - freqs, np.uint64(64 - precision)
+    x = np.array(states, dtype=np.uint64)
     words = np.empty((T, M), dtype=np.uint32)
     moved = np.empty((T, M), dtype=bool)
     for step in reversed(range(T)):
@@ -180,7 +191,7 @@ def encode_streams(starts, freqs, precision=22):
         moved[step] = full = x >> room >= f
         x = np.where(full, x >> np.uint64(32), x)
         x += x // f * rest[step] + starts[step]
-    lanes = np.split(words.T[moved.T], np.cumsum(moved.sum(axis=0))[:-1]) if M else []
+    lanes = np.split(words.T[moved.T], np.cumsum(moved.sum(axis=0))[:-1])
     return [_message(state, lane) for state, lane in zip(x.tolist(), lanes)]
 
 
@@ -200,9 +211,9 @@ class FewDecoders:
         return np.stack([one.pop(cdf[:, i]) for i, one in enumerate(self.each)], axis=1)
 
     @property
-    def clean(self):
-        """(M,) bool: which streams are at a clean end."""
-        return np.array([one.done for one in self.each], dtype=bool)
+    def ends(self):
+        """The `end` of each stream: M numbers or None."""
+        return [one.end for one in self.each]
 
 
 class DecoderStreams:
@@ -212,8 +223,8 @@ class DecoderStreams:
         states, words = zip(*map(_parse, streams)) if streams else ((), ())
         self.x = np.array(states, dtype=np.uint64)
         self.words = np.concatenate(words + (np.zeros(1, np.uint32),)).astype(np.uint64)
-        self.ends = np.cumsum([len(w) for w in words], dtype=np.int64)
-        self.next = self.ends - [len(w) for w in words]
+        self.stop = np.cumsum([len(w) for w in words], dtype=np.int64)
+        self.next = self.stop - [len(w) for w in words]
         self.precision = precision
 
     def pop(self, cdf):
@@ -227,21 +238,21 @@ class DecoderStreams:
             start = table[lanes, sym]
             f = (table[lanes, sym + 1] - start).astype(np.uint64)
             x = f * (x >> P) + slot - start.astype(np.uint64)
-            refill = (x <= np.uint64(WORD)) & (self.next < self.ends)
+            refill = (x <= np.uint64(WORD)) & (self.next < self.stop)
             x = np.where(refill, x << np.uint64(32) | self.words[np.where(refill, self.next, 0)], x)
             self.next += refill
         self.x = x
         return symbols
 
     @property
-    def clean(self):
-        """(M,) bool: which streams are at a clean end."""
-        return (self.x == 0) & (self.next == self.ends)
+    def ends(self):
+        """The `end` of each stream: M numbers or None."""
+        return [x if read else None for x, read in zip(self.x.tolist(), self.next == self.stop)]
 
     @property
     def done(self):
-        """True when every stream is at a clean end."""
-        return bool(self.clean.all())
+        """True when every stream is at a clean end, and its encoder started at 0."""
+        return self.ends == [0] * len(self.x)
 
 
 def _check_intervals(starts, freqs, precision):

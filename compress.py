@@ -14,16 +14,18 @@ archive are big-endian:
 
     offset      bytes   what
     0           4       "ARDM"
-    4           1       format version, 3
+    4           1       format version, 4
     5           4       h, length of the header
     9           h       header: JSON, see `make_header`, packed by `deflate`
-    then        w + 4   of each block: in w bytes (`width` in the header) twice the length of the
-                        payload, plus 1 where it has no shifts and what counts them is left out;
-                        and CRC-32 of the symbols that it decodes to, one byte each, and then of
-                        the payload as it is stored
+    then        w       of each block (w by `index_width`): twice the length of its payload, plus
+                        1 where it has no shifts and the byte 0 that counts them is left out
     then        4       CRC-32 of all before it
     then                the payloads, one behind the other: in portable mode the shifts of the
                         grid, where there are any, see `pack_shifts`; a stream of coder.py
+
+A stream starts from the CRC-32 of its block: of the symbols, one byte each, then of the shifts with
+the byte that counts them; itself started from the number of the block. A decoder that does not end
+at the CRC-32 of what it decoded has damaged bytes, another block, or other integers.
 
 Encoder and decoder must compute the same integers, but the last bits of what a network says depend
 on the machine, its libraries, the number of threads, and what is beside a datapoint in its batch.
@@ -41,7 +43,7 @@ same shape; one that is not full is filled up with absent variables. The header 
 fingerprint of what the network says about a fixed input: a machine on which it says something else
 would decode garbage, and refuses first.
 
-In both modes the encoder proves each block by decoding it, and checksums tell damage.
+In both modes the encoder proves each block by decoding it, but with --no-verify.
 """
 import collections
 import copy
@@ -71,14 +73,13 @@ from data import UserError
 from train import (Parser, bound, command_line, image_sizes, load_data, load_model, references,
                    replacing, spread)
 
-MAGIC, VERSION, PRECISION = b"ARDM", 3, 22
+MAGIC, VERSION, PRECISION = b"ARDM", 4, 22
 BLOCK = 1 << 15                                      # symbols in a block at most
 DEFAULT_BLOCK = 256                                  # datapoints of text in a block
 LONGEST_HEADER = 1 << 22                             # bytes; a plan has up to S * D entries
 WORDS = (b'bytes"image","npy":[28,28],"backward"random:1"coarse"spaced:"probe":"batch":"device":'
          b'"cpu""threads":2,"torch":"2.13.0+cpu",{"kind":"text","length":20000,"shape":[64],"K":27,'
-         b'"order":"forward","plan":[[1,1,64]],[1,2,"block":256,"weights":"","fast":false,'
-         b'"width":2}')                              # what headers say, see `deflate`
+         b'"order":"forward","plan":[[1,1,64]],[1,2,"block":256,"weights":"","fast":false}')
 WRITTEN = "torch {torch}, {threads} threads, {device}"
 MARGIN = 1e-10                                       # nats: see above
 
@@ -101,13 +102,14 @@ class Codec:
         self.tick = lambda: None
         self.sigma = torch.from_numpy(planner.order(order, shape)).to(self.device)
 
-    def encode(self, symbols):
+    def encode(self, symbols, first=0):
         """(n,) symbols, whole blocks or a single one -> payloads, and the ideal length of each in
-        bits, (streams,): -log2 p under this order and plan."""
+        bits, (streams,): -log2 p under this order and plan. first: the number of the first."""
         x, sigma, plan = self._begin(len(symbols))
         x.view(-1)[:len(symbols)] = symbols.to(x)
-        streams, pushed = -(-len(symbols) // (self.block * self.model.D)), []
-        shifts, bits = [[] for _ in range(streams)], np.zeros(streams)
+        blocks, pushed = symbols.split(self.block * self.model.D), []
+        streams, bits = len(blocks), np.zeros(len(blocks))
+        shifts = [[] for _ in blocks]
 
         def push(call, log_p, where, s):
             """Takes down the intervals of what one call writes."""
@@ -121,10 +123,10 @@ class Codec:
             bits[:] += bits_per_dim(nats.numpy(), 1)
 
         self._read(x, plan, sigma, push)
-        coded = coder.encode_streams(*map(np.concatenate, zip(*pushed)), PRECISION)
-        if self.fast:
-            return coded, bits
-        return [pack_shifts(row) + part for row, part in zip(shifts, coded)], bits
+        heads = [b"" if self.fast else pack_shifts(row) for row in shifts]
+        coded = coder.encode_streams(*map(np.concatenate, zip(*pushed)), PRECISION,
+                                     [*map(checksum, itertools.count(first), blocks, heads)])
+        return [head + stream for head, stream in zip(heads, coded)], bits
 
     @torch.no_grad()
     def _read(self, x, plan, sigma, push):
@@ -145,17 +147,15 @@ class Codec:
                 self.tick()
                 push(first + i, log_p, where[i], stage)
 
-    def decode(self, payloads, n):
-        """Payloads -> (n,) uint8 symbols, and for each payload whether its stream came to a clean
-        end. A payload None is left out, its symbols are 0: the network still predicts them, so that
-        its calls have the encoder's shapes."""
+    def decode(self, payloads, n, first=0):
+        """Payloads -> the symbols of each, (m,) uint8, n in all; None where they do not match their
+        checksum. A payload None is left out: beside others the network still predicts its symbols,
+        so that its calls have the encoder's shapes. first: the number of the first."""
         wanted = [i for i, payload in enumerate(payloads) if payload is not None]
         if not wanted:
-            return torch.zeros(n, dtype=torch.uint8), np.ones(len(payloads), bool)
+            return payloads
         x, sigma, plan = self._begin(n)
-        streams, shifts = [payloads[i] for i in wanted], [{}] * len(wanted)
-        if not self.fast:
-            shifts, streams = zip(*map(unpack_shifts, streams))
+        heads, shifts, streams = zip(*(split_payload(payloads[i], self.fast) for i in wanted))
         decoder, calls = coder.decoders(streams, PRECISION), itertools.count()
 
         def pop(log_p, where, s):
@@ -174,9 +174,10 @@ class Codec:
             return a
 
         x = self.model.walk(self.model.coarse(x, 0), plan, sigma, pop)
-        clean = np.ones(len(payloads), bool)
-        clean[wanted] = decoder.clean
-        return x.view(-1)[:n].to("cpu", torch.uint8), clean
+        parts = x.view(-1)[:n].to("cpu", torch.uint8).split(self.block * self.model.D)
+        right = {i: parts[i] for i, head, end in zip(wanted, heads, decoder.ends)
+                 if end == checksum(first + i, parts[i], head)}
+        return [right.get(i) for i in range(len(payloads))]
 
     def _begin(self, n):
         """For n symbols: zeros (rows, D), as many rows as they fill, in fast mode the whole batch;
@@ -192,6 +193,8 @@ class Codec:
         """(n, A) log-probabilities, of that many streams one after the other -> (n, A + 1) integer
         tables, and by how much the grid of each stream is shifted: as far as it takes to be safe,
         where shifts are not given."""
+        if log_p.isnan().any():
+            raise UserError("the network gives no numbers: its weights are damaged")
         if self.fast:
             probs = torch.softmax(log_p.cpu().double(), dim=-1)
             return coder.quantize(probs.numpy(), PRECISION), np.zeros(streams, dtype=np.int64)
@@ -256,8 +259,6 @@ def to_levels(log_p, shift):
     """(streams, n) float64 log-probabilities in nats -> their levels, whole numbers of 1/GRID nat
     below 0, on a grid shifted by shift / 256 of a level, (streams,); and (streams,) whether all of
     a stream's values are further than MARGIN from where rounding turns."""
-    if np.isnan(log_p).any():
-        raise UserError("the network gives no numbers: its weights are damaged")
     above = np.minimum(-log_p * coder.GRID + shift[:, None] / 256, coder.DEEPEST) + 0.5
     levels = np.floor(above)
     far = np.abs(above - levels - 0.5) < 0.5 - MARGIN * coder.GRID
@@ -272,11 +273,18 @@ def pack_shifts(shifts):
         struct.pack(">I", call << 8 | shift) for call, shift in shifts)
 
 
-def unpack_shifts(payload):
-    """A payload -> {call: shift}, and the stream behind them; whatever the bytes."""
-    end = 1 + 4 * int.from_bytes(payload[:1], "big")
-    numbers = np.frombuffer(payload[1:end][:(len(payload[1:end]) // 4) * 4], ">u4").tolist()
-    return {number >> 8: number & 255 for number in numbers}, payload[end:]
+def split_payload(payload, fast):
+    """A payload -> (shifts as they are stored, {call: shift}, stream); whatever the bytes."""
+    end = 0 if fast else 1 + 4 * int.from_bytes(payload[:1], "big")
+    head = payload[:end]
+    shifts = {int.from_bytes(head[i:i + 3], "big"): head[i + 3] for i in range(1, len(head) - 3, 4)}
+    return head, shifts, payload[end:]
+
+
+def checksum(number, symbols, head):
+    """CRC-32 of the symbols (n,) uint8 of the block of that number and then of its packed shifts.
+    Started from the number, so that no two blocks can change places."""
+    return zlib.crc32(head, zlib.crc32(symbols.numpy().tobytes(), number))
 
 
 # -- The archive -----------------------------------------------------------------------------------
@@ -415,21 +423,26 @@ def blocks_of(header):
     return [block] * (n // block) + [n % block] * (n % block > 0)
 
 
-def write_archive(file, header, blocks):
-    """header: a dict; blocks: an iterator of (symbols, payload), written as they come: the place of
-    the index is kept free and filled in at the end, as all lengths are known to fit."""
-    sizes, stages = blocks_of(header), header["plan"][-1][0]
-    # most bytes that a payload may take: shifts, state, symbols
-    most = 1 + 4 * 255 + 8 + max(sizes, default=0) * stages * PRECISION // 8
-    width = -(-(most << 1).bit_length() // 8)
-    text = json.dumps(header | dict(width=width), separators=(",", ":")).encode()
-    text = deflate(text)
+def longest(header):
+    """Bytes that a payload may take at most: shifts, checksum, rest of a state, symbols."""
+    symbols = min(header["length"], header["block"] * math.prod(header["shape"]))
+    return 1 + 4 * 255 + 4 + 8 + symbols * header["plan"][-1][0] * PRECISION // 8
+
+
+def index_width(header):
+    """Bytes of an entry of the index."""
+    return -(-(2 * longest(header) + 1).bit_length() // 8)
+
+
+def write_archive(file, header, payloads):
+    """header: a dict; payloads: an iterator, written as they come: the place of the index is kept
+    free and filled in at the end, as all lengths are known to fit."""
+    text, width = deflate(json.dumps(header, separators=(",", ":")).encode()), index_width(header)
     head = bytearray(MAGIC + struct.pack(">BI", VERSION, len(text)) + text)
-    file.write(head + bytes(len(sizes) * (width + 4) + 4))
-    for symbols, payload in blocks:
+    file.write(head + bytes(len(blocks_of(header)) * width + 4))
+    for payload in payloads:
         plain = not header["fast"] and payload[0] == 0   # no shifts: what says so is left out
-        entry = (len(payload) - plain) << 1 | plain
-        head += entry.to_bytes(width, "big") + checksum(symbols, payload[plain:])
+        head += ((len(payload) - plain) << 1 | plain).to_bytes(width, "big")
         file.write(payload[plain:])
     file.seek(0)
     file.write(head + struct.pack(">I", zlib.crc32(head)))
@@ -441,15 +454,10 @@ def deflate(text):
     return packer.compress(text) + packer.flush()
 
 
-def checksum(symbols, payload):
-    """4 bytes of the index: CRC-32 of the symbols, then of what is stored of the payload."""
-    return struct.pack(">I", zlib.crc32(payload, zlib.crc32(symbols.numpy().tobytes())))
-
-
 def unpack(file, name, keep_going=False):
-    """An open archive -> header dict and [(checksum, size, offset, plain)] of the payloads, checked
-    as far as can be without the model; plain: 1 where a 0 at its beginning is left out. UserError
-    says what is wrong. keep_going: payloads that are not whole are no error."""
+    """An open archive -> header dict and [(size, offset, plain)] of the payloads, checked as far as
+    can be without the model; plain: 1 where a 0 at its beginning is left out. UserError says what
+    is wrong. keep_going: payloads that are not whole are no error."""
     total = file.seek(0, os.SEEK_END)
     file.seek(0)
     start = file.read(9)
@@ -462,19 +470,21 @@ def unpack(file, name, keep_going=False):
         text = file.read(min(int.from_bytes(start[5:9], "big"), LONGEST_HEADER))
         header = json.loads(zlib.decompressobj(zdict=WORDS).decompress(text, LONGEST_HEADER))
         check_header(header, total)
-        width, number = header["width"], len(blocks_of(header))
-        index = file.read(number * (width + 4))
+        width = index_width(header)
+        index = file.read(len(blocks_of(header)) * width)
         require(zlib.crc32(start + text + index) == int.from_bytes(file.read(4), "big"))
+        entries = [divmod(int.from_bytes(index[i:i + width], "big"), 2)
+                   for i in range(0, len(index), width)]
+        require(all(size <= longest(header) for size, _ in entries))
     except (ValueError, KeyError, TypeError, RecursionError, OverflowError, zlib.error):
         raise UserError(f"{name} is damaged: its header or index is cut off, or does not match its "
                         "checksum")
     blocks, begin = [], file.tell()
-    for entry in range(0, len(index), width + 4):
-        size, plain = divmod(int.from_bytes(index[entry:entry + width], "big"), 2)
+    for size, plain in entries:
         if begin + size > total and not keep_going:
             raise UserError(f"{name} is cut off: block {len(blocks)}, at byte {begin}, is not "
                             "there, or not whole (--keep-going delivers the others)")
-        blocks.append((index[entry + width:entry + width + 4], size, begin, plain))
+        blocks.append((size, begin, plain))
         begin += size
     if begin != total and not keep_going:
         raise UserError(f"{name} is damaged: {total - begin} bytes follow the last block")
@@ -485,13 +495,14 @@ def check_header(header, total):
     """ValueError, KeyError or TypeError where this is not the header of an archive of that many
     bytes: nothing that it claims may cost time or memory."""
     shape, runs, order, fast = (header[key] for key in ("shape", "plan", "order", "fast"))
-    numbers = [header[key] for key in ("length", "block", "width", "K")] + shape
+    numbers = [header[key] for key in ("length", "block", "K")] + shape
     numbers += itertools.chain.from_iterable(runs)
-    require(all(type(n) is int for n in numbers) and min(header["block"], *shape) > 0)
+    require(all(type(n) is int and 0 <= n < 1 << 60 for n in numbers) and 0 < len(shape) <= 3)
+    require(min(header["block"], *shape) > 0)
     require(type(order) is str and len(order) < 40 and type(header["weights"]) is str)
     require(all(s > 0 and k > 0 and times > 0 for s, k, times in runs) and len(runs) > 0)
-    D, length, width = math.prod(shape), header["length"], header["width"]
-    require(0 <= length and 0 <= width <= 4 and type(fast) is bool)
+    D, length = math.prod(shape), header["length"]
+    require(type(fast) is bool)
     if header["kind"] == "image":
         C, *sides = shape
         require(length % D == 0 and header["npy"] in ([*sides, C], sides if C == 1 else None))
@@ -503,7 +514,7 @@ def check_header(header, total):
         require(0 < header["threads"] <= 1024 and header["batch"] >= header["block"])
     rows = header["batch"] if fast else header["block"]
     require(rows * D <= max(BLOCK, D))                   # what `encode` would write
-    require(length // (header["block"] * D) * (width + 4) <= total)
+    require(length // (header["block"] * D) * index_width(header) <= total)
 
 
 def require(holds):
@@ -548,6 +559,11 @@ def together(sizes, codec):
     return groups + [range(i, i + 1) for i in range(whole, len(sizes))]
 
 
+def same(parts, symbols):
+    """Whether every part is there, and all of them together are these symbols."""
+    return all(part is not None for part in parts) and torch.equal(torch.cat(parts), symbols)
+
+
 def encode_file(file, model, content, order, plan, verify=True, fast=False, block=None, batch=None):
     """Content -> an archive, written to a file that can seek. Returns the ideal length of each
     block in bits: -log2 p under this order and plan.
@@ -566,11 +582,11 @@ def encode_file(file, model, content, order, plan, verify=True, fast=False, bloc
         nonlocal done, total
         for group in groups:
             part = content.read(done, done + sum(sizes[i] for i in group))
-            payloads, bits = codec.encode(part)
-            if verify and not torch.equal(codec.decode(payloads, len(part))[0], part):
+            payloads, bits = codec.encode(part, group[0])
+            if verify and not same(codec.decode(payloads, len(part), group[0]), part):
                 raise UserError("a block does not decode to what went in: this machine does not "
                                 "compute the same probabilities twice, and nothing was written")
-            yield from zip(part.split(block * model.D), payloads)
+            yield from payloads
             ideal.extend(bits)
             done, total = done + len(part), total + bits.sum()
             bar.set_postfix_str(f"{total / done:.3f} bits/{units}")
@@ -605,20 +621,19 @@ def decode_file(file, model, checkpoint, name, item=None, damaged=None, batch=No
     def good_blocks():
         """What decodes to its checksum, as symbols; `report` hears of the rest."""
         for group in groups:
-            stored = [read_at(file, *blocks[i][1:3], name) if only in (None, i) else b""
-                      for i in group]
-            whole = [only in (None, i) and len(part) == blocks[i][1]
-                     for i, part in zip(group, stored)]
-            n = [sizes[i] for i in group]
-            payloads = [bytes(blocks[i][3]) + part if there else None
-                        for i, part, there in zip(group, stored, whole)]
-            x, clean = codec.decode(payloads, sum(n))
-            for i, part, payload, good in zip(group, x.split(n), stored, clean & whole):
-                if good and checksum(part, payload) == blocks[i][0]:
+            payloads = [read_payload(*blocks[i]) if only in (None, i) else None for i in group]
+            n = sum(sizes[i] for i in group)
+            for i, part in zip(group, codec.decode(payloads, n, group[0])):
+                if part is not None:
                     yield part if item is None else part.split(D)[item % codec.block]
                 elif only in (None, i):
-                    report(f"block {i} of {len(blocks)} (counted from 0), at byte {blocks[i][2]}, "
+                    report(f"block {i} of {len(blocks)} (counted from 0), at byte {blocks[i][1]}, "
                            "is cut off or does not decode to its checksum")
+
+    def read_payload(size, offset, plain):
+        """None where it is not whole."""
+        stored = read_at(file, size, offset, name)
+        return bytes(plain) + stored if len(stored) == size else None
 
     def report(error):
         if damaged is None:
@@ -791,7 +806,7 @@ def compare(model, checkpoint, content, order, plan, **flags):
     back = torch.cat([*decode_file(file, model, checkpoint, "the archive",
                                    batch=flags.get("batch"))])
     decoded = time.perf_counter()
-    sizes = [size for _, size, *_ in unpack(file, "the archive")[1]]
+    sizes = [size for size, *_ in unpack(file, "the archive")[1]]
     bits, payload, whole = float(ideal.sum()), sum(sizes), file.seek(0, os.SEEK_END)
     rows = {"bound, mean over all orders": test["bits"],
             "exact nll of this order and plan": bits / n,

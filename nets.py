@@ -28,8 +28,8 @@ class Transformer(nn.Module):
 
     positions   rotary: queries and keys are turned by an angle that grows with the position, so
                 that attention knows distances from the first step on
-    pairs       embeddings of pairs of known neighbours, the nearest context there is: the two
-                beside a position, the two before it, the two behind it
+    pairs       embeddings of pairs of neighbours, known or not, the nearest context there is: the
+                two beside a position, the two before it, the two behind it
     conv        width of the depthwise convolutions before attention and before the hidden layer,
                 which mix neighbours; 0: none
     qk_norm     queries and keys are brought to mean 0 and variance 1
@@ -182,6 +182,8 @@ class UNet(nn.Module):
                 the network, and a correction, a softmax as the paper's. So classes are ordered from
                 the first step on
     zero_init   the softmax begins as the uniform distribution
+    time        show the network t and s as numbers as well
+    stages      S of an upscale model: the network is told s and, where x is unknown, x^(s-1)
     """
 
     def __init__(self, K, shape, num_outputs=None, dim=32, depth=2, levels=3, heads=0,
@@ -368,7 +370,8 @@ def logistic(location, width, K):
     """
     values = torch.arange(K, dtype=location.dtype, device=location.device) / K - 0.5
     z = (values - location) * torch.exp(3 - 2 * width).clamp(max=2.0 * K)         # (n, K)
-    return z - 2 * F.softplus(z, threshold=40)           # where its shortcut is exact in float64
+    # above its threshold softplus(z) is taken to be z: at 40 that is exact, at the usual 20 not
+    return z - 2 * F.softplus(z, threshold=40)
 
 
 def groups(width):

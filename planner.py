@@ -10,8 +10,9 @@ j after it) costs
 The plain dynamic programme takes O(D^2) for each added call. Two facts, both true because L does
 not increase (Eq. 4), make it fast and let stages share one budget:
 
-- The best i grows with j. So the best i of the middle j bounds those on either side of it, and one
-  more call takes O(D log D), in a few whole-array operations.
+- The best i grows with j: the edge to j + 1 costs L_{i+1} more than that to j, for a later i no
+  more than for an earlier one. So the best i of the middle j bounds those on either side of it, and
+  one more call takes O(D log D), in a few whole-array operations.
 - The cheapest cost is convex in the number of calls. So calls may be handed out one at a time, each
   to the stage where it saves most, and the split is still exact.
 
@@ -171,12 +172,11 @@ def _hand_out(L):
     The first S calls go to one stage each. starts is (D+1,): see `_one_more_call`.
     """
     stages = [_best_paths(row) for row in L]
-    now, total, offers = [], 0.0, []
+    now, offers = [], []
     for s, stage in enumerate(stages):
         cost, start = next(stage)
         now.append(cost)
-        total += cost
-        yield s, total, start
+        yield s, float(sum(now)), start
 
     def offer(s):
         cost, start = next(stages[s], (None, None))

@@ -3,7 +3,7 @@
     python sample.py --ckpt out/pydoc/ckpt.pt --n 8 --calls 20
     python sample.py --ckpt out/pydoc/ckpt.pt --calls 20 --frames         the process, step by step
     python sample.py --ckpt out/pydoc/ckpt.pt --prompt "the ____ of"      underscores are the blanks
-    python sample.py --ckpt out/glyphs/ckpt.pt --inpaint top              the rest of test images
+    python sample.py --ckpt out/glyphs/ckpt.pt --inpaint top              test images from their top
 
 Text is printed and written to samples.txt (and frames.txt) beside the checkpoint, images to
 samples.png (frames.png, process.png, which moves, and inpaint.png).

@@ -848,8 +848,6 @@ def test_safe_levels_survive_any_difference_below_the_margin():
     for sign in (-1, 1):
         others, _ = compress.to_levels(log_p + sign * margin, np.zeros(len(log_p)))
         assert (others == levels)[safe].all() and not (others == levels)[~safe].all()
-    with pytest.raises(UserError, match="no numbers"):
-        compress.to_levels(np.array([[np.nan]]), np.zeros(1))
 
 
 @pytest.mark.parametrize("K, n, precision, peaked", [
@@ -894,6 +892,26 @@ def test_random_messages_of_every_length_survive():
         cdf = coder.quantize(probs.reshape(n, 5))
         decoder = coder.Decoder(coder.encode(*coder.intervals(cdf, symbols)))
         assert np.array_equal(decoder.pop(cdf), symbols) and decoder.done
+
+
+@pytest.mark.parametrize("T, M", [(0, 1), (1, 3), (300, 2), (1, 50), (40, 50)])
+def test_a_decoder_ends_where_its_encoder_started(T, M):
+    probs, symbols = message(27, T * M, seed=2)
+    cdf = coder.quantize(probs.reshape(T * M, 27))
+    starts, freqs = (a.reshape(T, M) for a in coder.intervals(cdf, symbols))
+    states = [0, (1 << 32) - 1, 1] + np.random.default_rng(0).integers(0, 1 << 32, M).tolist()
+    states = states[:M]
+    streams = coder.encode_streams(starts, freqs, states=states)
+    for decoder in (coder.decoders(streams), coder.FewDecoders(streams)):
+        assert np.array_equal(decoder.pop(cdf.reshape(T, M, 28)), symbols.reshape(T, M))
+        assert decoder.ends == states
+    if T > 1:
+        decoder = coder.decoders([stream + bytes(4 * T + 4) for stream in streams])
+        decoder.pop(cdf.reshape(T, M, 28))
+        assert decoder.ends == [None] * M
+    ideal = -np.log2(probs.reshape(T * M, 27)[np.arange(T * M), symbols]).reshape(T, M).sum(axis=0)
+    for stream, bits in zip(streams, ideal):
+        assert len(stream) <= (32 + bits + 1e-4 * T) / 8 + 1
 
 
 def test_a_wrong_byte_is_noticed_almost_always():
@@ -1417,14 +1435,13 @@ def content(text, D=24):
 
 
 def unpack(archive):
-    """Header and [(checksum, payload, offset)] of an archive in memory."""
+    """Header and [(payload, offset)] of an archive in memory."""
     header, blocks = compress.unpack(io.BytesIO(archive), "archive")
-    return header, [(check, bytes(plain) + archive[at:at + size], at)
-                    for check, size, at, plain in blocks]
+    return header, [(bytes(plain) + archive[at:at + size], at) for size, at, plain in blocks]
 
 
-def pack(header, blocks):
-    compress.write_archive(file := io.BytesIO(), header, blocks)
+def pack(header, payloads):
+    compress.write_archive(file := io.BytesIO(), header, payloads)
     return file.getvalue()
 
 
@@ -1442,7 +1459,7 @@ def test_files_of_any_length_come_back(folder, tmp_path, n):
         pairs = compress.candidates(model, checkpoint["L"], calls)
         archive, bits = compress.encode(model, content(text), order, pairs[-1][1])
         assert decoded(model, checkpoint, archive, "archive") == text
-        payload = sum(len(part) for _, part, _ in unpack(archive)[1])
+        payload = sum(len(part) for part, _ in unpack(archive)[1])
         assert 8 * payload <= bits * 1.001 + 64
 
 
@@ -1498,7 +1515,7 @@ def test_headers_of_text_are_short():
                                 fast=False)
         for calls in range(1, D + 1):
             codec.plan = planner.plan(L, calls)
-            header = compress.make_header(codec, source, "spaced:16") | dict(width=3)
+            header = compress.make_header(codec, source, "spaced:16")
             text = compress.deflate(json.dumps(header, separators=(",", ":")).encode())
             assert len(text) + 9 <= 200, (D, calls, len(text))
 
@@ -1666,8 +1683,53 @@ def test_a_grid_is_shifted_where_a_value_lies_on_a_boundary(folder):
     log_p[1, 5] -= 0.5 / 1024
     cdf, shift = codec._tables(log_p, 1)
     assert shift == [1] and np.array_equal(cdf, codec._tables(log_p, 1, [1])[0])
-    assert compress.unpack_shifts(compress.pack_shifts([(3, 1), (70000, 255)]) + b"rest") == (
-        {3: 1, 70000: 255}, b"rest")
+    head = compress.pack_shifts([(3, 1), (70000, 255)])
+    assert compress.split_payload(head + b"rest", False) == (head, {3: 1, 70000: 255}, b"rest")
+    assert compress.split_payload(head + b"rest", True) == (b"", {}, head + b"rest")
+
+
+def test_archives_with_shifted_grids_come_back(folder, monkeypatch):
+    monkeypatch.setattr(compress, "MARGIN", 2e-7)        # many values are too near a boundary now
+    model, checkpoint = train.load_model(folder / "ckpt.pt", "cpu")
+    source = content((folder / "test.txt").read_bytes()[:1000])
+    plan = planner.uniform_plan(1, 24, 6)
+    archive, _ = compress.encode(model, source, "spaced:4", plan, block=8, batch=8)
+    blocks = unpack(archive)[1]
+    calls = [call for payload, _ in blocks for call in compress.split_payload(payload, False)[1]]
+    assert len(set(calls)) > 3
+    for batch in (8, 96, 512):                           # call by call, two calls, all of them
+        assert compress.encode(model, source, "spaced:4", plan, block=8, batch=batch)[0] == archive
+        assert torch.equal(compress.decode(model, checkpoint, archive, "a", batch=batch),
+                           source.symbols)
+    payload, at = next(block for block in blocks if block[0][0])
+    for i in range(at, at + 1 + 4 * payload[0]):
+        bad = archive[:i] + bytes([archive[i] ^ 1]) + archive[i + 1:]
+        with pytest.raises(UserError, match="does not decode"):
+            compress.decode(model, checkpoint, bad, "archive")
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_network_that_gives_no_numbers_is_refused(folder, fast):
+    model, _ = train.load_model(folder / "ckpt.pt", "cpu")
+    model.net.head.bias.data[3] = torch.nan
+    with pytest.raises(UserError, match="no numbers"):
+        compress.encode(model, content(b"text"), "forward", planner.full_plan(1, 24), fast=fast)
+
+
+def test_what_does_not_decode_is_not_written(folder, tmp_path, monkeypatch):
+    decode = compress.Codec.decode
+
+    def other(self, *args):
+        parts = decode(self, *args)
+        return [*parts[:-1], parts[-1] ^ 1]
+    model, _ = train.load_model(folder / "ckpt.pt", "cpu")
+    for broken in (other, lambda self, payloads, *args: [None] * len(payloads)):
+        monkeypatch.setattr(compress.Codec, "decode", broken)
+        with pytest.raises(UserError, match="does not decode to what went in"):
+            with train.replacing(tmp_path / "a") as file:
+                compress.encode_file(file, model, content(b"text"), "forward",
+                                     planner.full_plan(1, 24))
+    assert list(tmp_path.iterdir()) == []
 
 
 def numpy_features():
@@ -1712,9 +1774,9 @@ def test_damaged_archives_of_upscale_models_are_refused():
     model = UpscaleARDM(StageTable(2, 5, 5, 2), 2, 5, 4)
     codec = compress.Codec(model, (2,), "forward", planner.full_plan(2, 2), 4, 4)
     source = compress.Content.of(torch.zeros(7, dtype=torch.uint8), "bytes", 5, (2,))
-    archive = pack(compress.make_header(codec, source, "forward"), [(source.symbols, b"x" * 7)])
-    for seed in range(100):
-        noise = np.random.default_rng(seed).bytes(7)
+    archive = pack(compress.make_header(codec, source, "forward"), [b"x" * 7])
+    noises = [np.random.default_rng(seed).bytes(7) for seed in range(100)]
+    for noise in noises + [b"\0" + b"\xff" * 6, b"\0" * 7]:
         with pytest.raises(UserError, match="block 0"):
             compress.decode(model, dict(kind="bytes", shape=[2]), archive[:-7] + noise,
                             "archive", batch=4)
@@ -1725,7 +1787,7 @@ def repacked(archive, **change):
     header, blocks = unpack(archive)
     text = compress.deflate(json.dumps(header | change).encode())
     start = 9 + int.from_bytes(archive[5:9], "big")
-    end = start + len(blocks) * (header["width"] + 4)
+    end = start + len(blocks) * compress.index_width(header)
     head = archive[:5] + len(text).to_bytes(4, "big") + text + archive[start:end]
     return head + zlib.crc32(head).to_bytes(4, "big") + archive[end + 4:]
 
@@ -1744,6 +1806,7 @@ def test_headers_that_ask_for_too_much_are_refused(folder, tmp_path):
     assert decoded(model, checkpoint, repacked(archive), "archive") == b"some text"
     for change in (dict(length=10 ** 12), dict(block=0), dict(block=10 ** 9), dict(length=-1),
                    dict(plan=[[1, 0, 24]]), dict(plan=[[1, 1, 10 ** 12]]), dict(plan="x"),
+                   dict(shape=[9] * 10 ** 6), dict(length=10 ** 4000),
                    dict(order="sideways"), dict(fast=1), dict(fast=True), dict(shape="x"),
                    dict(K=26), dict(kind="image"), dict(shape=[10 ** 9]), dict(weights="0"),
                    dict(plan=[[1.0, 1, 24]]), dict(plan=[[1, 0.5, 1], [1, 23.5, 1]]), dict(plan=[]),
@@ -1754,6 +1817,30 @@ def test_headers_that_ask_for_too_much_are_refused(folder, tmp_path):
         (tmp_path / "bad").write_bytes(bad)
         with suppress(UserError):                        # never anything else
             compress.run_info(SimpleNamespace(input=tmp_path / "bad"))
+
+
+def test_keep_going_delivers_what_is_whole(gallery, tmp_path, monkeypatch, capsys):
+    ckpt = ("--ckpt", gallery / "ckpt.pt", "--device", "cpu")
+    source = np.load(gallery / "test.npy")[:5]
+    np.save(tmp_path / "in.npy", source)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["compress.py", *map(str, arguments)])
+        compress.main()
+    call("encode", *ckpt, "--calls", 20, "--order", "forward", "--no-verify", tmp_path / "in.npy",
+         tmp_path / "a")
+    archive = bytearray((tmp_path / "a").read_bytes())
+    archive[unpack(archive)[1][3][1]] ^= 4
+    (tmp_path / "a").write_bytes(archive)
+    with pytest.raises(UserError, match="block 3 of 5"):
+        call("decode", *ckpt, tmp_path / "a", tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+    with pytest.raises(SystemExit) as stop:
+        call("decode", *ckpt, "--keep-going", tmp_path / "a", tmp_path / "b")
+    printed = capsys.readouterr()
+    assert stop.value.code == 1 and "4 images, these checksums match" in printed.out
+    assert "block 3 of 5" in printed.err and "1 blocks are left out" in printed.err
+    assert np.array_equal(np.load(tmp_path / "b"), source[[0, 1, 2, 4]])
 
 
 SMALL_PICTURES = ["--steps", 25, "--report", 10, "--dim", 8, "--depth", 1, "--levels", 2,
@@ -1833,9 +1920,9 @@ def test_damage_to_one_image_leaves_the_others(gallery, order):
     archive, bits = compress.encode(model, source, order, plan, batch=3)
     header, blocks = unpack(archive)
     assert len(blocks) == 8 and header["block"] == 1
-    sizes = [len(payload) for _, payload, _ in blocks]
-    assert 8 * sum(sizes) < bits * 1.001 + 8 * 32
-    at = blocks[4][2] + 2                                                # in image 4
+    sizes = [len(payload) for payload, _ in blocks]
+    assert 8 * sum(sizes) < bits * 1.001 + 8 * 48           # checksum, whole bytes, no shifts
+    at = blocks[4][1] + 2                                                # in image 4
     bad = archive[:at] + bytes([archive[at] ^ 1]) + archive[at + 1:]
     whole = compress.decode(model, checkpoint, archive, "archive").view(8, 90)
     assert torch.equal(whole, source.symbols.view(8, 90))
@@ -1847,6 +1934,10 @@ def test_damage_to_one_image_leaves_the_others(gallery, order):
     damaged = []
     kept = compress.decode(model, checkpoint, bad[:-1], "archive", damaged=damaged)
     assert torch.equal(kept.view(6, 90), whole[[0, 1, 2, 3, 5, 6]])
+    payloads = [payload for payload, _ in blocks]
+    for moved in (payloads[:2] + payloads[3:1:-1] + payloads[4:], payloads[:2] * 4):
+        with pytest.raises(UserError, match="block 2 of 8"):             # right, in a wrong place
+            compress.decode(model, checkpoint, pack(header, moved), "archive")
     assert [f"block {i} of 8" in line for i, line in zip((4, 7), damaged)] == [True, True]
     with pytest.raises(UserError, match="has 8, counted from 0"):
         compress.decode(model, checkpoint, archive, "archive", 8)

@@ -594,13 +594,13 @@ def spread(chunks, most):
 def bound(model, chunks, rest=(), passes=None, seed=1, progress=False):
     """The bound of Eq. 2 on chunks (N, D) and a shorter rest, by one step t per chunk and pass.
 
-    t and s are stratified over each batch. passes None: as many as make half a million variables,
-    and of few datapoints up to 8, so that the steps drawn matter little.
+    t and s are stratified over each batch. passes None: as many as make half a million variables a
+    stage, and of few datapoints up to 8, so that the steps drawn matter little.
     Returns a dict: bits (per dim), stderr (over chunks), L (S, D) in bits, each (N,) in bits (per
     dim), passes, chunks, rest.
     """
     (N, D), device = chunks.shape, chunks.device
-    passes = passes or max(-(-(1 << 19) // (N * D)), min(8, -(-4096 // N)))
+    passes = passes or max(-(-(model.S << 19) // (N * D)), min(8, -(-4096 // N)))
     generator = torch.Generator(device).manual_seed(seed)
     nats, rest_nats = torch.zeros(N, device=device), 0.0
     sums, counts = torch.zeros(2, model.S * D, device=device)
