@@ -96,7 +96,7 @@ class Settings:
                                 "over which the rate falls to 0 in a line")
     clip: float = setting(1.0, "largest norm of the gradient")
     ema: float = setting(0.99, "decay of the average of the weights; "
-                               "early on it looks back over a tenth of the steps")
+                               "early on it looks back over a fiftieth of the steps")
     bf16: bool = setting(None, "bfloat16 where it is safe; "
                                "the default is yes where the processor has it")
     compile: bool = setting(None, "torch.compile; the default is yes on CUDA (it needs a compiler)")
@@ -500,7 +500,7 @@ def train_step(run, x):
     for optimizer in run.optimizers:
         optimizer.step()
     run.step += 1
-    decay = min(c.ema, 1 - 1 / (1 + 0.1 * run.step))     # early on, the beginning is soon forgotten
+    decay = min(c.ema, 1 - 1 / (1 + 0.02 * run.step))    # early on, the beginning is soon forgotten
     get_ema_multi_avg_fn(decay)([*run.ema.parameters()], [*run.model.parameters()], run.step)
     return loss.detach()
 
