@@ -489,6 +489,14 @@ def bench_blocks(args):
     return rows
 
 
+PEAK = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+print(next(line.split()[1] for line in open("/proc/self/status") if "VmHWM" in line))    # kB, Linux
+"""
+
+
 def bench_stream(args):
     """Peak memory and seconds of a short file and of a long one, coded by a very small model."""
     folder, rows = Path(args.scratch), []
@@ -503,12 +511,10 @@ def bench_stream(args):
         for name, *options in (("encode", "--calls", "1", "--no-verify", "--order", "forward"),
                                ("decode",)):
             begin = time.perf_counter()
-            process = subprocess.Popen([sys.executable, "compress.py", name, *ckpt, *options,
-                                        folder / "in", folder / "out"])
-            _, process.returncode, usage = os.wait4(process.pid, 0)    # not on Windows
-            assert process.returncode == 0
+            printed = child(["-c", PEAK, "compress.py", name, *ckpt, *options, folder / "in",
+                             folder / "out"]).stdout
             row |= {name: time.perf_counter() - begin,
-                    f"{name}_megabytes": usage.ru_maxrss * 1024 / 1e6}     # Linux: kB
+                    f"{name}_megabytes": int(printed.split()[-1]) * 1024 / 1e6}
             os.replace(folder / "out", folder / "in")                  # decode reads the archive
         rows.append(row)
         print("  {bytes:,} bytes: encode {encode:.0f} s, {encode_megabytes:.0f} MB; decode "
@@ -563,7 +569,7 @@ def bench_fuzz(args):
     text = torch.from_numpy(datasets.to_symbols(b"what is written can be read again", 27))
     content = compress.Content.of(text, "text", 27, checkpoint["shape"])
     plan = planner.uniform_plan(1, 16, 4)
-    archive, _ = compress.encode(model, content, "forward", plan)
+    archive, _ = compress.encode(model, content, "forward", plan, block=1)          # three blocks
     found, rng = dict.fromkeys(("refused", "the same", "WRONG", "TRACEBACK"), 0), (
         np.random.default_rng(0))
     for _ in range(100 if args.quick else 10_000):
