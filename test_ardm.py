@@ -1686,6 +1686,9 @@ def test_a_grid_is_shifted_where_a_value_lies_on_a_boundary(folder):
     head = compress.pack_shifts([(3, 1), (70000, 255)])
     assert compress.split_payload(head + b"rest", False) == (head, {3: 1, 70000: 255}, b"rest")
     assert compress.split_payload(head + b"rest", True) == (b"", {}, head + b"rest")
+    x = torch.zeros(3, dtype=torch.uint8)
+    assert len({compress.checksum(*key) for key in ((0, x, head), (0, x, b"\0"), (1, x, b"\0"),
+                                                    (0, x + 1, b"\0"))}) == 4
 
 
 def test_archives_with_shifted_grids_come_back(folder, monkeypatch):
