@@ -43,7 +43,7 @@ same shape; one that is not full is filled up with absent variables. The header 
 fingerprint of what the network says about a fixed input: a machine on which it says something else
 would decode garbage, and refuses first.
 
-In both modes the encoder proves each block by decoding it, but with --no-verify.
+In both modes the encoder proves each block by decoding it, unless --no-verify forbids it.
 """
 import collections
 import copy
@@ -104,7 +104,7 @@ class Codec:
 
     def encode(self, symbols, first=0):
         """(n,) symbols, whole blocks or a single one -> payloads, and the ideal length of each in
-        bits, (streams,): -log2 p under this order and plan. first: the number of the first."""
+        bits, (streams,): -log2 p under this order and plan. first: number of the first block."""
         x, sigma, plan = self._begin(len(symbols))
         x.view(-1)[:len(symbols)] = symbols.to(x)
         blocks, pushed = symbols.split(self.block * self.model.D), []
@@ -150,7 +150,7 @@ class Codec:
     def decode(self, payloads, n, first=0):
         """Payloads -> the symbols of each, (m,) uint8, n in all; None where they do not match their
         checksum. A payload None is left out: beside others the network still predicts its symbols,
-        so that its calls have the encoder's shapes. first: the number of the first."""
+        so that its calls have the encoder's shapes. first: number of the first block."""
         wanted = [i for i, payload in enumerate(payloads) if payload is not None]
         if not wanted:
             return payloads
@@ -274,7 +274,7 @@ def pack_shifts(shifts):
 
 
 def split_payload(payload, fast):
-    """A payload -> (shifts as they are stored, {call: shift}, stream); whatever the bytes."""
+    """A payload -> (its packed shifts, {call: shift}, its stream); whatever the bytes."""
     end = 0 if fast else 1 + 4 * int.from_bytes(payload[:1], "big")
     head = payload[:end]
     shifts = {int.from_bytes(head[i:i + 3], "big"): head[i + 3] for i in range(1, len(head) - 3, 4)}
@@ -772,7 +772,7 @@ def run_decode(args):
     number, units = amount(n, header["kind"], header["shape"])
     print(f"{args.output}: {number:,} {units}, {'these' if damaged else 'all'} checksums match")
     if damaged:
-        print(*damaged, f"{args.input} is damaged: {len(damaged)} blocks are left out", sep="\n",
+        print(*damaged, f"{args.input} is damaged; blocks left out: {len(damaged)}", sep="\n",
               file=sys.stderr)
         sys.exit(1)
 

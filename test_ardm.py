@@ -1842,7 +1842,7 @@ def test_keep_going_delivers_what_is_whole(gallery, tmp_path, monkeypatch, capsy
         call("decode", *ckpt, "--keep-going", tmp_path / "a", tmp_path / "b")
     printed = capsys.readouterr()
     assert stop.value.code == 1 and "4 images, these checksums match" in printed.out
-    assert "block 3 of 5" in printed.err and "1 blocks are left out" in printed.err
+    assert "block 3 of 5" in printed.err and "blocks left out: 1" in printed.err
     assert np.array_equal(np.load(tmp_path / "b"), source[[0, 1, 2, 4]])
 
 
