@@ -475,7 +475,7 @@ def bench_blocks(args):
         content.length = number * model.D
         plan, here = planner.uniform_plan(model.S, model.D, 16), []
         order = f"spaced:{model.D // 16}"
-        for block in sorted({1, 4, 16, compress.DEFAULT_BLOCK, number}):
+        for block in sorted({1, 4, 16, compress.DEFAULT_BLOCK // model.D, number}):
             if block <= number:
                 begin = time.perf_counter()
                 archive, _ = compress.encode(model, content, order, plan, False, block=block)
@@ -712,7 +712,7 @@ def image_results(args, data, minutes, count, calls):
         content.length = (2 if args.quick else count) * model.D
         pairs = compress.candidates(model, checkpoint["L"], calls)
         bits, facts = compress.compare(model, checkpoint, content,
-                                       *compress.search(model, checkpoint, pairs))
+                                       *compress.search(model, checkpoint, pairs), block=1)
         rows.append(dict({key: value for key, value in results.items() if key[0] != "L"},
                          name=name, archive=facts, bits=bits, images=count))
         print("  " + "  ".join(f"{key} {value:.3f}" for key, value in bits.items()))

@@ -39,7 +39,7 @@ import numpy as np
 WORD = (1 << 32) - 1
 GRID = 1 << 10                       # levels in a nat
 LANES = 40                           # streams from which on NumPy is faster than one by one
-DEEPEST = 28 * GRID                  # level from which on a probability counts as 0: e^-28 < 2^-40
+DEEPEST = 16 * GRID                  # level from which on a probability counts as 0: e^-16 < 2^-23
 
 
 def quantize(probs, precision=22):

@@ -7,14 +7,14 @@
     python compress.py info IN                                  what an archive holds
 
 IN is text, or images: a .npy file, or train, valid or test for that split of the model's data.
-A block is a stream that is decoded as a whole: one image, or up to 256 chunks of text (--block).
+A block is a stream that is decoded as a whole: datapoints of 2^14 symbols, or --block of them.
 Blocks go through the network together, as many as --batch says, or as the memory at hand allows. A
 file is read, coded and written block by block: its size is no matter of memory. All numbers of an
 archive are big-endian:
 
     offset      bytes   what
     0           4       "ARDM"
-    4           1       format version, 4
+    4           1       format version, 5
     5           4       h, length of the header
     9           h       header: JSON, see `make_header`, packed by `deflate`
     then        w       of each block (w by `index_width`): twice the length of its payload, plus
@@ -73,9 +73,9 @@ from data import UserError
 from train import (Parser, bound, command_line, image_sizes, load_data, load_model, references,
                    replacing, spread)
 
-MAGIC, VERSION, PRECISION = b"ARDM", 4, 22
+MAGIC, VERSION, PRECISION = b"ARDM", 5, 22
 BLOCK = 1 << 15                                      # symbols in a block at most
-DEFAULT_BLOCK = 256                                  # datapoints of text in a block
+DEFAULT_BLOCK = 1 << 14                              # the default: 0.3% of its bytes, or less
 LONGEST_HEADER = 1 << 22                             # bytes; a plan has up to S * D entries
 WORDS = (b'bytes"image","npy":[28,28],"backward"random:1"coarse"spaced:"probe":"batch":"device":'
          b'"cpu""threads":2,"torch":"2.13.0+cpu",{"kind":"text","length":20000,"shape":[64],"K":27,'
@@ -241,11 +241,11 @@ def available_memory():
         return 1 << 40
 
 
-def pick_sizes(model, kind, fast=False, block=None, batch=None):
+def pick_sizes(model, fast=False, block=None, batch=None):
     """(block, batch) as they are asked for, where they are; UserError where they cannot be."""
     most = max(1, BLOCK // model.D)
     if block is None:
-        block = 1 if kind == "image" else min(DEFAULT_BLOCK, most)
+        block = max(1, DEFAULT_BLOCK // model.D)
     if not 1 <= block <= most:
         raise UserError(f"--block {block}: choose 1 to {most}")
     if batch is None:
@@ -570,7 +570,7 @@ def encode_file(file, model, content, order, plan, verify=True, fast=False, bloc
 
     verify: decode each block at once, and compare. block, batch: see Codec.
     """
-    block, batch = pick_sizes(model, content.kind, fast, block, batch)
+    block, batch = pick_sizes(model, fast, block, batch)
     chunks = max(1, -(-content.length // model.D))
     block, batch = min(block, chunks), min(batch, chunks) if fast else batch
     codec = Codec(model, content.shape, order, plan, block, batch, fast)
@@ -730,7 +730,7 @@ def settle(args):
 def run_encode(args):
     """a file to an archive"""
     model, checkpoint, pairs = settle(args)
-    sizes = pick_sizes(model, checkpoint["kind"], args.fast, args.block, args.batch)
+    sizes = pick_sizes(model, args.fast, args.block, args.batch)
     content = open_input(args.input, checkpoint)         # what cannot be coded is said first
     order, plan = search(model, checkpoint, pairs)
     with replacing(args.output) as file:
@@ -844,7 +844,9 @@ def run_bench(args):
     if content.length < model.D:
         raise UserError(f"{args.input or 'the test split'} is shorter than a chunk of {model.D}")
     order, plan = search(model, checkpoint, pairs)
-    rows, f = compare(model, checkpoint, content, order, plan, fast=args.fast, batch=args.batch)
+    block = 1 if content.kind == "image" else None       # so that each has its own number of bytes
+    rows, f = compare(model, checkpoint, content, order, plan, fast=args.fast, block=block,
+                      batch=args.batch)
     number, units = content.count
     print(f"{number:,} {units}, {'x'.join(map(str, content.shape))}, order "
           f"{label(order, plan, model)}, {len(plan)} network calls a batch; "
@@ -856,6 +858,7 @@ def run_bench(args):
     for name, value in rows.items():
         print(f"  {name:34} {value:.4f}{notes.get(name, '')}")
     if content.kind == "image":
+        print("each image a block by itself, as encode --block 1 writes it:")
         print_sizes(f, image_sizes(datasets.to_images(content.symbols, content.shape)))
     print(f"encoded in {f['encode_seconds']:.1f} s, decoded in {f['decode_seconds']:.1f} s, "
           f"{'identical' if f['identical'] else 'DIFFERENT'}; the weights, "
@@ -900,8 +903,8 @@ def build_parser():
             command.add_argument("--no-verify", dest="verify", action="store_false",
                                  help="skip the decoding that proves it")
             command.add_argument("--block", type=int, help="datapoints in a block, which is "
-                                 f"decoded as a whole (default: 1 image, up to {DEFAULT_BLOCK} "
-                                 "chunks of text)")
+                                 "decoded as a whole (default: as many as have "
+                                 f"{DEFAULT_BLOCK} symbols)")
     return parser
 
 

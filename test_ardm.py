@@ -497,6 +497,15 @@ def test_transformer_sees_all_that_is_known_in_both_directions_and_no_more(optio
     assert options != dict(time=True) or (net(x, m, t - 1, s) - logits).abs().max() > 1e-9
 
 
+@pytest.mark.parametrize("options", [{}, PAPER, dict(time=True)])
+def test_transformer_at_some_places_says_what_it_says_at_all(options):
+    net, x, m = filled_transformer(**options), torch.randint(7, (3, 12)), torch.rand(3, 12) < 0.4
+    t, s = m.sum(dim=1) + 1, torch.ones(3, dtype=torch.long)
+    whole, part = net(x, m, t, s), net.at(x, m, t, s, ~m)
+    assert whole.shape == (3, 12, 7) and torch.allclose(whole[~m], part, atol=1e-6)
+    assert net.at(x, m, t, s, x < 0).shape == (0, 7)
+
+
 def test_absorbed_is_a_class_of_its_own():
     """The released code's embedding had no row for it: "unknown" looked like the letter z."""
     net, x = filled_transformer(), torch.full((1, 12), 6)
@@ -508,8 +517,9 @@ def test_absorbed_is_a_class_of_its_own():
 def test_pairs_show_two_known_neighbours_on_either_side(pairs):
     """Blocks apart, a position sees i-2..i+2 and nothing beyond, at the ends of the text too."""
     net, m = filled_transformer(pairs=pairs), torch.ones(1, 12, dtype=torch.bool)
-    net.blocks, s = nn.ModuleList(), torch.ones(1, dtype=torch.long)
-    x = torch.randint(7, (1, 12))
+    for p in net.blocks.parameters():                                  # now each is the identity
+        nn.init.zeros_(p)
+    x, s = torch.randint(7, (1, 12)), torch.ones(1, dtype=torch.long)
     nothing = net(x, ~m, s, s)                                         # the end looks unknown too
     assert torch.equal(nothing, nothing[:, :1].expand_as(nothing))
     for j in range(12):
@@ -1830,8 +1840,8 @@ def test_keep_going_delivers_what_is_whole(gallery, tmp_path, monkeypatch, capsy
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["compress.py", *map(str, arguments)])
         compress.main()
-    call("encode", *ckpt, "--calls", 20, "--order", "forward", "--no-verify", tmp_path / "in.npy",
-         tmp_path / "a")
+    call("encode", *ckpt, "--calls", 20, "--order", "forward", "--no-verify", "--block", 1,
+         tmp_path / "in.npy", tmp_path / "a")
     archive = bytearray((tmp_path / "a").read_bytes())
     archive[unpack(archive)[1][3][1]] ^= 4
     (tmp_path / "a").write_bytes(archive)
@@ -1920,7 +1930,7 @@ def test_damage_to_one_image_leaves_the_others(gallery, order):
     source = compress.open_input("test", checkpoint)
     source.length = 8 * 90
     plan = planner.uniform_plan(model.S, 90, 12)
-    archive, bits = compress.encode(model, source, order, plan, batch=3)
+    archive, bits = compress.encode(model, source, order, plan, block=1, batch=3)
     header, blocks = unpack(archive)
     assert len(blocks) == 8 and header["block"] == 1
     sizes = [len(payload) for payload, _ in blocks]

@@ -365,10 +365,8 @@ class Run:
         self.optimizers = make_optimizers(self.model.net, c)
         self.generator = torch.Generator(self.device).manual_seed(c.seed)
         self.step, self.seconds, self.L = 0, 0.0, None
-        if c.compile and hasattr(self.model.net, "body"):            # what `at` calls
+        if c.compile:                            # what `at` calls; the rest has no fixed shape
             self.model.net.body = torch.compile(self.model.net.body)
-        elif c.compile:
-            self.model.net.compile()
 
     @property
     def progress(self):
