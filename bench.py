@@ -432,7 +432,7 @@ def bench_portable(args):
             compress.decode(model, checkpoint, archive, "archive")
             blocks = compress.unpack(io.BytesIO(archive), "archive")[1]
             cost[fast].append((middle - begin, time.perf_counter() - middle,
-                               sum(size for size, *_ in blocks)))
+                               sum(size for size, _ in blocks)))
         encode, decode, size = np.median(cost[False], axis=0) / np.median(cost[True], axis=0)
         (scratch / "archive").write_bytes(archive)
         with open(scratch / "in", "wb") as file:

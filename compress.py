@@ -14,18 +14,17 @@ archive are big-endian:
 
     offset      bytes   what
     0           4       "ARDM"
-    4           1       format version, 5
+    4           1       format version, 6
     5           4       h, length of the header
     9           h       header: JSON, see `make_header`, packed by `deflate`
-    then        w       of each block (w by `index_width`): twice the length of its payload, plus
-                        1 where it has no shifts and the byte 0 that counts them is left out
+    then        w       of each block (w by `index_width`): the length of its stream
     then        4       CRC-32 of all before it
-    then                the payloads, one behind the other: in portable mode the shifts of the
-                        grid, where there are any, see `pack_shifts`; a stream of coder.py
+    then                the streams of coder.py, one behind the other
 
-A stream starts from the CRC-32 of its block: of the symbols, one byte each, then of the shifts with
-the byte that counts them; itself started from the number of the block. A decoder that does not end
-at the CRC-32 of what it decoded has damaged bytes, another block, or other integers.
+A stream holds what each entry of the plan writes, one after the other, in portable mode behind the
+shift of its grid (SHIFTS). It starts from the CRC-32 of the symbols of its block, one byte each,
+which itself starts from the number of the block. A decoder that does not end at the CRC-32 of what
+it decoded has damaged bytes, another block, or other integers.
 
 Encoder and decoder must compute the same integers, but the last bits of what a network says depend
 on the machine, its libraries, the number of threads, and what is beside a datapoint in its batch.
@@ -34,7 +33,7 @@ portable, the default: the network runs in float64, where those differences are 
 log-probabilities, in nats, are rounded to a grid of 2^-10; from there on everything is integers
 (`coder.quantize_levels`). Two machines that differ by less than MARGIN = 1e-10 nats round to the
 same level unless a boundary lies between them. The encoder looks: where a value lies within MARGIN
-of a boundary, it shifts the grid of that call a little, until none does, and stores the shift. So
+of a boundary, it shifts the grid of that call a little, until none does, and codes the shift. So
 under this one assumption, a difference below MARGIN, every decoder gets the encoder's integers: on
 CPU or CUDA, with any number of threads and any batch size.
 
@@ -73,7 +72,7 @@ from data import UserError
 from train import (Parser, bound, command_line, image_sizes, load_data, load_model, references,
                    replacing, spread)
 
-MAGIC, VERSION, PRECISION = b"ARDM", 5, 22
+MAGIC, VERSION, PRECISION = b"ARDM", 6, 22
 BLOCK = 1 << 15                                      # symbols in a block at most
 DEFAULT_BLOCK = 1 << 14                              # the default: 0.3% of its bytes, or less
 LONGEST_HEADER = 1 << 22                             # bytes; a plan has up to S * D entries
@@ -82,10 +81,12 @@ WORDS = (b'bytes"image","npy":[28,28],"backward"random:1"coarse"spaced:"probe":"
          b'"order":"forward","plan":[[1,1,64]],[1,2,"block":256,"weights":"","fast":false}')
 WRITTEN = "torch {torch}, {threads} threads, {device}"
 MARGIN = 1e-10                                       # nats: see above
+SHIFTS = np.append(0, (1 << PRECISION) + np.arange(-255, 1))     # the table of a shift, 0..255: all
+#                                                      but 0 are as rare as can be, 0 costs no bits
 
 
 class Codec:
-    """Datapoints to payloads and back, for a model, an order and a plan.
+    """Datapoints to streams and back, for a model, an order and a plan.
 
     shape: of a datapoint, (D,) or (C, H, W). block: datapoints in a stream; only a last stream may
     hold fewer, and of text less than a whole last one: what it lacks is absent. batch: datapoints
@@ -103,36 +104,33 @@ class Codec:
         self.sigma = torch.from_numpy(planner.order(order, shape)).to(self.device)
 
     def encode(self, symbols, first=0):
-        """(n,) symbols, whole blocks or a single one -> payloads, and the ideal length of each in
+        """(n,) symbols, whole blocks or a single one -> the stream of each, and its ideal length in
         bits, (streams,): -log2 p under this order and plan. first: number of the first block."""
         x, sigma, plan = self._begin(len(symbols))
         x.view(-1)[:len(symbols)] = symbols.to(x)
         blocks, pushed = symbols.split(self.block * self.model.D), []
         streams, bits = len(blocks), np.zeros(len(blocks))
-        shifts = [[] for _ in blocks]
 
-        def push(call, log_p, where, s):
+        def push(log_p, where, s):
             """Takes down the intervals of what one call writes."""
             written = self.model.symbol(x, s)[where]
             cdf, shift = self._tables(log_p, streams)
-            for i in np.flatnonzero(shift):
-                shifts[i].append((call, int(shift[i])))
+            if not self.fast:
+                pushed.append([part[None] for part in coder.intervals(SHIFTS[None], shift)])
             parts = coder.intervals(cdf, written.cpu().numpy())
             pushed.append([part.reshape(streams, -1).T for part in parts])       # (k, streams)
             nats = -log_p.gather(1, written[:, None]).cpu().double().view(streams, -1).sum(dim=1)
             bits[:] += bits_per_dim(nats.numpy(), 1)
 
         self._read(x, plan, sigma, push)
-        heads = [b"" if self.fast else pack_shifts(row) for row in shifts]
-        coded = coder.encode_streams(*map(np.concatenate, zip(*pushed)), PRECISION,
-                                     [*map(checksum, itertools.count(first), blocks, heads)])
-        return [head + stream for head, stream in zip(heads, coded)], bits
+        return coder.encode_streams(*map(np.concatenate, zip(*pushed)), PRECISION,
+                                    [*map(checksum, itertools.count(first), blocks)]), bits
 
     @torch.no_grad()
     def _read(self, x, plan, sigma, push):
-        """Gives push what the network says at each entry of the plan: (number of the entry, (n, A)
-        log-probabilities, where, s). These calls need not wait for each other, as data that is
-        known waits for nothing: in portable mode as many go together as the batch has room for."""
+        """Gives push what the network says at each entry of the plan: ((n, A) log-probabilities,
+        where, s). These calls need not wait for each other, as data that is known waits for
+        nothing: in portable mode as many go together as the batch has room for."""
         B, size = len(x), 1 if self.fast else max(1, self.batch // len(x))
         for first in range(0, len(plan), size):
             part = plan[first:first + size]
@@ -143,29 +141,29 @@ class Codec:
             log_p = self.model.log_probs(x.repeat(len(part), 1), m, t, s, where)
             where = where.view(len(part), B, -1)
             each = log_p.split(where.sum(dim=(1, 2)).tolist())
-            for i, (log_p, (stage, _, _)) in enumerate(zip(each, part)):
+            for log_p, here, (stage, _, _) in zip(each, where, part):
                 self.tick()
-                push(first + i, log_p, where[i], stage)
+                push(log_p, here, stage)
 
-    def decode(self, payloads, n, first=0):
-        """Payloads -> the symbols of each, (m,) uint8, n in all; None where they do not match their
-        checksum. A payload None is left out: beside others the network still predicts its symbols,
+    def decode(self, streams, n, first=0):
+        """Streams -> the symbols of each, (m,) uint8, n in all; None where they do not match their
+        checksum. A stream None is left out: beside others the network still predicts its symbols,
         so that its calls have the encoder's shapes. first: number of the first block."""
-        wanted = [i for i, payload in enumerate(payloads) if payload is not None]
+        wanted = [i for i, stream in enumerate(streams) if stream is not None]
         if not wanted:
-            return payloads
+            return streams
         x, sigma, plan = self._begin(n)
-        heads, shifts, streams = zip(*(split_payload(payloads[i], self.fast) for i in wanted))
-        decoder, calls = coder.decoders(streams, PRECISION), itertools.count()
+        decoder = coder.decoders([streams[i] for i in wanted], PRECISION)
 
         def pop(log_p, where, s):
             """What one call writes, read from the streams: `choose` of `walk`."""
             self.tick()
-            a, log_p, call = torch.zeros_like(where, dtype=torch.long), log_p[where], next(calls)
-            symbols = np.zeros((len(payloads), len(log_p) // len(payloads)), dtype=np.int64)
+            a, log_p, shift = torch.zeros_like(where, dtype=torch.long), log_p[where], None
+            if not self.fast:
+                shift = decoder.pop(np.broadcast_to(SHIFTS, (1, len(wanted), len(SHIFTS))))[0]
+            symbols = np.zeros((len(streams), len(log_p) // len(streams)), dtype=np.int64)
             part = log_p.view(*symbols.shape, -1)[wanted]                # (streams, k, A)
-            cdf, _ = self._tables(part.flatten(0, 1), len(wanted),
-                                  [row.get(call, 0) for row in shifts])
+            cdf, _ = self._tables(part.flatten(0, 1), len(wanted), shift)
             cdf = cdf.reshape(*part.shape[:2], -1).swapaxes(0, 1)        # (k, streams, A + 1)
             symbols[wanted] = decoder.pop(cdf).T
             symbols = torch.from_numpy(symbols).flatten().to(a)
@@ -175,9 +173,9 @@ class Codec:
 
         x = self.model.walk(self.model.coarse(x, 0), plan, sigma, pop)
         parts = x.view(-1)[:n].to("cpu", torch.uint8).split(self.block * self.model.D)
-        right = {i: parts[i] for i, head, end in zip(wanted, heads, decoder.ends)
-                 if end == checksum(first + i, parts[i], head)}
-        return [right.get(i) for i in range(len(payloads))]
+        right = {i: parts[i] for i, end in zip(wanted, decoder.ends)
+                 if end == checksum(first + i, parts[i])}
+        return [right.get(i) for i in range(len(streams))]
 
     def _begin(self, n):
         """For n symbols: zeros (rows, D), as many rows as they fill, in fast mode the whole batch;
@@ -199,7 +197,7 @@ class Codec:
             probs = torch.softmax(log_p.cpu().double(), dim=-1)
             return coder.quantize(probs.numpy(), PRECISION), np.zeros(streams, dtype=np.int64)
         log_p = log_p.cpu().numpy().reshape(streams, -1)
-        shift = np.zeros(streams, dtype=np.int64) if shifts is None else np.array(shifts)
+        shift = np.zeros(streams, dtype=np.int64) if shifts is None else shifts
         levels, safe = to_levels(log_p, shift)
         while shifts is None and not safe.all():
             shift += ~safe
@@ -265,26 +263,10 @@ def to_levels(log_p, shift):
     return np.maximum(levels, 0).astype(np.int64), far.all(axis=1)
 
 
-def pack_shifts(shifts):
-    """[(call, shift)] -> how many in one byte, then call (3 bytes) and shift (1) of each."""
-    if len(shifts) > 255:
-        raise UserError("too many network calls are near a rounding boundary; use --fast")
-    return bytes([len(shifts)]) + b"".join(
-        struct.pack(">I", call << 8 | shift) for call, shift in shifts)
-
-
-def split_payload(payload, fast):
-    """A payload -> (its packed shifts, {call: shift}, its stream); whatever the bytes."""
-    end = 0 if fast else 1 + 4 * int.from_bytes(payload[:1], "big")
-    head = payload[:end]
-    shifts = {int.from_bytes(head[i:i + 3], "big"): head[i + 3] for i in range(1, len(head) - 3, 4)}
-    return head, shifts, payload[end:]
-
-
-def checksum(number, symbols, head):
-    """CRC-32 of the symbols (n,) uint8 of the block of that number and then of its packed shifts.
-    Started from the number, so that no two blocks can change places."""
-    return zlib.crc32(head, zlib.crc32(symbols.numpy().tobytes(), number))
+def checksum(number, symbols):
+    """CRC-32 of the symbols (n,) uint8 of the block of that number. Started from the number, so
+    that no two blocks can change places."""
+    return zlib.crc32(symbols.numpy().tobytes(), number)
 
 
 # -- The archive -----------------------------------------------------------------------------------
@@ -424,26 +406,26 @@ def blocks_of(header):
 
 
 def longest(header):
-    """Bytes that a payload may take at most: shifts, checksum, rest of a state, symbols."""
+    """Bytes that a stream may take at most: checksum, rest of a state, symbols and shifts."""
     symbols = min(header["length"], header["block"] * math.prod(header["shape"]))
-    return 1 + 4 * 255 + 4 + 8 + symbols * header["plan"][-1][0] * PRECISION // 8
+    calls = sum(times for _, _, times in header["plan"])
+    return 4 + 8 + (symbols * header["plan"][-1][0] + calls) * PRECISION // 8
 
 
 def index_width(header):
     """Bytes of an entry of the index."""
-    return -(-(2 * longest(header) + 1).bit_length() // 8)
+    return -(-longest(header).bit_length() // 8)
 
 
-def write_archive(file, header, payloads):
-    """header: a dict; payloads: an iterator, written as they come: the place of the index is kept
+def write_archive(file, header, streams):
+    """header: a dict; streams: an iterator, written as they come: the place of the index is kept
     free and filled in at the end, as all lengths are known to fit."""
     text, width = deflate(json.dumps(header, separators=(",", ":")).encode()), index_width(header)
     head = bytearray(MAGIC + struct.pack(">BI", VERSION, len(text)) + text)
     file.write(head + bytes(len(blocks_of(header)) * width + 4))
-    for payload in payloads:
-        plain = not header["fast"] and payload[0] == 0   # no shifts: what says so is left out
-        head += ((len(payload) - plain) << 1 | plain).to_bytes(width, "big")
-        file.write(payload[plain:])
+    for stream in streams:
+        head += len(stream).to_bytes(width, "big")
+        file.write(stream)
     file.seek(0)
     file.write(head + struct.pack(">I", zlib.crc32(head)))
 
@@ -455,9 +437,9 @@ def deflate(text):
 
 
 def unpack(file, name, keep_going=False):
-    """An open archive -> header dict and [(size, offset, plain)] of the payloads, checked as far as
-    can be without the model; plain: 1 where a 0 at its beginning is left out. UserError says what
-    is wrong. keep_going: payloads that are not whole are no error."""
+    """An open archive -> header dict and [(size, offset)] of the streams, checked as far as can be
+    without the model. UserError says what is wrong. keep_going: streams that are not whole are no
+    error."""
     total = file.seek(0, os.SEEK_END)
     file.seek(0)
     start = file.read(9)
@@ -473,18 +455,17 @@ def unpack(file, name, keep_going=False):
         width = index_width(header)
         index = file.read(len(blocks_of(header)) * width)
         require(zlib.crc32(start + text + index) == int.from_bytes(file.read(4), "big"))
-        entries = [divmod(int.from_bytes(index[i:i + width], "big"), 2)
-                   for i in range(0, len(index), width)]
-        require(all(size <= longest(header) for size, _ in entries))
+        sizes = [int.from_bytes(index[i:i + width], "big") for i in range(0, len(index), width)]
+        require(max(sizes, default=0) <= longest(header))
     except (ValueError, KeyError, TypeError, RecursionError, OverflowError, zlib.error):
         raise UserError(f"{name} is damaged: its header or index is cut off, or does not match its "
                         "checksum")
     blocks, begin = [], file.tell()
-    for size, plain in entries:
+    for size in sizes:
         if begin + size > total and not keep_going:
             raise UserError(f"{name} is cut off: block {len(blocks)}, at byte {begin}, is not "
                             "there, or not whole (--keep-going delivers the others)")
-        blocks.append((size, begin, plain))
+        blocks.append((size, begin))
         begin += size
     if begin != total and not keep_going:
         raise UserError(f"{name} is damaged: {total - begin} bytes follow the last block")
@@ -582,11 +563,11 @@ def encode_file(file, model, content, order, plan, verify=True, fast=False, bloc
         nonlocal done, total
         for group in groups:
             part = content.read(done, done + sum(sizes[i] for i in group))
-            payloads, bits = codec.encode(part, group[0])
-            if verify and not same(codec.decode(payloads, len(part), group[0]), part):
+            streams, bits = codec.encode(part, group[0])
+            if verify and not same(codec.decode(streams, len(part), group[0]), part):
                 raise UserError("a block does not decode to what went in: this machine does not "
                                 "compute the same probabilities twice, and nothing was written")
-            yield from payloads
+            yield from streams
             ideal.extend(bits)
             done, total = done + len(part), total + bits.sum()
             bar.set_postfix_str(f"{total / done:.3f} bits/{units}")
@@ -621,19 +602,19 @@ def decode_file(file, model, checkpoint, name, item=None, damaged=None, batch=No
     def good_blocks():
         """What decodes to its checksum, as symbols; `report` hears of the rest."""
         for group in groups:
-            payloads = [read_payload(*blocks[i]) if only in (None, i) else None for i in group]
+            streams = [read_stream(*blocks[i]) if only in (None, i) else None for i in group]
             n = sum(sizes[i] for i in group)
-            for i, part in zip(group, codec.decode(payloads, n, group[0])):
+            for i, part in zip(group, codec.decode(streams, n, group[0])):
                 if part is not None:
                     yield part if item is None else part.split(D)[item % codec.block]
                 elif only in (None, i):
                     report(f"block {i} of {len(blocks)} (counted from 0), at byte {blocks[i][1]}, "
                            "is cut off or does not decode to its checksum")
 
-    def read_payload(size, offset, plain):
+    def read_stream(size, offset):
         """None where it is not whole."""
-        stored = read_at(file, size, offset, name)
-        return bytes(plain) + stored if len(stored) == size else None
+        stream = read_at(file, size, offset, name)
+        return stream if len(stream) == size else None
 
     def report(error):
         if damaged is None:
@@ -806,7 +787,7 @@ def compare(model, checkpoint, content, order, plan, **flags):
     back = torch.cat([*decode_file(file, model, checkpoint, "the archive",
                                    batch=flags.get("batch"))])
     decoded = time.perf_counter()
-    sizes = [size for size, *_ in unpack(file, "the archive")[1]]
+    sizes = [size for size, _ in unpack(file, "the archive")[1]]
     bits, payload, whole = float(ideal.sum()), sum(sizes), file.seek(0, os.SEEK_END)
     rows = {"bound, mean over all orders": test["bits"],
             "exact nll of this order and plan": bits / n,

@@ -1445,13 +1445,13 @@ def content(text, D=24):
 
 
 def unpack(archive):
-    """Header and [(payload, offset)] of an archive in memory."""
+    """Header and [(stream, offset)] of an archive in memory."""
     header, blocks = compress.unpack(io.BytesIO(archive), "archive")
-    return header, [(bytes(plain) + archive[at:at + size], at) for size, at, plain in blocks]
+    return header, [(archive[at:at + size], at) for size, at in blocks]
 
 
-def pack(header, payloads):
-    compress.write_archive(file := io.BytesIO(), header, payloads)
+def pack(header, streams):
+    compress.write_archive(file := io.BytesIO(), header, streams)
     return file.getvalue()
 
 
@@ -1693,12 +1693,10 @@ def test_a_grid_is_shifted_where_a_value_lies_on_a_boundary(folder):
     log_p[1, 5] -= 0.5 / 1024
     cdf, shift = codec._tables(log_p, 1)
     assert shift == [1] and np.array_equal(cdf, codec._tables(log_p, 1, [1])[0])
-    head = compress.pack_shifts([(3, 1), (70000, 255)])
-    assert compress.split_payload(head + b"rest", False) == (head, {3: 1, 70000: 255}, b"rest")
-    assert compress.split_payload(head + b"rest", True) == (b"", {}, head + b"rest")
+    sizes = np.diff(compress.SHIFTS)
+    assert len(sizes) == 256 and sizes[0] == 2 ** 22 - 255 and set(sizes[1:]) == {1}
     x = torch.zeros(3, dtype=torch.uint8)
-    assert len({compress.checksum(*key) for key in ((0, x, head), (0, x, b"\0"), (1, x, b"\0"),
-                                                    (0, x + 1, b"\0"))}) == 4
+    assert len({compress.checksum(*key) for key in ((0, x), (1, x), (0, x + 1), (0, x[:2]))}) == 4
 
 
 def test_archives_with_shifted_grids_come_back(folder, monkeypatch):
@@ -1706,19 +1704,24 @@ def test_archives_with_shifted_grids_come_back(folder, monkeypatch):
     model, checkpoint = train.load_model(folder / "ckpt.pt", "cpu")
     source = content((folder / "test.txt").read_bytes()[:1000])
     plan = planner.uniform_plan(1, 24, 6)
-    archive, _ = compress.encode(model, source, "spaced:4", plan, block=8, batch=8)
-    blocks = unpack(archive)[1]
-    calls = [call for payload, _ in blocks for call in compress.split_payload(payload, False)[1]]
-    assert len(set(calls)) > 3
+    tables, seen = compress.Codec._tables, []
+    monkeypatch.setattr(compress.Codec, "_tables",
+                        lambda *args: (seen.append((out := tables(*args))[1]), out)[1])
+    archive, bits = compress.encode(model, source, "spaced:4", plan, block=8, batch=8,
+                                    verify=False)
+    shifted, blocks = np.count_nonzero(np.concatenate(seen)), unpack(archive)[1]
+    assert len(seen) == 6 * len(blocks) and shifted > 10
+    size = 8 * sum(len(stream) for stream, _ in blocks)
+    assert 20 * shifted < size - bits < 22 * shifted + 64 * len(blocks) + 0.01 * bits
     for batch in (8, 96, 512):                           # call by call, two calls, all of them
         assert compress.encode(model, source, "spaced:4", plan, block=8, batch=batch)[0] == archive
         assert torch.equal(compress.decode(model, checkpoint, archive, "a", batch=batch),
                            source.symbols)
-    payload, at = next(block for block in blocks if block[0][0])
-    for i in range(at, at + 1 + 4 * payload[0]):
-        bad = archive[:i] + bytes([archive[i] ^ 1]) + archive[i + 1:]
-        with pytest.raises(UserError, match="does not decode"):
-            compress.decode(model, checkpoint, bad, "archive")
+    unread = lambda self, log_p, streams, shift=None: tables(        # noqa: E731
+        self, log_p, streams, shift if shift is None else 0 * shift)
+    monkeypatch.setattr(compress.Codec, "_tables", unread)
+    with pytest.raises(UserError, match="does not decode"):
+        compress.decode(model, checkpoint, archive, "archive")
 
 
 @pytest.mark.parametrize("fast", [False, True])
@@ -1736,7 +1739,7 @@ def test_what_does_not_decode_is_not_written(folder, tmp_path, monkeypatch):
         parts = decode(self, *args)
         return [*parts[:-1], parts[-1] ^ 1]
     model, _ = train.load_model(folder / "ckpt.pt", "cpu")
-    for broken in (other, lambda self, payloads, *args: [None] * len(payloads)):
+    for broken in (other, lambda self, streams, *args: [None] * len(streams)):
         monkeypatch.setattr(compress.Codec, "decode", broken)
         with pytest.raises(UserError, match="does not decode to what went in"):
             with train.replacing(tmp_path / "a") as file:
@@ -1933,7 +1936,7 @@ def test_damage_to_one_image_leaves_the_others(gallery, order):
     archive, bits = compress.encode(model, source, order, plan, block=1, batch=3)
     header, blocks = unpack(archive)
     assert len(blocks) == 8 and header["block"] == 1
-    sizes = [len(payload) for payload, _ in blocks]
+    sizes = [len(stream) for stream, _ in blocks]
     assert 8 * sum(sizes) < bits * 1.001 + 8 * 48           # checksum, whole bytes, no shifts
     at = blocks[4][1] + 2                                                # in image 4
     bad = archive[:at] + bytes([archive[at] ^ 1]) + archive[at + 1:]
@@ -1947,8 +1950,8 @@ def test_damage_to_one_image_leaves_the_others(gallery, order):
     damaged = []
     kept = compress.decode(model, checkpoint, bad[:-1], "archive", damaged=damaged)
     assert torch.equal(kept.view(6, 90), whole[[0, 1, 2, 3, 5, 6]])
-    payloads = [payload for payload, _ in blocks]
-    for moved in (payloads[:2] + payloads[3:1:-1] + payloads[4:], payloads[:2] * 4):
+    streams = [stream for stream, _ in blocks]
+    for moved in (streams[:2] + streams[3:1:-1] + streams[4:], streams[:2] * 4):
         with pytest.raises(UserError, match="block 2 of 8"):             # right, in a wrong place
             compress.decode(model, checkpoint, pack(header, moved), "archive")
     assert [f"block {i} of 8" in line for i, line in zip((4, 7), damaged)] == [True, True]
