@@ -1692,7 +1692,7 @@ def test_a_grid_is_shifted_where_a_value_lies_on_a_boundary(folder):
     assert codec._tables(log_p, 1)[1] == [0]
     log_p[1, 5] -= 0.5 / 1024
     cdf, shift = codec._tables(log_p, 1)
-    assert shift == [1] and np.array_equal(cdf, codec._tables(log_p, 1, [1])[0])
+    assert shift == [1] and np.array_equal(cdf, codec._tables(log_p, 1, shift)[0])
     sizes = np.diff(compress.SHIFTS)
     assert len(sizes) == 256 and sizes[0] == 2 ** 22 - 255 and set(sizes[1:]) == {1}
     x = torch.zeros(3, dtype=torch.uint8)
@@ -1700,7 +1700,7 @@ def test_a_grid_is_shifted_where_a_value_lies_on_a_boundary(folder):
 
 
 def test_archives_with_shifted_grids_come_back(folder, monkeypatch):
-    monkeypatch.setattr(compress, "MARGIN", 2e-7)        # many values are too near a boundary now
+    monkeypatch.setattr(compress, "MARGIN", 1e-6)        # many values are too near a boundary now
     model, checkpoint = train.load_model(folder / "ckpt.pt", "cpu")
     source = content((folder / "test.txt").read_bytes()[:1000])
     plan = planner.uniform_plan(1, 24, 6)
@@ -1710,7 +1710,7 @@ def test_archives_with_shifted_grids_come_back(folder, monkeypatch):
     archive, bits = compress.encode(model, source, "spaced:4", plan, block=8, batch=8,
                                     verify=False)
     shifted, blocks = np.count_nonzero(np.concatenate(seen)), unpack(archive)[1]
-    assert len(seen) == 6 * len(blocks) and shifted > 10
+    assert len(seen) == 6 * len(blocks) and shifted > 20
     size = 8 * sum(len(stream) for stream, _ in blocks)
     assert 20 * shifted < size - bits < 22 * shifted + 64 * len(blocks) + 0.01 * bits
     for batch in (8, 96, 512):                           # call by call, two calls, all of them
