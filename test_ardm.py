@@ -1336,7 +1336,7 @@ def test_orders_of_images_go_pixel_by_pixel_or_from_coarse_to_fine():
 
 def run(script, *arguments, **options):
     return subprocess.run([sys.executable, HERE / script, *map(str, arguments)],
-                          capture_output=True, text=True, timeout=120, **options)
+                          capture_output=True, text=True, timeout=600, **options)
 
 
 QUICK = ["--steps", 30, "--report", 10, "--length", 24, "--dim", 32, "--depth", 1, "--heads", 2,
