@@ -234,7 +234,7 @@ def bench_ablation(args):
                 "sinusoidal positions": dict(positions="sinusoidal"),
                 "no pairs of neighbours": dict(pairs=False),
                 "no depthwise convolution": dict(conv=0),
-                "no QK-norm": dict(qk_norm=False), "t uniform": dict(late=False),
+                "attention in every block": dict(every=1), "t uniform": dict(late=False),
                 "no zero initialisation": dict(zero_init=False),
                 "Adam alone, no Muon": dict(optimizer="adam", lr=2e-3),
                 "no decay of the rate": dict(decay=0.0),
@@ -253,7 +253,7 @@ PAPER = {name: value for name, value in train.SIZES["text"]["paper"].items()    
 def bench_text8(args):
     """4 layers of 128 and chunks of 250 for all."""
     minutes = 0.02 if args.quick else args.minutes or 10.0
-    ours = dict(length=250, batch=8, data="text8")
+    ours = dict(length=250, batch=12, data="text8")
     variants = {"our tiny recipe": dict(ours, keep=None if args.quick else TEXT8),
                 "the paper's recipe, the same size": {**ours, **PAPER, "warmup": 100}}
     return table(variants, text8_prefix, minutes, size="tiny", device="cpu")

@@ -14,7 +14,7 @@ archive are big-endian:
 
     offset      bytes   what
     0           4       "ARDM"
-    4           1       format version, 6
+    4           1       format version, 7
     5           4       h, length of the header
     9           h       header: JSON, see `make_header`, packed by `deflate`
     then        w       of each block (w by `index_width`): the length of its stream
@@ -22,7 +22,7 @@ archive are big-endian:
     then                the streams of coder.py, one behind the other
 
 A stream holds what each entry of the plan writes, one after the other, in portable mode behind the
-shift of its grid (SHIFTS). It starts from the CRC-32 of the symbols of its block, one byte each,
+shift of its grid (`shift_table`). It starts from the CRC-32 of the symbols of its block, one byte each,
 which itself starts from the number of the block. A decoder that does not end at the CRC-32 of what
 it decoded has damaged bytes, another block, or other integers.
 
@@ -72,7 +72,7 @@ from data import UserError
 from train import (Parser, bound, command_line, image_sizes, load_data, load_model, references,
                    replacing, spread)
 
-MAGIC, VERSION, PRECISION = b"ARDM", 6, 22
+MAGIC, VERSION, PRECISION = b"ARDM", 7, 22
 BLOCK = 1 << 15                                      # symbols in a block at most
 DEFAULT_BLOCK = 1 << 14                              # the default: 0.3% of its bytes, or less
 LONGEST_HEADER = 1 << 22                             # bytes; a plan has up to S * D entries
@@ -81,8 +81,6 @@ WORDS = (b'bytes"image","npy":[28,28],"backward"random:1"coarse"spaced:"probe":"
          b'"order":"forward","plan":[[1,1,64]],[1,2,"block":256,"weights":"","fast":false}')
 WRITTEN = "torch {torch}, {threads} threads, {device}"
 MARGIN = 1e-10                                       # nats: see above
-# The table of a shift, 0..255: all but 0 are as rare as can be and take 22 bits; 0 takes 1e-4 bits.
-SHIFTS = np.append(0, (1 << PRECISION) + np.arange(-255, 1))
 
 
 class Codec:
@@ -116,7 +114,8 @@ class Codec:
             written = self.model.symbol(x, s)[where]
             cdf, shift = self._tables(log_p, streams)
             if not self.fast:
-                pushed.append([part[None] for part in coder.intervals(SHIFTS[None], shift)])
+                table = shift_table(log_p.numel() // streams)
+                pushed.append([part[None] for part in coder.intervals(table[None], shift)])
             parts = coder.intervals(cdf, written.cpu().numpy())
             pushed.append([part.reshape(streams, -1).T for part in parts])       # (k, streams)
             nats = -log_p.gather(1, written[:, None]).cpu().double().view(streams, -1).sum(dim=1)
@@ -160,7 +159,8 @@ class Codec:
             self.tick()
             a, log_p, shift = torch.zeros_like(where, dtype=torch.long), log_p[where], None
             if not self.fast:
-                shift = decoder.pop(np.broadcast_to(SHIFTS, (1, len(wanted), len(SHIFTS))))[0]
+                table = shift_table(log_p.numel() // len(streams))
+                shift = decoder.pop(np.broadcast_to(table, (1, len(wanted), len(table))))[0]
             symbols = np.zeros((len(streams), len(log_p) // len(streams)), dtype=np.int64)
             part = log_p.view(*symbols.shape, -1)[wanted]                # (streams, k, A)
             cdf, _ = self._tables(part.flatten(0, 1), len(wanted), shift)
@@ -261,6 +261,18 @@ def to_levels(log_p, shift):
     levels = np.floor(above)
     far = np.abs(above - levels - 0.5) < 0.5 - MARGIN * coder.GRID
     return np.maximum(levels, 0).astype(np.int64), far.all(axis=1)
+
+
+def shift_table(n):
+    """The table (257,) of the shift of a call that rounds n values, 0..255, as of `quantize`.
+
+    A value is within MARGIN of a boundary once in 2^22 times or a little less. So 1 has the
+    frequency n, what is above, for which a second value must be near one, the least there is, and
+    0 the rest.
+    """
+    cdf = np.append(0, (1 << PRECISION) + np.arange(-255, 1))
+    cdf[1] -= min(n, 1 << 20)
+    return cdf
 
 
 def checksum(number, symbols):

@@ -23,23 +23,24 @@ for function in (torch.exp, torch.log, torch.log1p, torch.sin, torch.cos, torch.
 class Transformer(nn.Module):
     """Bidirectional pre-norm Transformer for text; D is the longest input, shorter may be given.
 
-    The paper's network is positions="sinusoidal", pairs=False, conv=0, qk_norm=False,
-    zero_init=False. The defaults learn more in the same time (bench.py ablation):
+    The paper's network is positions="sinusoidal", pairs=False, conv=0, every=1, zero_init=False.
+    The defaults learn more in the same time (bench.py ablation):
 
     positions   rotary: queries and keys are turned by an angle that grows with the position, so
                 that attention knows distances from the first step on
     pairs       embeddings of pairs of neighbours, known or not, the nearest context there is: the
                 two beside a position, the two before it, the two behind it
-    conv        width of the depthwise convolutions before attention and before the hidden layer,
-                which mix neighbours; 0: none
-    qk_norm     queries and keys are brought to mean 0 and variance 1
+    conv        width of the depthwise convolution before each hidden layer, which mixes neighbours;
+                0: none
+    every       attention in the last block and in every so many before it: the others mix no more
+                than neighbours and cost less, so that there can be more of them
     zero_init   every block begins as the identity and the output as the uniform distribution
     time        show the network t as well (Sec. 3: optional; the mask tells how much is known)
     stages      S of an upscale model: what is unknown holds x^(s-1), the network is told s and m
     """
 
     def __init__(self, K, D, num_outputs=None, dim=128, depth=4, heads=2, mlp=None,
-                 positions="rotary", pairs=True, conv=5, qk_norm=True, zero_init=True, time=False,
+                 positions="rotary", pairs=True, conv=5, every=2, zero_init=True, time=False,
                  stages=1):
         super().__init__()
         assert dim % (2 * heads) == 0, f"dim {dim} must be a multiple of 2 * heads = {2 * heads}"
@@ -49,8 +50,9 @@ class Transformer(nn.Module):
         self.pairs = nn.ModuleList(nn.Embedding(rows, dim) for _ in (NEIGHBOURS if pairs else ()))
         self.stage = nn.Embedding(2 * stages, dim) if stages > 1 else None
         self.time = nn.Linear(dim, dim) if time else None
-        self.blocks = nn.ModuleList(Block(dim, heads, mlp or 4 * dim, conv, qk_norm, zero_init)
-                                    for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            Block(dim, 0 if i % every else heads, mlp or 4 * dim, conv, zero_init)
+            for i in reversed(range(depth)))                     # the last one has i = 0
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, num_outputs or K)
         for embed in self.pairs:                                 # a correction, not the main thing
@@ -64,9 +66,10 @@ class Transformer(nn.Module):
     def matrices(self):
         """What the optimiser Muon is for, the weights of the blocks: {parts: list}, parts = 3 where
         three matrices lie on top of each other."""
-        return {3: [block.qkv.weight for block in self.blocks],
-                1: [layer.weight for block in self.blocks
-                    for layer in (block.out, block.up, block.down)]}
+        heads = [block.attention for block in self.blocks if block.attention is not None]
+        layers = [part.out for part in heads] + [
+            layer for block in self.blocks for layer in (block.up, block.down)]
+        return {3: [part.qkv.weight for part in heads], 1: [layer.weight for layer in layers]}
 
     def forward(self, x, m, t, s):
         """(B, D) values and mask, (B,) step and stage -> (B, D, num_outputs) logits."""
@@ -104,18 +107,16 @@ class Transformer(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(mix(norm(x))), then x + mlp(mix(norm(x)))."""
+    """x + attention(x), where it has attention, then x + mlp(mix(norm(x)))."""
 
-    def __init__(self, dim, heads, mlp, conv, qk_norm, zero_init):
+    def __init__(self, dim, heads, mlp, conv, zero_init):
         super().__init__()
-        self.heads, self.qk_norm = heads, qk_norm
-        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.mix1, self.mix2 = (NeighbourConv(dim, conv) if conv else nn.Identity()
-                                for _ in range(2))
-        self.qkv, self.out = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim, bias=False)
+        self.attention = Attention(dim, heads, zero_init) if heads else None
+        self.norm = nn.LayerNorm(dim)
+        self.mix = NeighbourConv(dim, conv) if conv else nn.Identity()
         self.up, self.down = nn.Linear(dim, mlp), nn.Linear(mlp, dim)
         if zero_init:
-            nn.init.zeros_(self.out.weight), nn.init.zeros_(self.down.weight)
+            nn.init.zeros_(self.down.weight)
 
     def forward(self, x, cos, sin):
         """(B, D, dim) -> (B, D, dim); cos, sin: of the rotary angles, or None."""
@@ -124,20 +125,33 @@ class Block(nn.Module):
 
     def attend(self, x, cos, sin):
         """The first half of it, and what the second half sees: (B, D, dim) each."""
-        B, D, dim = x.shape
-        qkv = self.qkv(self.mix1(self.norm1(x))).view(B, D, 3, self.heads, -1)
-        qkv = qkv.permute(2, 0, 3, 1, 4)
-        qk, v = qkv[:2], qkv[2]                                  # (2, B, heads, D, d) and one
-        if self.qk_norm:
-            qk = F.layer_norm(qk, qk.shape[-1:])
-        if cos is not None:
-            qk = rotate(qk, cos, sin)
-        h = attention(*qk, v)                                    # (B, heads, D, d)
-        x = x + self.out(h.transpose(1, 2).reshape(B, D, dim))
-        return x, self.mix2(self.norm2(x))
+        if self.attention is not None:
+            x = x + self.attention(x, cos, sin)
+        return x, self.mix(self.norm(x))
 
     def mlp(self, h):
         return self.down(F.gelu(self.up(h)))
+
+
+class Attention(nn.Module):
+    """What every position hears of every other, by norm(x)."""
+
+    def __init__(self, dim, heads, zero_init):
+        super().__init__()
+        self.heads, self.norm = heads, nn.LayerNorm(dim)
+        self.qkv, self.out = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim, bias=False)
+        if zero_init:
+            nn.init.zeros_(self.out.weight)
+
+    def forward(self, x, cos, sin):
+        B, D, dim = x.shape
+        qkv = self.qkv(self.norm(x)).view(B, D, 3, self.heads, -1)
+        qkv = qkv.permute(2, 0, 3, 1, 4)
+        qk, v = qkv[:2], qkv[2]                                  # (2, B, heads, D, d) and one
+        if cos is not None:
+            qk = rotate(qk, cos, sin)
+        h = attention(*qk, v)                                    # (B, heads, D, d)
+        return self.out(h.transpose(1, 2).reshape(B, D, dim))
 
 
 class NeighbourConv(nn.Conv2d):

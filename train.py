@@ -75,7 +75,7 @@ class Settings:
     positions: str = setting("rotary", "rotary or sinusoidal")
     pairs: bool = setting(True, "embed pairs of neighbours too")
     conv: int = setting(5, "width of the depthwise convolutions in text blocks, odd; 0: none")
-    qk_norm: bool = setting(True, "normalise queries and keys")
+    every: int = setting(2, "of text: attention in the last block and in every so many before it")
     zero_init: bool = setting(True, "every block begins as the identity")
     time: bool = setting(False, "show the step t to the network")
     late: bool = setting(True, "draw late steps t more often, "
@@ -110,12 +110,12 @@ class Settings:
 
 SIZES = {
     "text": {
-        "tiny": dict(length=64, dim=128, depth=4, heads=2, mlp=512, batch=32, minutes=2.75, lr=6e-3,
+        "tiny": dict(length=64, dim=128, depth=4, heads=2, mlp=512, batch=48, minutes=2.75, lr=6e-3,
                      muon_lr=0.03, weight_decay=0.1, warmup=50, short=0.7, short_length=32),
         "small": dict(length=250, dim=512, depth=8, heads=8, mlp=2048, batch=64, minutes=30.0,
                       lr=2e-3, warmup=200, ema=0.998, short=0.0),
         "paper": dict(length=250, dim=768, depth=12, heads=12, mlp=3072, positions="sinusoidal",
-                      pairs=False, conv=0, qk_norm=False, zero_init=False, late=False, batch=512,
+                      pairs=False, conv=0, every=1, zero_init=False, late=False, batch=512,
                       steps=3_000_000, optimizer="adam", lr=5e-4, warmup=5000, decay=0.0, clip=0.25,
                       ema=0.995, short=0.0)},
     "image": {
@@ -127,7 +127,7 @@ SIZES = {
                       zero_init=False, late=False, time=True, batch=128, steps=1_170_000,
                       optimizer="adam", lr=1e-4, warmup=0, decay=0.0, clip=100.0, ema=0.9999,
                       short=0.0)}}
-TEXT_ONLY = {"length", "mlp", "positions", "pairs", "conv", "qk_norm", "short", "short_length"}
+TEXT_ONLY = {"length", "mlp", "positions", "pairs", "conv", "every", "short", "short_length"}
 IMAGE_ONLY = {"bits", "flips", "turns", "levels", "neighbours", "logistic"}
 AFFORDABLE = 1 << 24                 # variables that the network may predict to measure a plan
 RESUMABLE = {"steps", "minutes", "passes", "report", "out", "data_dir", "compile"}
@@ -213,8 +213,9 @@ def check(c):
               (c.parametrization in ("data", "direct"), "--parametrization: choose data or direct"),
               (c.optimizer in ("muon", "adam"), "--optimizer: choose muon or adam"),
               (all(value is None or value > 0 for value in (
-                  c.length, c.dim, c.depth, c.levels, c.mlp, c.batch, c.report)),
-               "--length, --dim, --depth, --levels, --mlp, --batch and --report must be positive"),
+                  c.length, c.dim, c.depth, c.levels, c.mlp, c.every, c.batch, c.report)),
+               "--length, --dim, --depth, --levels, --mlp, --every, --batch and --report must be "
+               "positive"),
               (1 <= c.bits <= 8, "--bits: choose 1 to 8"),
               (c.levels is None or c.dim >= 4, "--dim must be at least 4 for images"),
               (c.heads > 0 or c.heads == 0 and c.levels is not None, "--heads must be positive"),
@@ -280,7 +281,7 @@ def build_model(c, K, shape):
     if len(shape) == 1:
         net = Transformer(K, shape[0], outputs, dim=c.dim, depth=c.depth, heads=c.heads,
                           mlp=c.mlp, positions=c.positions, pairs=c.pairs, conv=c.conv,
-                          qk_norm=c.qk_norm, zero_init=c.zero_init, time=c.time, stages=S)
+                          every=c.every, zero_init=c.zero_init, time=c.time, stages=S)
     else:
         values = c.branch is None or c.parametrization == "data"         # what the logits are of
         net = UNet(K, shape, outputs, dim=c.dim, depth=c.depth, levels=c.levels, heads=c.heads,
@@ -310,7 +311,7 @@ def read_checkpoint(path):
     """The dict that `Run.save` wrote: tensors and plain values alone, nothing is unpickled."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        assert checkpoint["format"] == "ardm checkpoint 2"
+        assert checkpoint["format"] == "ardm checkpoint 3"
         checkpoint["settings"] = Settings(**checkpoint["settings"])
         return checkpoint
     except FileNotFoundError:
@@ -374,7 +375,7 @@ class Run:
         return self.step / self.c.steps if self.c.steps else self.seconds / (60 * self.c.minutes)
 
     def save(self, path):
-        state = dict(format="ardm checkpoint 2", settings=dataclasses.asdict(self.c),
+        state = dict(format="ardm checkpoint 3", settings=dataclasses.asdict(self.c),
                      K=self.K, kind=self.kind, shape=list(self.shape),
                      model=self.model.state_dict(), ema=self.ema.state_dict(),
                      optimizers=[optimizer.state_dict() for optimizer in self.optimizers],
