@@ -22,10 +22,10 @@ words first; a pop that leaves x < 2^32 takes a word back. Both sides decide by 
 
 The state starts at 0, which nothing needs to tell, and is written in as few bytes as hold it: a
 message costs less than 4 bytes more than its symbols, and no symbols cost none. A right decode ends
-at state 0 with no word left. Or the state starts at a number below 2^32, a checksum say, and a right
-decode ends at that: the message then costs the 4 bytes of the number, and rounding, and nothing
-else. A message is the state (big-endian), then the words in the order of reading; the state has
-over 4 bytes where there are words, so the length alone tells them apart.
+at state 0 with no word left. Or the state starts at a number below 2^32, a checksum say, and a
+right decode ends at that: the message then costs the 4 bytes of the number, and rounding, and
+nothing else. A message is the state (big-endian), then the words in the order of reading; the state
+has over 4 bytes where there are words, so the length alone tells them apart.
 
 Frequencies are integers: both sides compute them by `quantize`, from the same probabilities to
 the last bit, or by `quantize_levels`, from the same integers, or decoding goes wrong without a
@@ -109,7 +109,8 @@ def quantize_levels(levels, precision=22):
 
 
 def intervals(cdf, symbols):
-    """cdf (N, A + 1), symbols (N,) -> starts, freqs, (N,) each: what the encoder needs of them."""
+    """cdf (N, A + 1), or one row for all, symbols (N,) -> starts, freqs, (N,) each: what the
+    encoder needs of them."""
     rows = np.arange(len(cdf))
     starts = cdf[rows, symbols]
     return starts, cdf[rows, symbols + 1] - starts

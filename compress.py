@@ -21,10 +21,10 @@ archive are big-endian:
     then        4       CRC-32 of all before it
     then                the streams of coder.py, one behind the other
 
-A stream holds what each entry of the plan writes, one after the other, in portable mode behind the
-shift of its grid (`shift_table`). It starts from the CRC-32 of the symbols of its block, one byte each,
-which itself starts from the number of the block. A decoder that does not end at the CRC-32 of what
-it decoded has damaged bytes, another block, or other integers.
+A stream holds what each entry of the plan writes in this block, one after the other, in portable
+mode behind the shift of its grid (`shift_table`). It starts from the CRC-32 of the symbols of its
+block, one byte each, which itself starts from the number of the block. A decoder that does not end
+at the CRC-32 of what it decoded has damaged bytes, another block, or other integers.
 
 Encoder and decoder must compute the same integers, but the last bits of what a network says depend
 on the machine, its libraries, the number of threads, and what is beside a datapoint in its batch.
@@ -33,7 +33,8 @@ portable, the default: the network runs in float64, where those differences are 
 log-probabilities, in nats, are rounded to a grid of 2^-10; from there on everything is integers
 (`coder.quantize_levels`). Two machines that differ by less than MARGIN = 1e-10 nats round to the
 same level unless a boundary lies between them. The encoder looks: where a value lies within MARGIN
-of a boundary, it shifts the grid of that call a little, until none does, and codes the shift. So
+of a boundary, it shifts the grid of that call in that block by 1/256 of a level, and again until
+none does, and codes the shift. So
 under this one assumption, a difference below MARGIN, every decoder gets the encoder's integers: on
 CPU or CUDA, with any number of threads and any batch size.
 
@@ -74,7 +75,7 @@ from train import (Parser, bound, command_line, image_sizes, load_data, load_mod
 
 MAGIC, VERSION, PRECISION = b"ARDM", 7, 22
 BLOCK = 1 << 15                                      # symbols in a block at most
-DEFAULT_BLOCK = 1 << 14                              # the default: 0.3% of its bytes, or less
+DEFAULT_BLOCK = 1 << 14                              # the default: costs 0.3%, or less
 LONGEST_HEADER = 1 << 22                             # bytes; a plan has up to S * D entries
 WORDS = (b'bytes"image","npy":[28,28],"backward"random:1"coarse"spaced:"probe":"batch":"device":'
          b'"cpu""threads":2,"torch":"2.13.0+cpu",{"kind":"text","length":20000,"shape":[64],"K":27,'
@@ -114,7 +115,7 @@ class Codec:
             written = self.model.symbol(x, s)[where]
             cdf, shift = self._tables(log_p, streams)
             if not self.fast:
-                table = shift_table(log_p.numel() // streams)
+                table = shift_table(log_p, streams)
                 pushed.append([part[None] for part in coder.intervals(table[None], shift)])
             parts = coder.intervals(cdf, written.cpu().numpy())
             pushed.append([part.reshape(streams, -1).T for part in parts])       # (k, streams)
@@ -159,7 +160,7 @@ class Codec:
             self.tick()
             a, log_p, shift = torch.zeros_like(where, dtype=torch.long), log_p[where], None
             if not self.fast:
-                table = shift_table(log_p.numel() // len(streams))
+                table = shift_table(log_p, len(streams))
                 shift = decoder.pop(np.broadcast_to(table, (1, len(wanted), len(table))))[0]
             symbols = np.zeros((len(streams), len(log_p) // len(streams)), dtype=np.int64)
             part = log_p.view(*symbols.shape, -1)[wanted]                # (streams, k, A)
@@ -189,8 +190,8 @@ class Codec:
 
     def _tables(self, log_p, streams, shifts=None):
         """(n, A) log-probabilities, of that many streams one after the other -> (n, A + 1) integer
-        tables, and by how much the grid of each stream is shifted: as far as it takes to be safe,
-        where shifts are not given."""
+        tables, and by how many 256ths of a level the grid of each stream is shifted: as far as it
+        takes to be safe, where shifts are not given."""
         if log_p.isnan().any():
             raise UserError("the network gives no numbers: its weights are damaged")
         if self.fast:
@@ -263,15 +264,16 @@ def to_levels(log_p, shift):
     return np.maximum(levels, 0).astype(np.int64), far.all(axis=1)
 
 
-def shift_table(n):
-    """The table (257,) of the shift of a call that rounds n values, 0..255, as of `quantize`.
+def shift_table(log_p, streams):
+    """The table (257,), as of `quantize`, of a stream's shift, 0..255, in a call that rounds these
+    log-probabilities (n, A), of all streams.
 
-    A value is within MARGIN of a boundary once in 2^22 times or a little less. So 1 has the
-    frequency n, what is above, for which a second value must be near one, the least there is, and
-    0 the rest.
+    A value is within MARGIN of a boundary once in 2^22 times, or a little less. So the frequency of
+    a shift by 1 is the number of values in a stream, as long as that is below 2^20; larger shifts,
+    which only a second such value asks for, are as rare as can be; 0 has the rest.
     """
     cdf = np.append(0, (1 << PRECISION) + np.arange(-255, 1))
-    cdf[1] -= min(n, 1 << 20)
+    cdf[1] -= min(log_p.numel() // streams, 1 << 20)
     return cdf
 
 
@@ -630,7 +632,8 @@ def decode_file(file, model, checkpoint, name, item=None, damaged=None, batch=No
 
     def report(error):
         if damaged is None:
-            raise UserError(f"{name} is damaged: {error} (--keep-going delivers the others)")
+            others = " (--keep-going delivers the others)" if item is None else ""
+            raise UserError(f"{name} is damaged: {error}{others}")
         damaged.append(error)
 
     def parts():
@@ -763,7 +766,8 @@ def run_decode(args):
     with replacing(args.output) as out:
         n = write_content(out, header, parts)
     number, units = amount(n, header["kind"], header["shape"])
-    print(f"{args.output}: {number:,} {units}, {'these' if damaged else 'all'} checksums match")
+    which = "these" if damaged else "all" if args.item is None else "its"
+    print(f"{args.output}: {number:,} {units}, {which} checksums match")
     if damaged:
         print(*damaged, f"{args.input} is damaged; blocks left out: {len(damaged)}", sep="\n",
               file=sys.stderr)

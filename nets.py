@@ -32,9 +32,10 @@ class Transformer(nn.Module):
                 two beside a position, the two before it, the two behind it
     conv        width of the depthwise convolution before each hidden layer, which mixes neighbours;
                 0: none
-    every       attention in the last block and in every so many before it: the others mix no more
-                than neighbours and cost less, so that there can be more of them
-    zero_init   every block begins as the identity and the output as the uniform distribution
+    every       attention in the last block and in every every-th before it, 1: in all; the others
+                mix only neighbours and cost less, so that the same time trains on more text
+    zero_init   every block begins as the identity, but for a constant, and the output as the
+                uniform distribution
     time        show the network t as well (Sec. 3: optional; the mask tells how much is known)
     stages      S of an upscale model: what is unknown holds x^(s-1), the network is told s and m
     """
@@ -66,18 +67,19 @@ class Transformer(nn.Module):
     def matrices(self):
         """What the optimiser Muon is for, the weights of the blocks: {parts: list}, parts = 3 where
         three matrices lie on top of each other."""
-        heads = [block.attention for block in self.blocks if block.attention is not None]
-        layers = [part.out for part in heads] + [
+        attentions = [block.attention for block in self.blocks if block.attention is not None]
+        layers = [part.out for part in attentions] + [
             layer for block in self.blocks for layer in (block.up, block.down)]
-        return {3: [part.qkv.weight for part in heads], 1: [layer.weight for layer in layers]}
+        return {3: [part.qkv.weight for part in attentions], 1: [layer.weight for layer in layers]}
 
     def forward(self, x, m, t, s):
         """(B, D) values and mask, (B,) step and stage -> (B, D, num_outputs) logits."""
         return self.at(x, m, t, s, torch.ones_like(m)).view(*x.shape, -1)
 
     def at(self, x, m, t, s, where):
-        """The same for the n variables in `where` (B, D, bool) alone: (n, num_outputs). What is
-        after the last mix of neighbours, a fifth of the work, is done for these only."""
+        """The same for the n variables in `where` (B, D, bool) alone: (n, num_outputs). What
+        comes after the last mix of neighbours, a fifth of the work of four blocks, is done for
+        these only."""
         x, h = self.body(x, m, t, s)
         here = where.flatten().nonzero()[:, 0]                   # (n,)
         x, h = (part.flatten(0, 1).index_select(0, here) for part in (x, h))     # (n, dim)
@@ -124,7 +126,8 @@ class Block(nn.Module):
         return x + self.mlp(h)
 
     def attend(self, x, cos, sin):
-        """The first half of it, and what the second half sees: (B, D, dim) each."""
+        """x after attention, where there is any, and what the hidden layer sees of it: (B, D, dim)
+        each."""
         if self.attention is not None:
             x = x + self.attention(x, cos, sin)
         return x, self.mix(self.norm(x))

@@ -75,8 +75,10 @@ class Settings:
     positions: str = setting("rotary", "rotary or sinusoidal")
     pairs: bool = setting(True, "embed pairs of neighbours too")
     conv: int = setting(5, "width of the depthwise convolutions in text blocks, odd; 0: none")
-    every: int = setting(2, "of text: attention in the last block and in every so many before it")
-    zero_init: bool = setting(True, "every block begins as the identity")
+    every: int = setting(2, "of text: attention in the last block and in every every-th "
+                            "before it; 1: in all")
+    zero_init: bool = setting(True, "the logits begin as 0, and blocks of text as the identity, "
+                                    "but for a constant")
     time: bool = setting(False, "show the step t to the network")
     late: bool = setting(True, "draw late steps t more often, "
                                "with a weight that keeps the loss unbiased")
@@ -469,7 +471,8 @@ def learning_rate(c, step, progress):
 
 
 def window(c, progress, D):
-    """(B, D) of a training batch: for most of the run short windows, and as many more of them.
+    """(B, length) of a training batch: in the first part of the run, --short, short windows, and
+    as many more of them.
 
     They teach more at first: near letters tell most of what can be learnt, and attention to few
     of them costs less.
