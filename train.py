@@ -132,6 +132,7 @@ SIZES = {
 TEXT_ONLY = {"length", "mlp", "positions", "pairs", "conv", "every", "short", "short_length"}
 IMAGE_ONLY = {"bits", "flips", "turns", "levels", "neighbours", "logistic"}
 AFFORDABLE = 1 << 24                 # variables that the network may predict to measure a plan
+AT_ONCE = 1 << 13                    # of them together: more take memory and gain no time on a CPU
 RESUMABLE = {"steps", "minutes", "passes", "report", "out", "data_dir", "compile"}
 
 
@@ -607,7 +608,7 @@ def bound(model, chunks, rest=(), passes=None, seed=1, progress=False):
     nats, rest_nats = torch.zeros(N, device=device), 0.0
     sums, counts = torch.zeros(2, model.S * D, device=device)
     for _ in tqdm(range(passes), desc="bound", unit="pass", disable=not progress, leave=False):
-        for rows in torch.arange(N, device=device).split(max(1, 32768 // D)):
+        for rows in torch.arange(N, device=device).split(max(1, AT_ONCE // D)):
             t, s = stratified_steps(len(rows), model.S, D, device, generator)
             loss = model.loss(chunks[rows].long(), t, s, generator=generator)            # (B,)
             nats[rows] += loss / passes
@@ -652,7 +653,7 @@ def measure_plans(model, chunks, plans, passes=None, seed=1, affordable=AFFORDAB
         rows.append(row)
         if len(plan) * N * D > affordable:
             continue
-        parts = zip(chunks.split(max(1, 32768 // D)), sigma.split(max(1, 32768 // D), dim=1))
+        parts = zip(chunks.split(max(1, AT_ONCE // D)), sigma.split(max(1, AT_ONCE // D), dim=1))
         bits = bits_per_dim(torch.cat([model.nll(x.long(), plan, order) for x, order in parts]), D)
         row |= dict(measured=bits.mean().item(), chunks=N,
                     stderr=bits.std(correction=min(1, N - 1)).item() / N ** 0.5)
