@@ -34,9 +34,8 @@ log-probabilities, in nats, are rounded to a grid of 2^-10; from there on everyt
 (`coder.quantize_levels`). Two machines that differ by less than MARGIN = 1e-10 nats round to the
 same level unless a boundary lies between them. The encoder looks: where a value lies within MARGIN
 of a boundary, it shifts the grid of that call in that block by 1/256 of a level, and again until
-none does, and codes the shift. So
-under this one assumption, a difference below MARGIN, every decoder gets the encoder's integers: on
-CPU or CUDA, with any number of threads and any batch size.
+none does, and codes the shift. So under this one assumption, a difference below MARGIN, every
+decoder gets the encoder's integers: on CPU or CUDA, with any number of threads and any batch size.
 
 --fast: float32, bound to the machine: the decoder makes the encoder's very calls, in batches of the
 same shape; one that is not full is filled up with absent variables. The header carries a
@@ -269,8 +268,8 @@ def shift_table(log_p, streams):
     log-probabilities (n, A), of all streams.
 
     A value is within MARGIN of a boundary once in 2^22 times, or a little less. So the frequency of
-    a shift by 1 is the number of values in a stream, as long as that is below 2^20; larger shifts,
-    which only a second such value asks for, are as rare as can be; 0 has the rest.
+    a shift by 1 is one more than the number of values in a stream, or than 2^20 at most; larger
+    shifts, which only a second such value asks for, are as rare as can be; 0 has the rest.
     """
     cdf = np.append(0, (1 << PRECISION) + np.arange(-255, 1))
     cdf[1] -= min(log_p.numel() // streams, 1 << 20)

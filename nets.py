@@ -24,7 +24,7 @@ class Transformer(nn.Module):
     """Bidirectional pre-norm Transformer for text; D is the longest input, shorter may be given.
 
     The paper's network is positions="sinusoidal", pairs=False, conv=0, every=1, zero_init=False.
-    The defaults learn more in the same time (bench.py ablation):
+    The defaults, all but zero_init, learn more in the same time (bench.py ablation):
 
     positions   rotary: queries and keys are turned by an angle that grows with the position, so
                 that attention knows distances from the first step on
@@ -32,8 +32,8 @@ class Transformer(nn.Module):
                 two beside a position, the two before it, the two behind it
     conv        width of the depthwise convolution before each hidden layer, which mixes neighbours;
                 0: none
-    every       attention in the last block and in every every-th before it, 1: in all; the others
-                mix only neighbours and cost less, so that the same time trains on more text
+    every       blocks from one with attention to the next, counted back from the last; 1: all have
+                it. The others mix only neighbours: the same time trains on more text
     zero_init   every block begins as the identity, but for a constant, and the output as the
                 uniform distribution
     time        show the network t as well (Sec. 3: optional; the mask tells how much is known)

@@ -75,10 +75,10 @@ class Settings:
     positions: str = setting("rotary", "rotary or sinusoidal")
     pairs: bool = setting(True, "embed pairs of neighbours too")
     conv: int = setting(5, "width of the depthwise convolutions in text blocks, odd; 0: none")
-    every: int = setting(2, "of text: attention in the last block and in every every-th "
-                            "before it; 1: in all")
-    zero_init: bool = setting(True, "the logits begin as 0, and blocks of text as the identity, "
-                                    "but for a constant")
+    every: int = setting(2, "blocks of text from one with attention to the next, counted "
+                            "back from the last; 1: all have it")
+    zero_init: bool = setting(True, "the softmax begins as the uniform distribution, blocks of "
+                                    "text as the identity, but for a constant")
     time: bool = setting(False, "show the step t to the network")
     late: bool = setting(True, "draw late steps t more often, "
                                "with a weight that keeps the loss unbiased")
