@@ -54,15 +54,16 @@ import train
 from ardm import ARDM
 
 
-def median_seconds(function, repeats=5):
-    """Median wall time of a call, after one that does not count."""
-    function()
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times)
+def median_seconds(*functions, repeats=5):
+    """Median wall time of a call of each, after one that does not count; in turns, so that a slow
+    spell of the machine is everybody's."""
+    times = [[] for _ in functions]
+    for turn in range(1 + repeats):
+        for function, own in zip(functions, times):
+            begin = time.perf_counter()
+            function()
+            own += [time.perf_counter() - begin] * (turn > 0)
+    return [statistics.median(own) for own in times]
 
 
 # -- planner ---------------------------------------------------------------------------------------
@@ -88,9 +89,10 @@ def bench_planner(args):
         t = np.arange(1, D + 1)
         L = np.stack([8 / s * (1 - (t / (D + 1)) ** 0.5) for s in range(1, S + 1)])
         row = dict(stages=S, D=D, calls=budget,
-                   seconds=median_seconds(lambda: planner.plan(L, budget), 3))
+                   seconds=median_seconds(lambda: planner.plan(L, budget), repeats=3)[0])
         if D in (1000, 3072):
-            row["plain_seconds"] = median_seconds(lambda: plain_programme(L[0], budget), 1)
+            row["plain_seconds"], = median_seconds(
+                lambda: plain_programme(L[0], budget), repeats=1)
             assert np.isclose(plain_programme(L[0], budget),
                               planner.plan_cost(L, planner.plan(L, budget)))
         rows.append(row)
@@ -164,6 +166,7 @@ def with_constriction(probs, symbols):
 
 def bench_coder(args):
     """Speed and length of each coder, for a small, a text's and a byte's alphabet."""
+    train.keep_freed_memory()                                          # as compress.py does
     rows, coders = [], {"one stream": one_stream, "512 streams": many_streams}
     try:
         import constriction                                            # noqa: F401
@@ -174,11 +177,12 @@ def bench_coder(args):
         probs, symbols = coder_message(K, calls=2 if args.quick else 50)
         p = np.tile(probs, (len(symbols) // CALL, 1))[np.arange(len(symbols)), symbols]
         ideal = -np.log2(p).sum() / 8
-        for name, make in coders.items():
-            data, push, pop = make(probs, symbols)
+        made = [make(probs, symbols) for make in coders.values()]
+        speeds = iter(len(symbols) / seconds / 1e6 for seconds in median_seconds(
+            *(function for _, *both in made for function in both), repeats=3 if args.quick else 15))
+        for name, (data, _, pop) in zip(coders, made):
             assert np.array_equal(np.asarray(pop()).reshape(-1), symbols)
-            rows.append(dict(coder=name, K=K, encode=len(symbols) / median_seconds(push) / 1e6,
-                             decode=len(symbols) / median_seconds(pop) / 1e6,
+            rows.append(dict(coder=name, K=K, encode=next(speeds), decode=next(speeds),
                              extra_bytes=len(data) - ideal))
             print("  {coder:12} K = {K:3}  encode {encode:6.2f}  decode {decode:6.2f} Msym/s  "
                   "{extra_bytes:+.1f} bytes over the ideal".format(**rows[-1]))
@@ -276,7 +280,8 @@ def bench_speed(args):
         c = train.complete(dict(given, steps=10 ** 6, **change))
         run = train.Run(c, 27, "text", (c.length,))
         x = torch.randint(27, (c.batch, c.length), device=c.device)
-        seconds = median_seconds(lambda: train.train_step(run, x).item(), 3 if args.quick else 15)
+        seconds, = median_seconds(lambda: train.train_step(run, x).item(),
+                                  repeats=3 if args.quick else 15)
         params = sum(p.numel() for p in run.model.parameters())
         row = dict(name=name, seconds=seconds, samples_per_second=c.batch / seconds,
                    chars_per_second=c.batch * c.length / seconds,
@@ -297,8 +302,8 @@ def muon_seconds(run):
     """A step of Muon on all the matrices of this run, ours and torch's."""
     ours = run.optimizers[1]
     theirs = torch.optim.Muon([p for group in ours.param_groups for p in group["params"]])
-    return [dict(name=f"Muon alone, {whose}", seconds=median_seconds(optimizer.step))
-            for whose, optimizer in (("ours", ours), ("torch's", theirs))]
+    return [dict(name=f"Muon alone, {whose}", seconds=seconds) for whose, seconds in zip(
+        ("ours", "torch's"), median_seconds(ours.step, theirs.step))]
 
 
 def matmul_tflops(device, n=8192):
@@ -308,7 +313,7 @@ def matmul_tflops(device, n=8192):
     def product():
         a @ a
         torch.cuda.synchronize()
-    return 2 * n ** 3 / median_seconds(product) / 1e12
+    return 2 * n ** 3 / median_seconds(product)[0] / 1e12
 
 
 # -- the default run and its archives --------------------------------------------------------------
@@ -628,7 +633,8 @@ def bench_unet(args):
         own = {k: v for k, v in given.items() if k not in ("dim", "depth")}
         c = train.complete({**(own if "size" in change else given), **change})
         run = train.Run(c, 256, "image", (3, 32, 32))
-        seconds = median_seconds(lambda: train.train_step(run, x).item(), 3 if args.quick else 9)
+        seconds, = median_seconds(lambda: train.train_step(run, x).item(),
+                                  repeats=3 if args.quick else 9)
         rows.append(dict(name=name, seconds=seconds, samples_per_second=len(x) / seconds,
                          params=sum(p.numel() for p in run.model.parameters())))
         print("  {name}: {seconds:.3f} s, {samples_per_second:.1f} images/s".format(**rows[-1]))

@@ -33,6 +33,7 @@ sign. This file needs NumPy alone.
 """
 from bisect import bisect_right
 from functools import cache
+from itertools import chain
 
 import numpy as np
 
@@ -42,14 +43,15 @@ LANES = 40                           # streams from which on NumPy is faster tha
 DEEPEST = 16 * GRID                  # level from which on a probability counts as 0: e^-16 < 2^-23
 
 
+@np.errstate(invalid="ignore")       # nan and the like: an error, and no warning beside it
 def quantize(probs, precision=22):
     """Probabilities (N, A) float64 -> cdf (N, A + 1) int32, strictly rising from 0 to 2^precision.
 
     f = floor(p * (1 - 1e-6) * (2^P - A)) + 1, so that every symbol can be coded; the last one
     takes what is left, and 1e-6 is room for a row whose sum is above 1 by rounding. A row gives
     the same integers whatever rows are beside it. At P = 22 this costs below 1e-4 bits a symbol
-    for A = 256. ValueError for values that are no probabilities and for rows whose sum is further
-    than 1e-6 from 1.
+    for A = 256. ValueError for values that are no probabilities, but for a 0 that rounding has made
+    negative, and for rows whose sum is further than 1e-6 from 1.
     """
     probs = np.asarray(probs, dtype=np.float64)
     if not 1 <= precision <= 30 or probs.ndim != 2 or not 1 <= probs.shape[1] < 1 << precision:
@@ -57,15 +59,15 @@ def quantize(probs, precision=22):
                          f"1 <= A < 2^{precision} <= 2^30")
     N, A = probs.shape
     cdf = np.empty((N, A + 1), dtype=np.int32)
-    scale = (1 - 1e-6) * ((1 << precision) - A)
-    rows = max(1, (1 << 15) // A)                        # at a time: what fits in the cache
+    scale, least = (1 - 1e-6) * ((1 << precision) - A), 0
+    rows = max(1, (1 << 17) // A)                        # at a time: what fits in the cache
     for i in range(0, N, rows):
-        part = probs[i:i + rows]
-        if part.min(initial=0) < 0 or not (np.abs(np.einsum("na->n", part) - 1) <= 1e-6).all():
-            raise ValueError("probabilities must be finite, not negative, and sum to 1 in each row")
-        freqs = (part * scale).astype(np.int32)          # floor: none is below 0
+        freqs = (probs[i:i + rows] * scale).astype(np.int32)     # floor, where it is not below 0
+        least = min(least, freqs.min())
         freqs += 1
         np.add.accumulate(freqs, axis=1, out=cdf[i:i + rows, 1:])
+    if least < 0 or not (np.abs(np.einsum("na->n", probs) - 1) <= 1e-6).all():
+        raise ValueError("probabilities must be finite, not negative, and sum to 1 in each row")
     assert (cdf[:, A] <= 1 << precision).all(), "frequencies sum to more than 2^P"
     cdf[:, 0], cdf[:, A] = 0, 1 << precision
     return cdf
@@ -111,9 +113,18 @@ def quantize_levels(levels, precision=22):
 def intervals(cdf, symbols):
     """cdf (N, A + 1), or one row for all, symbols (N,) -> starts, freqs, (N,) each: what the
     encoder needs of them."""
-    rows = np.arange(len(cdf))
-    starts = cdf[rows, symbols]
-    return starts, cdf[rows, symbols + 1] - starts
+    symbols, width = np.asarray(symbols), cdf.shape[1]
+    assert not symbols.size or 0 <= symbols.min() <= symbols.max() < width - 1, "not a symbol"
+    at = np.arange(len(cdf)) * width + symbols
+    starts = cdf.take(at)                                # of the flat table: faster than [row, sym]
+    return starts, cdf.take(at + 1) - starts
+
+
+def last_first(numbers):
+    """The numbers of an array as Python ints, the last one first: piece by piece, so that they are
+    in the cache when they are used."""
+    pieces = np.split(numbers[::-1], range(4096, len(numbers), 4096))
+    return chain.from_iterable(piece.tolist() for piece in pieces)
 
 
 def encode(starts, freqs, precision=22, state=0):
@@ -125,7 +136,7 @@ def encode(starts, freqs, precision=22, state=0):
     starts, freqs = _check_intervals(starts, freqs, precision)
     room, total = 64 - precision, 1 << precision
     x, words = state, []
-    for start, f in zip(reversed(starts.tolist()), reversed(freqs.tolist())):
+    for start, f in zip(last_first(starts), last_first(freqs)):
         if x >> room >= f:
             words.append(x & WORD)
             x >>= 32
@@ -147,17 +158,18 @@ class Decoder:
     def pop(self, cdf):
         """cdf (n, A + 1) from `quantize` -> (n,) int64, the next n symbols, one per row."""
         x, words, P = self.x, self.words, self.precision
-        width, mask = cdf.shape[1], (1 << P) - 1
-        table = memoryview(np.ascontiguousarray(cdf, dtype=np.int32).reshape(-1))
-        symbols = []
-        for row in range(0, len(table), width):
-            slot = x & mask
-            i = bisect_right(table, slot, row, row + width) - 1          # cdf[sym] <= slot
-            start = table[i]
-            x = (table[i + 1] - start) * (x >> P) + slot - start
-            if x <= WORD and words:
-                x = x << 32 | words.pop()
-            symbols.append(i - row)
+        symbols, width, mask = [], cdf.shape[1], (1 << P) - 1
+        rows = max(1, (1 << 16) // width)                # at a time: a copy that is in the cache
+        for part in np.split(cdf, range(rows, len(cdf), rows)):
+            table = memoryview(part.ravel().astype(np.int32))
+            for row in range(0, len(table), width):
+                slot = x & mask
+                i = bisect_right(table, slot, row, row + width) - 1      # cdf[sym] <= slot
+                start = table[i]
+                x = (table[i + 1] - start) * (x >> P) + slot - start
+                if x <= WORD and words:
+                    x = x << 32 | words.pop()
+                symbols.append(i - row)
         assert 0 <= x < 1 << 64, "the state left its interval"
         self.x = x
         return np.array(symbols, dtype=np.int64)
