@@ -43,31 +43,29 @@ LANES = 40                           # streams from which on NumPy is faster tha
 DEEPEST = 16 * GRID                  # level from which on a probability counts as 0: e^-16 < 2^-23
 
 
-@np.errstate(invalid="ignore")       # nan and the like: an error, and no warning beside it
 def quantize(probs, precision=22):
     """Probabilities (N, A) float64 -> cdf (N, A + 1) int32, strictly rising from 0 to 2^precision.
 
     f = floor(p * (1 - 1e-6) * (2^P - A)) + 1, so that every symbol can be coded; the last one
     takes what is left, and 1e-6 is room for a row whose sum is above 1 by rounding. A row gives
     the same integers whatever rows are beside it. At P = 22 this costs below 1e-4 bits a symbol
-    for A = 256. ValueError for values that are no probabilities, but for a 0 that rounding has made
-    negative, and for rows whose sum is further than 1e-6 from 1.
+    for A = 256. ValueError for values that are no probabilities and for rows whose sum is further
+    than 1e-6 from 1.
     """
     probs = np.asarray(probs, dtype=np.float64)
     if not 1 <= precision <= 30 or probs.ndim != 2 or not 1 <= probs.shape[1] < 1 << precision:
         raise ValueError(f"probs of shape {probs.shape}: expected (N, A) with "
                          f"1 <= A < 2^{precision} <= 2^30")
+    if probs.min(initial=0) < 0 or not (np.abs(np.einsum("na->n", probs) - 1) <= 1e-6).all():
+        raise ValueError("probabilities must be finite, not negative, and sum to 1 in each row")
     N, A = probs.shape
     cdf = np.empty((N, A + 1), dtype=np.int32)
-    scale, least = (1 - 1e-6) * ((1 << precision) - A), 0
+    scale = (1 - 1e-6) * ((1 << precision) - A)
     rows = max(1, (1 << 17) // A)                        # at a time: what fits in the cache
     for i in range(0, N, rows):
-        freqs = (probs[i:i + rows] * scale).astype(np.int32)     # floor, where it is not below 0
-        least = min(least, freqs.min())
+        freqs = (probs[i:i + rows] * scale).astype(np.int32)     # floor: none is below 0
         freqs += 1
         np.add.accumulate(freqs, axis=1, out=cdf[i:i + rows, 1:])
-    if least < 0 or not (np.abs(np.einsum("na->n", probs) - 1) <= 1e-6).all():
-        raise ValueError("probabilities must be finite, not negative, and sum to 1 in each row")
     assert (cdf[:, A] <= 1 << precision).all(), "frequencies sum to more than 2^P"
     cdf[:, 0], cdf[:, A] = 0, 1 << precision
     return cdf
