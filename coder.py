@@ -56,9 +56,9 @@ def quantize(probs, precision=22):
     if not 1 <= precision <= 30 or probs.ndim != 2 or not 1 <= probs.shape[1] < 1 << precision:
         raise ValueError(f"probs of shape {probs.shape}: expected (N, A) with "
                          f"1 <= A < 2^{precision} <= 2^30")
+    N, A = probs.shape
     if probs.min(initial=0) < 0 or not (np.abs(np.einsum("na->n", probs) - 1) <= 1e-6).all():
         raise ValueError("probabilities must be finite, not negative, and sum to 1 in each row")
-    N, A = probs.shape
     cdf = np.empty((N, A + 1), dtype=np.int32)
     scale = (1 - 1e-6) * ((1 << precision) - A)
     rows = max(1, (1 << 17) // A)                        # at a time: what fits in the cache
@@ -198,7 +198,7 @@ def encode_streams(starts, freqs, precision=22, states=None):
     moved = np.empty((T, M), dtype=bool)
     for step in reversed(range(T)):
         f = freqs[step]
-        words[step] = x & np.uint64(WORD)
+        words[step] = x                                  # the low 32 bits
         moved[step] = full = x >> room >= f
         x = np.where(full, x >> np.uint64(32), x)
         x += x // f * rest[step] + starts[step]
