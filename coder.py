@@ -95,6 +95,7 @@ def quantize_levels(levels, precision=22):
     the last symbol takes what is left. ValueError for a level below 0, or a row of nothing.
     """
     levels = np.asarray(levels)
+    assert precision <= 22, "2^40 times more does not fit in 63 bits"
     if levels.min(initial=0) < 0:
         raise ValueError("a level is below 0")
     N, A = levels.shape

@@ -53,7 +53,6 @@ import json
 import math
 import os
 import re
-import shlex
 import struct
 import sys
 import time
@@ -70,7 +69,7 @@ import planner
 from ardm import bits_per_dim, rerank
 from data import UserError
 from train import (Parser, bound, command_line, image_sizes, load_data, load_model, references,
-                   replacing, spread)
+                   replacing, spread, typed)
 
 MAGIC, VERSION, PRECISION = b"ARDM", 7, 22
 BLOCK = 1 << 15                                      # symbols in a block at most
@@ -660,8 +659,9 @@ def read_at(file, size, offset, name):
 # -- Which order and plan --------------------------------------------------------------------------
 
 def candidates(model, L, calls, rule="auto"):
-    """[(order, plan)] to try: the cheapest plan by L, and for fewer calls than steps an even one,
-    whose calls of k variables suit k readers that march together. rule: only this order."""
+    """[(order, plan)] to try, the likeliest first. Plans: the cheapest by L, and for fewer calls
+    than steps an even one, whose calls of k variables suit k readers that march together. rule:
+    only this order."""
     full = model.S * model.D
     if not model.S <= calls <= full:
         raise UserError(f"--calls {calls}: choose {model.S} to {full}")
@@ -671,10 +671,12 @@ def candidates(model, L, calls, rule="auto"):
         raise UserError("this checkpoint has no L_t yet, which --calls needs: "
                         "let train.py --resume finish the run")
     else:
-        plans = [planner.plan(L, calls), planner.uniform_plan(model.S, model.D, calls)]
+        plans = [planner.uniform_plan(model.S, model.D, calls)]
+        plans += [plan for plan in [planner.plan(L, calls)] if plan not in plans]
     widest = sorted({max(k for _, _, k in plan) for plan in plans} - {1}) or [2]
-    rules = ["forward", "backward", "random:1", "random:2", "coarse"] + [
+    rules, spaced = ["forward", "backward", "random:1", "random:2", "coarse"], [
         f"spaced:{k}" for k in widest]
+    rules = rules + spaced if calls == full else spaced + rules
     return list(itertools.product(rules if rule == "auto" else [rule], plans))
 
 
@@ -687,7 +689,7 @@ def label(order, plan, model):
 
 
 def search(model, checkpoint, pairs):
-    """The best of several (order, plan), by the exact nll of some training chunks (App. D)."""
+    """The best of several (order, plan), by the exact nll of some training chunks (Sec. 5)."""
     if len(pairs) == 1:
         return pairs[0]
     try:
@@ -736,8 +738,8 @@ def run_encode(args):
           f"{8 * size / max(1, content.length):.3f} bits/{datasets.UNITS[content.kind]}; "
           f"order {label(order, plan, model)}, {len(plan)} network calls a batch"
           f"{', decoded and compared' if args.verify else ''}")
-    print(f"back again: python compress.py decode --ckpt {shlex.quote(args.ckpt)} "
-          f"{shlex.quote(args.output)} FILE")
+    print(f"back again: python compress.py decode --ckpt {typed(args.ckpt)} "
+          f"{typed(args.output)} FILE")
 
 
 def open_archive(path):
@@ -909,14 +911,22 @@ def main():
     args = build_parser().parse_args()
     if getattr(args, "batch", None) is not None and args.batch < 1:
         raise UserError(f"--batch {args.batch}: choose 1 or more")
-    if args.command in ("encode", "decode") and Path(args.output).exists():
-        if Path(args.output).is_dir():
-            raise UserError(f"{args.output} is a folder, not a file to write")
-        if Path(args.input).exists() and os.path.samefile(args.input, args.output):
-            raise UserError("IN and OUT are the same file")
-    if args.command in ("encode", "decode") and str(args.input) == args.output + ".part":
-        raise UserError(f"{args.input} is where OUT is written before it gets its name: rename IN")
+    if args.command in ("encode", "decode"):
+        check_output(args)
     args.run(args)
+
+
+def check_output(args):
+    """UserError where writing OUT would destroy what is read."""
+    if Path(args.output).is_dir():
+        raise UserError(f"{args.output} is a folder, not a file to write")
+    for name, path in (("IN", args.input), ("--ckpt", args.ckpt)):
+        for written, message in (
+                (args.output, f"{name} and OUT are the same file"),
+                (args.output + ".part", f"{path} is where OUT is written before it gets its name: "
+                                        f"rename {name}")):
+            if Path(path).exists() and Path(written).exists() and os.path.samefile(path, written):
+                raise UserError(message)
 
 
 if __name__ == "__main__":

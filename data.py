@@ -18,6 +18,7 @@ is the test split.
 """
 import gzip
 import hashlib
+import http.client
 import io
 import os
 import pickle
@@ -211,17 +212,17 @@ def to_images(x, shape, K=None):
     return (images if K is None else images * 255 // (K - 1)).astype(np.uint8)
 
 
-def grid(images, columns, enlarge=None, gap=1):
-    """(N, H, W, C) uint8 -> one picture, row by row; each pixel `enlarge` wide (None: so that an
-    image has at least 64)."""
-    N, H, W, C = images.shape
-    images = images.repeat(n := enlarge or -(-64 // W), axis=1).repeat(n, axis=2)
+def grid(images, columns):
+    """(N, H, W, C) uint8 -> one picture, row by row, in colour where C is over 2; pixels n wide, so
+    that an image has at least 64, and a pixel of white between images."""
+    (N, _, W, C), n = images.shape, -(-64 // images.shape[2])
+    images = images.repeat(n, axis=1).repeat(n, axis=2)
     blank = np.zeros((-N % columns, *images.shape[1:]), np.uint8)
-    images = np.pad(np.concatenate((images, blank)), ((0, 0), (0, gap * n), (0, gap * n), (0, 0)),
+    images = np.pad(np.concatenate((images, blank)), ((0, 0), (0, n), (0, n), (0, 0)),
                     constant_values=255)
     rows = images.reshape(-1, columns, *images.shape[1:])
     picture = rows.transpose(0, 2, 1, 3, 4).reshape(len(rows) * images.shape[1], -1, C)
-    return picture if C == 3 else picture[..., 0]
+    return picture[..., :3] if C > 2 else picture[..., 0]
 
 
 def piece(data):
@@ -265,10 +266,11 @@ def locate(name, folder, fetch, *files):
 
 def check_md5(path, content, md5):
     if (found := hashlib.md5(content).hexdigest()) != md5:
-        usable = "" if path.name.endswith("ubyte.gz") else (
-            f", or train on it as it is with --data {path}")
-        raise UserError(f"{path} is not the whole upstream file (md5 {found}, expected {md5}); "
-                        f"remove it to download it again{usable}")
+        advice = "" if path.suffix == ".part" else "; remove it to download it again"
+        if advice and not path.name.endswith("ubyte.gz"):
+            advice += f", or train on it as it is with --data {path}"
+        raise UserError(f"{path} is not the whole upstream file (md5 {found}, expected {md5})"
+                        f"{advice}")
 
 
 def read_stream(path):
@@ -372,9 +374,9 @@ def require_uint8(pixels):
 class PlainUnpickler(pickle.Unpickler):
     """Reads NumPy arrays, bytes, numbers and containers; refuses, by name, whatever else a pickle
     asks for, so that none of it is ever run."""
-    ADMITTED = {(module, name) for module in ("numpy.core.multiarray", "numpy._core.multiarray")
-                for name in ("_reconstruct",)} | {
-        ("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
+    ADMITTED = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"),
+                ("numpy.core.multiarray", "_reconstruct"),
+                ("numpy._core.multiarray", "_reconstruct")}
 
     def find_class(self, module, name):
         if (module, name) not in self.ADMITTED:
@@ -474,7 +476,7 @@ def download(url, path, check=lambda part: None):
         found = check(part)
         os.replace(part, path)
         return found
-    except (OSError, ValueError, UserError) as error:        # URLError and HTTPError are OSErrors
+    except (OSError, ValueError, http.client.HTTPException, UserError) as error:
         raise UserError(f"cannot download {url} ({error}): fetch it elsewhere and put it at {path}")
     finally:
         part.unlink(missing_ok=True)

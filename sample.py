@@ -33,7 +33,7 @@ def read_prompt(prompt, model):
         raise UserError("the prompt has no blank: write _ for each character that is to be "
                         "filled in")
     blanks = torch.tensor([byte == ord("_") for byte in stream] + [False] * (D - n))
-    filler = b" " if model.K == 27 else b"_"
+    filler = b" " if model.K == 27 else b"\0"             # what is unknown: the symbol 0
     symbols = datasets.to_symbols(stream.replace(b"_", filler).ljust(D, filler), model.K)
     absent = torch.arange(D) >= n
     return torch.from_numpy(symbols).long(), ~blanks & ~absent, absent
@@ -109,16 +109,17 @@ def arguments():
     parser.add_argument("--inpaint", metavar="top|left|random:P",
                         help="complete test images of which that part is known")
     parser.add_argument("--temperature", type=float, default=1.0,
-                        help="below 1: likelier, less varied")
+                        help="below 1: likelier, less varied; above: the reverse (default 1)")
     parser.add_argument("--frames", action="store_true",
-                        help="also show what is known at several steps of each stage, "
+                        help="also show what is known at up to 12 points of the process, "
                              "_ or grey for what is not")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of every draw (default 0)")
     parser.add_argument("--device", help="cuda, mps or cpu")
     parser.add_argument("--out", help="folder for the files; the default is the checkpoint's")
     args = parser.parse_args()
-    if args.n < 1 or not args.temperature > 0 or not 0 <= args.seed < 1 << 63:
-        raise UserError("--n must be at least 1, --temperature above 0 and --seed 0 to 2^63 - 1")
+    if args.n < 1 or not 1e-6 <= args.temperature <= 1e6 or not 0 <= args.seed < 1 << 63:
+        raise UserError("--n must be at least 1, --temperature 1e-6 to 1e6 and --seed 0 to "
+                        "2^63 - 1")
     return args
 
 
@@ -150,7 +151,7 @@ def main():
     for name, content in files.items():
         with replacing(folder / name) as file:
             file.write(content)
-    print(f"{len(x)} samples, {len(plan)} network calls; "
+    print(f"{len(x)} sample{'s' * (len(x) > 1)}, {len(plan)} network calls; "
           f"written to {' and '.join(str(folder / n) for n in files)}")
 
 

@@ -3,6 +3,7 @@
 ARDM_DATA names a folder with real data (text8/text8_prefix.zip); tests that need it skip without.
 """
 import gzip
+import http.client
 import io
 import itertools
 import json
@@ -21,6 +22,7 @@ import zlib
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -567,6 +569,9 @@ def test_paper_network_has_the_papers_size():
     with torch.device("meta"):
         net = nets.Transformer(27, 250, dim=768, depth=12, heads=12, mlp=3072, **PAPER)
     assert abs(sum(p.numel() for p in net.parameters()) - 85.1e6) < 0.2e6
+    with torch.device("meta"):
+        model = train.build_model(train.complete(dict(size="paper", device="cpu")), 27, (250,))
+    assert [*map(str, model.net.modules())] == [*map(str, net.modules())]
 
 
 @pytest.mark.parametrize("width, D", [(5, 9), (3, 1), (5, 2)])
@@ -1036,8 +1041,9 @@ def test_a_download_that_is_something_else_is_not_kept(tmp_path, monkeypatch):
     """A login page instead of the file must not stay behind under the file's name."""
     (tmp_path / "page").write_text("please log in " * 100)
     monkeypatch.setitem(datasets.URLS, "text8.zip", (tmp_path / "page").as_uri())
-    with pytest.raises(UserError, match="md5"):
+    with pytest.raises(UserError, match="md5") as error:
         datasets.load("text8", 20, tmp_path / "data")
+    assert ".part\n" not in str(error.value) and "remove it" not in str(error.value)
     assert list((tmp_path / "data").iterdir()) == []
     with pytest.raises(UserError, match="is not there"):
         datasets.load("text8", 20, tmp_path / "data", fetch=False)
@@ -1050,6 +1056,9 @@ def test_a_download_is_complete_or_not_there(tmp_path):
     assert (tmp_path / "new" / "copy").read_bytes() == b"x" * 1000
     with pytest.raises(UserError, match=r"nowhere.*put it at .*copy2"):
         datasets.download((tmp_path / "nowhere").as_uri(), tmp_path / "copy2")
+    with mock.patch("urllib.request.urlopen", side_effect=http.client.BadStatusLine("hello")):
+        with pytest.raises(UserError, match="put it at .*copy3"):
+            datasets.download("http://localhost/file", tmp_path / "copy3")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["new", "source"]
 
 
@@ -1078,9 +1087,11 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(tmp_path):
     whole, part = train.Run(c, 27, "text", (c.length,)), train.Run(c, 27, "text", (c.length,))
     losses = go(whole, 8)
     assert go(part, 5) == losses[:5]
+    part.L = np.arange(16.0)[None]
     part.save(tmp_path / "ckpt.pt")
     again = train.Run(c, 27, "text", (c.length,))
     again.restore(train.read_checkpoint(tmp_path / "ckpt.pt"))
+    assert np.array_equal(again.L, part.L)                             # plans go on too
     assert go(again, 8) == losses[5:]
     for a, b in zip(whole.ema.parameters(), again.ema.parameters()):
         assert torch.equal(a, b)
@@ -1189,6 +1200,7 @@ def test_paper_size_is_the_papers_recipe():
         250, 768, 12, 12, 3072, 512, 3_000_000)
     assert (c.optimizer, c.lr, c.warmup, c.clip, c.ema, c.positions) == (
         "adam", 5e-4, 5000, 0.25, 0.995, "sinusoidal")
+    assert not c.late and not c.short and not c.decay and c.branch is None
 
 
 # -- Images ----------------------------------------------------------------------------------------
@@ -1322,9 +1334,10 @@ def test_damaged_mnist_is_refused(tmp_path):
         datasets.load("mnist", data_dir=tmp_path)
 
 
-@pytest.mark.skipif("ARDM_DATA" not in os.environ, reason="needs the real data")
 def test_real_images_are_read():
-    folder = os.environ["ARDM_DATA"]
+    folder = os.environ.get("ARDM_DATA", "")
+    if not (Path(folder) / "cifar10" / "cifar-10-python.partial.tar.gz").is_file():
+        pytest.skip("ARDM_DATA has no cifar10/cifar-10-python.partial.tar.gz")
     mnist = datasets.load("mnist", data_dir=folder)
     assert [len(part) for part in mnist.splits.values()] == [54000, 6000, 10000]
     assert 33 < mnist.splits["train"].float().mean() < 34                # 0.1307 of 255
@@ -1423,9 +1436,29 @@ def test_ctrl_c_saves_and_the_run_can_be_resumed(tmp_path):
     assert train.read_checkpoint(tmp_path / "ckpt.pt")["step"] == step + 10
 
 
+def test_a_run_without_numbers_is_not_saved(refused, folder, tmp_path):
+    done = run("train.py", *QUICK, "--steps", 5, "--lr", 1e38, "--optimizer", "adam", "--out",
+               tmp_path / "out")
+    assert done.returncode == 2 and "step 5: the loss is not a number" in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "out" / "ckpt.pt").exists()
+    changed = train.read_checkpoint(folder / "ckpt.pt")
+    changed["settings"] = vars(changed["settings"])
+    changed["ema"]["net.head.bias"] += math.nan
+    torch.save(changed, tmp_path / "nan.pt")
+    refused(train, "--evaluate", tmp_path / "nan.pt", match="gives no numbers")
+
+
+@pytest.mark.parametrize("name", ["test.txt", "log.csv", "ckpt.pt"])
+def test_a_run_does_not_write_over_its_data(refused, tmp_path, name):
+    (tmp_path / name).write_text("some text " * 100)
+    refused(train, *QUICK, "--data", f"{tmp_path}/../{tmp_path.name}/{name}", "--out", tmp_path,
+            match=f"writes its own {name}")
+    assert (tmp_path / name).read_text() == "some text " * 100
+
+
 def test_a_second_run_keeps_the_first_ones_checkpoint(folder, tmp_path):
     (tmp_path / "ckpt.pt").write_bytes((folder / "ckpt.pt").read_bytes())
-    done = run("train.py", *QUICK, "--steps", 2, "--out", tmp_path)
+    done = run("train.py", *QUICK, "--steps", 2, "--passes", 2, "--out", tmp_path)
     assert done.returncode == 0
     assert (tmp_path / "ckpt.1.pt").read_bytes() == (folder / "ckpt.pt").read_bytes()
     train.set_aside(tmp_path)
@@ -1481,8 +1514,9 @@ def test_files_of_any_length_come_back(folder, tmp_path, n):
     (tmp_path / "in").write_bytes(text)
     model, checkpoint = train.load_model(folder / "ckpt.pt", "cpu")
     for calls, order in ((24, "forward"), (5, "spaced:5")):
-        pairs = compress.candidates(model, checkpoint["L"], calls)
-        archive, bits = compress.encode(model, content(text), order, pairs[-1][1])
+        likeliest, plan = compress.candidates(model, checkpoint["L"], calls)[0]
+        assert likeliest == order
+        archive, bits = compress.encode(model, content(text), order, plan)
         assert decoded(model, checkpoint, archive, "archive") == text
         payload = sum(len(part) for part, _ in unpack(archive)[1])
         assert 8 * payload <= bits * 1.001 + 64
@@ -1518,7 +1552,7 @@ def test_compress_on_the_command_line(folder, tmp_path):
 def test_bytes_are_trained_on_and_coded(tmp_path):
     source = b"".join(path.read_bytes() for path in HERE.glob("*.py"))
     (tmp_path / "source").write_bytes(source)
-    done = run("train.py", *QUICK, "--steps", 10, "--data", tmp_path / "source",
+    done = run("train.py", *QUICK, "--steps", 10, "--passes", 2, "--data", tmp_path / "source",
                "--out", tmp_path / "out")
     assert done.returncode == 0 and "K = 256" in done.stdout, done.stderr
     model, checkpoint = train.load_model(tmp_path / "out" / "ckpt.pt", "cpu")
@@ -1879,7 +1913,7 @@ def test_keep_going_delivers_what_is_whole(gallery, tmp_path, monkeypatch, capsy
 
 
 SMALL_PICTURES = ["--steps", 25, "--report", 10, "--dim", 8, "--depth", 1, "--levels", 2,
-                  "--device", "cpu"]
+                  "--passes", 2, "--device", "cpu"]
 
 
 @pytest.fixture(scope="session", params=[None, 4], ids=["order-agnostic", "upscale"])
@@ -2063,6 +2097,12 @@ def test_foreign_and_damaged_checkpoints_are_refused(refused, folder, tmp_path):
     refused(sample, "--ckpt", tmp_path / "none.pt", match="no such checkpoint")
 
 
+@pytest.mark.parametrize("K, b", [(16, 4), (27, 2), (32, 2), (256, 4)])
+def test_what_is_blank_is_a_value_that_every_model_has(K, b):
+    x, known, absent = sample.read_prompt("_" * 6, UpscaleARDM(None, 6, K, b))
+    assert not x.any() and not known.any() and not absent.any()
+
+
 def test_sample_refuses_bad_input(refused, folder, tmp_path):
     ckpt = ("--ckpt", folder / "ckpt.pt", "--out", tmp_path / "out")
     refused(sample, *ckpt, "--calls", 0, match="--calls 0: choose 1 to 24")
@@ -2073,7 +2113,9 @@ def test_sample_refuses_bad_input(refused, folder, tmp_path):
     refused(sample, *ckpt, "--prompt", "nothing to do", match="no blank")
     refused(sample, *ckpt, "--order", "sideways", match="choose forward, backward")
     refused(sample, *ckpt, "--n", 0, match="--n must be")
-    refused(sample, *ckpt, "--temperature", 0, match="--temperature above 0")
+    for temperature in (0, 1e-40, math.inf, math.nan):
+        refused(sample, *ckpt, "--temperature", temperature, match="--temperature 1e-6 to 1e6")
+    refused(sample, *ckpt, "--device", "meta", match="choose cuda, mps or cpu")
 
 
 def test_compress_refuses_bad_input(refused, folder, tmp_path):
@@ -2097,7 +2139,13 @@ def test_compress_refuses_bad_input(refused, folder, tmp_path):
             match="with --fast up to")
     (tmp_path / "new.part").write_bytes(b"some text")
     refused(compress, "encode", *ckpt, tmp_path / "new.part", tmp_path / "new", match="rename IN")
+    refused(compress, "encode", *ckpt, f"{tmp_path}/../{tmp_path.name}/new.part", tmp_path / "new",
+            match="rename IN")
     assert (tmp_path / "new.part").read_bytes() == b"some text"
+    (tmp_path / "my.pt").write_bytes((folder / "ckpt.pt").read_bytes())
+    refused(compress, "encode", "--ckpt", tmp_path / "my.pt", tmp_path / "new.part",
+            tmp_path / "my.pt", match="--ckpt and OUT are the same file")
+    assert (tmp_path / "my.pt").read_bytes() == (folder / "ckpt.pt").read_bytes()
     refused(compress, "decode", *ckpt, tmp_path / "foreign", out, match="is no archive")
     refused(compress, match="required")
     model, checkpoint = train.load_model(folder / "ckpt.pt", "cpu")
@@ -2136,11 +2184,28 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
     assert (tmp_path / "file").read_text() == "old"
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="needs a limit for files")
+def test_a_checkpoint_that_has_no_room_leaves_the_old_one(folder, tmp_path):
+    code = (f"import resource, sys, signal, train; run = train.Run(train.complete(dict(steps=1, "
+            f"device='cpu')), 27, 'text', (64,)); signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+            f"resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)); "
+            f"train.command_line(lambda: run.save({str(tmp_path / 'ckpt.pt')!r}))")
+    (tmp_path / "ckpt.pt").write_text("old")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE)
+    assert done.returncode == 2 and "too large" in done.stderr and done.stderr.count("\n") == 1
+    assert [*tmp_path.iterdir()] == [tmp_path / "ckpt.pt"]
+    assert (tmp_path / "ckpt.pt").read_text() == "old"
+
+
 def test_every_script_explains_itself():
     for script in ("train.py", "sample.py", "compress.py"):
         done = run(script, "--help")
         assert done.returncode == 0 and "--help" in done.stdout
     assert run("sample.py").returncode == 2
+    fields = {field.name: field for field in train.dataclasses.fields(train.Settings)}
+    assert train.default_words(fields["muon_lr"]) == "0.02; text: tiny 0.03; image: tiny 0.03"
+    assert train.default_words(fields["mlp"]) == "text: tiny 512, small 2048, paper 3072"
+    assert train.default_words(fields["seed"]) == "0" and not train.default_words(fields["out"])
 
 
 def test_readme_names_functions_and_tests_that_exist():
@@ -2175,4 +2240,8 @@ def test_training_and_coding_on_cuda(tmp_path):
     model, checkpoint = train.load_model(tmp_path / "ckpt.pt", "cuda")
     text = (tmp_path / "test.txt").read_bytes()[:1000]
     archive, _ = compress.encode(model, content(text), "forward", planner.full_plan(1, 64))
+    assert decoded(model, checkpoint, archive, "archive") == text
+    there, _ = train.load_model(tmp_path / "ckpt.pt", "cpu")           # and across devices
+    assert decoded(there, checkpoint, archive, "archive") == text
+    archive, _ = compress.encode(there, content(text), "forward", planner.full_plan(1, 64))
     assert decoded(model, checkpoint, archive, "archive") == text

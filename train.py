@@ -8,7 +8,7 @@
     python train.py --evaluate out/pydoc/ckpt.pt        the number, its standard error, the protocol
 
 A run writes OUT/ckpt.pt, log.csv, test.txt (test.bin, test.npy: a piece of the test split, for
-compress.py), of images samples.png and, last, results.json.
+compress.py), results.png where --plot asks for it, of images samples.png and, last, results.json.
 """
 import argparse
 import bz2
@@ -101,7 +101,8 @@ class Settings:
                                "early on it looks back over a fiftieth of the steps")
     bf16: bool = setting(None, "bfloat16 where it is safe; "
                                "the default is yes where the processor has it")
-    compile: bool = setting(None, "torch.compile; the default is yes on CUDA (it needs a compiler)")
+    compile: bool = setting(None, "torch.compile (needs a compiler); the default is yes on "
+                                  "CUDA where Triton is installed")
     device: str = setting(None, "cuda, mps or cpu; the default is the first of them that is there")
     seed: int = setting(0, "of the weights and of every draw")
     passes: int = setting(None, "passes over each split in the evaluation; "
@@ -133,6 +134,8 @@ TEXT_ONLY = {"length", "mlp", "positions", "pairs", "conv", "every", "short", "s
 IMAGE_ONLY = {"bits", "flips", "turns", "levels", "neighbours", "logistic"}
 AFFORDABLE = 1 << 24                 # variables that the network may predict to measure a plan
 AT_ONCE = 1 << 13                    # of them together: more take memory and gain no time on a CPU
+WRITTEN = ("ckpt.pt", "log.csv", "test.txt", "test.bin", "test.npy", "results.png", "samples.png",
+           "results.json")           # in its folder by a run
 RESUMABLE = {"steps", "minutes", "passes", "report", "out", "data_dir", "compile"}
 
 
@@ -155,7 +158,10 @@ def command_line(main):
     except UserError as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
-    except torch.OutOfMemoryError:
+    except (MemoryError, RuntimeError) as error:         # of CUDA, of NumPy, of torch on a CPU
+        if not (isinstance(error, (MemoryError, torch.OutOfMemoryError))
+                or "can't allocate memory" in str(error)):
+            raise
         print(f"{name}: the device has too little memory for this: a smaller --batch or --size "
               "takes less", file=sys.stderr)
         sys.exit(2)
@@ -169,12 +175,22 @@ def command_line(main):
         sys.exit(2)
 
 
+def default_words(field):
+    """The default of a setting, and of the sizes that have one of their own."""
+    words = [] if field.default is None else [str(field.default)]
+    for kind, sizes in SIZES.items():
+        own = [f"{size} {preset[field.name]}" for size, preset in sizes.items()
+               if preset.get(field.name) is not None]
+        words += [f"{kind}: {', '.join(own)}"] if own else []
+    return "; ".join(words)
+
+
 def add_settings(parser):
     """One flag for each field of Settings; those that are not given stay out of the result."""
     for field in dataclasses.fields(Settings):
         flag, text = "--" + field.name.replace("_", "-"), field.metadata["help"]
-        if field.default is not None:
-            text += f" (default {field.default})"
+        if defaults := default_words(field):
+            text += f" (default {defaults})"
         kind = (dict(action=argparse.BooleanOptionalAction) if field.type is bool
                 else dict(type=field.type))
         parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **kind)
@@ -199,7 +215,8 @@ def complete(given):
         preset.pop("steps", None)
     c = Settings(**{**preset, **given, "size": size, "device": str(device)})
     c.bf16 = has_bf16(device) if c.bf16 is None else c.bf16
-    c.compile = device.type == "cuda" if c.compile is None else c.compile
+    if c.compile is None:
+        c.compile = device.type == "cuda" and importlib.util.find_spec("triton") is not None
     c.flips = "cifar" in Path(c.data).name if c.flips is None else c.flips
     c.out = c.out or f"out/{run_name(c.data)}"
     return check(c)
@@ -225,7 +242,8 @@ def check(c):
               (not c.time or c.dim % 2 == 0, "--dim must be even where the network is shown t"),
               (c.heads == 0 or c.dim % (2 * c.heads) == 0,
                f"--dim {c.dim} must be a multiple of 2 * heads = {2 * c.heads}"),
-              (min(c.lr, c.muon_lr, c.clip) > 0 and c.warmup >= 0 and c.weight_decay >= 0,
+              (all(value > 0 for value in (c.lr, c.muon_lr, c.clip))     # nan: False
+               and c.warmup >= 0 and c.weight_decay >= 0,
                "--lr, --muon-lr and --clip must be positive, --warmup and --weight-decay not "
                "negative"),
               (0 <= c.ema < 1 and 0 <= c.decay <= 1, "--ema must be 0 to below 1, --decay 0 to 1"),
@@ -247,9 +265,12 @@ def pick_device(name=None):
     found = ("cuda" if torch.cuda.is_available() else
              "mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        return torch.empty(0, device=name or found).device
+        device = torch.empty(0, device=name or found).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}")
+    if device.type not in ("cuda", "mps", "cpu"):
+        raise UserError(f"--device {name}: choose cuda, mps or cpu")
+    return device
 
 
 def has_bf16(device):
@@ -314,7 +335,8 @@ def read_checkpoint(path):
     """The dict that `Run.save` wrote: tensors and plain values alone, nothing is unpickled."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        assert checkpoint["format"] == "ardm checkpoint 3"
+        if checkpoint["format"] != "ardm checkpoint 3":
+            raise ValueError("of another format")
         checkpoint["settings"] = Settings(**checkpoint["settings"])
         return checkpoint
     except FileNotFoundError:
@@ -385,7 +407,10 @@ class Run:
                      step=self.step, seconds=self.seconds, generator=self.generator.get_state(),
                      L=None if self.L is None else torch.from_numpy(self.L))
         with replacing(path) as file:
-            torch.save(state, file)
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:        # what torch makes of a disk that is full
+                raise error.__context__ if isinstance(error.__context__, OSError) else error
 
     def restore(self, checkpoint):
         self.model.load_state_dict(checkpoint["model"])
@@ -394,6 +419,7 @@ class Run:
             optimizer.load_state_dict(state)
         self.step, self.seconds = checkpoint["step"], checkpoint["seconds"]
         self.generator.set_state(checkpoint["generator"])
+        self.L = None if checkpoint["L"] is None else checkpoint["L"].numpy()
 
 
 # -- Training --------------------------------------------------------------------------------------
@@ -523,10 +549,7 @@ def train(run, data, folder):
             run.seconds = time.perf_counter() - begin
             speed = (run.step - mark[0]) * c.batch * data.D / (run.seconds - mark[1])
             if run.step % 10 == 0:                       # seldom: the loss waits for the device
-                loss = torch.stack([*recent]).mean().item()
-                if not math.isfinite(loss):
-                    raise UserError(f"step {run.step}: the loss is not a number any more; begin "
-                                    "anew with a smaller --lr or --muon-lr")
+                loss = trusted(recent, run.step)
                 bar.set_postfix_str(f"step {run.step}, {loss:.3f} bits/{unit}, "
                                     f"{speed:,.0f} {unit}s/s", refresh=False)
                 bar.update(min(run.progress, 1.0) - bar.n)
@@ -535,10 +558,21 @@ def train(run, data, folder):
                 log.add(run.step, run.seconds, torch.stack(losses).mean().item(), valid, speed)
                 losses, mark = [], (run.step, time.perf_counter() - begin)
             if time.perf_counter() - saved > 120:
+                trusted(recent, run.step)
                 run.save(folder / "ckpt.pt")
                 saved = time.perf_counter()
+    trusted(recent, run.step)
     run.save(folder / "ckpt.pt")
     return run.progress >= 1
+
+
+def trusted(losses, step):
+    """The mean of the last few losses; UserError where it is no number: not to be saved."""
+    loss = torch.stack([*losses]).mean().item() if losses else 0.0
+    if not math.isfinite(loss):
+        raise UserError(f"step {step}: the loss is not a number any more; begin anew with a "
+                        "smaller --lr or --muon-lr")
+    return loss
 
 
 @contextmanager
@@ -725,6 +759,8 @@ def evaluate(model, data, passes=None):
     begin = time.perf_counter()
     valid, rest = data.chunks("valid")
     L = bound(model, spread(valid, max(64, (1 << 21) // D)), rest, passes, progress=True)["L"]
+    if not np.isfinite(L).all():
+        raise UserError("the network gives no numbers: its weights are damaged")
     test = bound(model, *data.chunks("test"), passes, progress=True)
     budgets = (5, 10, 20, 50) if data.kind != "image" else (20, 50, 100, 200)
     plans = [planner.plan(L, budget) for budget in budgets if model.S <= budget < calls]
@@ -848,10 +884,10 @@ def finish(run, data, folder, with_plot):
         file.write(content)
     if with_plot:
         plot(folder, results)
-    with replacing(folder / "results.json", "w") as file:
-        json.dump(results, file, indent=1)
     print(describe(results))
     show_samples(run, folder)
+    with replacing(folder / "results.json", "w") as file:
+        json.dump(results, file, indent=1)
     suggest(run, checkpoint, folder / piece)
 
 
@@ -872,8 +908,7 @@ def suggest(run, checkpoint, piece):
     """Prints the commands that come next."""
     image, size = run.kind == "image", run.L.size
     calls, few = min(100, size) if image else -(-size // 4), min(50 if image else 20, size)
-    ckpt, source, packed = (shlex.quote(str(path)) for path in (
-        checkpoint, piece, piece.with_suffix(".ardm")))
+    ckpt, source, packed = map(typed, (checkpoint, piece, piece.with_suffix(".ardm")))
     blanks = ([f"python sample.py --ckpt {ckpt} --calls {few} --inpaint top"] if image else
               [f'python sample.py --ckpt {ckpt} --prompt "the ____ of"']
               if run.kind == "text" and run.model.D > 10 else [])
@@ -882,8 +917,13 @@ def suggest(run, checkpoint, piece):
           f"python compress.py bench --ckpt {ckpt} --calls {calls}", sep="\n  ")
 
 
+def typed(path):
+    """A path as it is typed on a command line; with slashes, which Windows takes too."""
+    return shlex.quote(Path(path).as_posix())
+
+
 def stopped(what, folder):
-    print(f"{what}; go on with: python train.py --resume --out {shlex.quote(str(folder))}")
+    print(f"{what}; go on with: python train.py --resume --out {typed(folder)}")
     sys.exit(130)
 
 
@@ -904,11 +944,11 @@ def resumed(given):
 
 
 def set_aside(folder):
-    """Renames the files of a run that is in the way: nothing of it is lost."""
+    """Renames what a run that is in the way has trained, and its log and results."""
     number = 1
     while (folder / f"ckpt.{number}.pt").exists():
         number += 1
-    for name in ("ckpt.pt", "results.json"):
+    for name in ("ckpt.pt", "log.csv", "results.json"):
         if (path := folder / name).exists():
             os.replace(path, path.with_suffix(f".{number}{path.suffix}"))
     print(f"the run that was in {folder} is kept as ckpt.{number}.pt")
@@ -929,7 +969,13 @@ def main():
     if path:
         return evaluate_only(Path(path), given, with_plot)
     c, checkpoint = resumed(given) if resume else (complete(given), None)
-    data, folder = load_data(c, pick_device(c.device), checkpoint), Path(c.out)
+    folder = Path(c.out)
+    for name in WRITTEN:
+        if Path(c.data).is_file() and (folder / name).exists() and (
+                os.path.samefile(c.data, folder / name)):
+            raise UserError(f"--data {c.data}: a run in {folder} writes its own {name}; choose "
+                            "another --out")
+    data = load_data(c, pick_device(c.device), checkpoint)
     run = Run(c, data.K, data.kind, data.shape)
     if resume:
         run.restore(checkpoint)
