@@ -207,7 +207,7 @@ class UNet(nn.Module):
 
     The paper's is dim=256, depth=32, levels=1, heads=1, neighbours=False, logistic=False,
     time=True, zero_init=False: everything at full resolution. The defaults learn more in the same
-    time (bench.py images):
+    time, but for levels, which cost steps in a short run (bench.py images):
 
     depth       ResBlocks of each level, on the way down and again on the way up
     levels      resolutions, each half of the one before; below the first with twice the channels
