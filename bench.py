@@ -740,7 +740,7 @@ def bench_cifar10(args):
 
 TABLES = {                           # section -> {head of a column: format of a row}
     "planner": {"stages": "{stages}", "D": "{D:,}", "calls": "{calls}", "seconds": "{seconds:.3f}",
-                "plain programme": "{plain_seconds:.1f}"},
+                "plain programme": "{plain_seconds:.2f}"},
     "coder": {"coder": "{coder}", "K": "{K}", "encode, Msym/s": "{encode:.1f}",
               "decode, Msym/s": "{decode:.1f}", "bytes over the ideal": "{extra_bytes:+.0f}"},
     "speed": {"training step": "{name}", "weights": "{params:,}", "seconds": "{seconds:.3f}",
