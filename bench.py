@@ -662,6 +662,13 @@ def equal_split(L, calls):
             for _, t, k in planner.plan(row, calls // len(L))]
 
 
+def keep_picture(path):
+    """Copies a picture of a run to where the README shows it, if it does."""
+    shown = f"assets/{path.parent.name}_{path.name}"
+    if f"({shown})" in Path("README.md").read_text("utf-8"):
+        shutil.copy(path, shown)
+
+
 def bench_stages(args):
     """Calls against bits for the order-agnostic and three upscale models of glyphs."""
     rows = []
@@ -675,7 +682,7 @@ def bench_stages(args):
         command([sys.executable, "sample.py", "--frames", *flags(ckpt=folder / "ckpt.pt", n=6,
                                                                  calls=100)])
         if not args.quick:
-            shutil.copy(folder / "frames.png", f"assets/{folder.name}_frames.png")
+            keep_picture(folder / "frames.png")
         model, checkpoint = train.load_model(folder / "ckpt.pt", "cpu")
         L, chunks = checkpoint["L"].numpy(), train.load_data(
             checkpoint["settings"], "cpu").chunks("test")[0]
@@ -711,7 +718,7 @@ def image_results(args, data, minutes, count, calls):
             ckpt=folder / "ckpt.pt", n=6, calls=calls)])
         if not args.quick:
             for picture in ("frames", "inpaint"):
-                shutil.copy(folder / f"{picture}.png", f"assets/{folder.name}_{picture}.png")
+                keep_picture(folder / f"{picture}.png")
         results = json.loads((folder / "results.json").read_text())
         results["settings"] |= dict(data=data, data_dir="", out="")     # no paths of this machine
         model, checkpoint = train.load_model(folder / "ckpt.pt", "cpu")

@@ -671,8 +671,8 @@ def candidates(model, L, calls, rule="auto"):
         raise UserError("this checkpoint has no L_t yet, which --calls needs: "
                         "let train.py --resume finish the run")
     else:
-        plans = [planner.uniform_plan(model.S, model.D, calls)]
-        plans += [plan for plan in [planner.plan(L, calls)] if plan not in plans]
+        even, cheapest = planner.uniform_plan(model.S, model.D, calls), planner.plan(L, calls)
+        plans = [even] if even == cheapest else [even, cheapest]
     widest = sorted({max(k for _, _, k in plan) for plan in plans} - {1}) or [2]
     rules, spaced = ["forward", "backward", "random:1", "random:2", "coarse"], [
         f"spaced:{k}" for k in widest]

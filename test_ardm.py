@@ -1043,7 +1043,7 @@ def test_a_download_that_is_something_else_is_not_kept(tmp_path, monkeypatch):
     monkeypatch.setitem(datasets.URLS, "text8.zip", (tmp_path / "page").as_uri())
     with pytest.raises(UserError, match="md5") as error:
         datasets.load("text8", 20, tmp_path / "data")
-    assert ".part\n" not in str(error.value) and "remove it" not in str(error.value)
+    assert "remove it" not in str(error.value)                         # it is gone already
     assert list((tmp_path / "data").iterdir()) == []
     with pytest.raises(UserError, match="is not there"):
         datasets.load("text8", 20, tmp_path / "data", fetch=False)

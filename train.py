@@ -943,6 +943,15 @@ def resumed(given):
     return check(dataclasses.replace(c, **{**given, "out": folder})), checkpoint
 
 
+def check_folder(c):
+    """UserError where the run would write over its own data."""
+    for name in WRITTEN:
+        path = Path(c.out) / name
+        if Path(c.data).is_file() and path.exists() and os.path.samefile(c.data, path):
+            raise UserError(f"--data {c.data}: a run in {c.out} writes its own {name}; choose "
+                            "another --out")
+
+
 def set_aside(folder):
     """Renames what a run that is in the way has trained, and its log and results."""
     number = 1
@@ -969,13 +978,8 @@ def main():
     if path:
         return evaluate_only(Path(path), given, with_plot)
     c, checkpoint = resumed(given) if resume else (complete(given), None)
-    folder = Path(c.out)
-    for name in WRITTEN:
-        if Path(c.data).is_file() and (folder / name).exists() and (
-                os.path.samefile(c.data, folder / name)):
-            raise UserError(f"--data {c.data}: a run in {folder} writes its own {name}; choose "
-                            "another --out")
-    data = load_data(c, pick_device(c.device), checkpoint)
+    check_folder(c)
+    data, folder = load_data(c, pick_device(c.device), checkpoint), Path(c.out)
     run = Run(c, data.K, data.kind, data.shape)
     if resume:
         run.restore(checkpoint)
