@@ -8,16 +8,14 @@
 
 IN is text, or a .npy file of images. An archive, numbers big-endian:
 
-    offset   bytes   what
-    0        4       "ARDM"
-    4        1       format version, 8
-    5        4       h, the length of the header
-    9        4       CRC-32 of the header
-    13       h       header: JSON, deflated; see `make_header`
+    bytes   what
+    4, 1    "ARDM", and the format version, 8
+    4, 4    h, the length of the header, and its CRC-32
+    h       header: JSON, deflated; see `encode_file`
     then for every block of datapoints, in the order of the file:
-             4       length of the stream; its top bit: the symbols are stored raw
-             1       shift: the grid of coder.py moved by shift/256 of a step
-                     the stream: what each call of the plan generates in this block, call by call
+    4       length of the stream; its top bit: the symbols are stored raw
+    1       shift: the grid of coder.py moved by shift/256 of a step
+            the stream: what each call of the plan generates in this block, call by call
 
 A block is decoded, checked and repeated as a whole: 2^14 symbols in whole datapoints. A last,
 shorter datapoint is a block of its own. A stream starts from the CRC-32 of the block's number and
@@ -33,11 +31,10 @@ import copy
 import hashlib
 import io
 import json
-import math
 import os
 import shlex
+import struct
 import sys
-import time
 import zlib
 from pathlib import Path
 
@@ -51,15 +48,13 @@ import nets
 import planner
 from ardm import bits_per_dim
 
-MAGIC = b"ARDM\x08"                  # the last byte is the format version
+MAGIC, VERSION = b"ARDM", 8
 BLOCK = 1 << 14                      # symbols in a block, about; twice as many at most
 LONGEST_HEADER = 1 << 22             # bytes
 RAW = 1 << 31                        # the bit of a length that says: stored raw
 DAMAGED = b"\xff" * 5                # stands for a block that is not whole
 IMAGE_CALLS, IMAGE_ORDER = 100, "random:1"
 
-
-# -- Blocks ----------------------------------------------------------------------------------------
 
 class Codec:
     """Blocks of datapoints to bytes and back, for a model, an order (by its name) and a plan."""
@@ -68,63 +63,58 @@ class Codec:
         device = next(model.parameters()).device
         self.device = "cpu" if device.type == "mps" else device          # MPS has no float64
         self.model = copy.deepcopy(model).to(self.device).double()
-        self.shape = shape
-        self.rule = rule
-        self.plan = plan
+        self.shape, self.rule, self.plan = shape, rule, plan
         self.tick = lambda n: None                         # called with the symbols of every call
 
-    def sigma(self, x):
-        """The order, the same for every row of x (B, D); of text D may be shorter."""
+    def generate(self, x, choose):
+        """ARDM.generate in one order for all rows of x (B, D); of text D may be shorter."""
         shape = self.shape if len(self.shape) == 3 else x.shape[1:]
-        return torch.from_numpy(planner.order(self.rule, shape)).to(self.device).expand(x.shape)
+        sigma = torch.from_numpy(planner.order(self.rule, shape)).to(self.device).expand(x.shape)
+        return self.model.generate(x, self.plan, sigma, choose)
 
     def encode(self, x, first):
         """x (blocks, rows, D) uint8 -> the blocks as they stand in an archive, and -log2 p of all.
         first: the number of the first block."""
-        packed = [None] * len(x)
-        bits = 0.0
+        packed, bits = [None] * len(x), 0.0
         for shift in range(256):
             todo = [i for i, block in enumerate(packed) if block is None]
             if not todo:
                 return packed, bits
-            starts, freqs, costs, safe = self.intervals(x[todo], shift)
-            for i, start, freq, cost, good in zip(todo, starts, freqs, costs, safe):
-                if good:
+            for i, *interval, cost, safe in zip(todo, *self.intervals(x[todo], shift)):
+                if safe:
                     check = checksum(first + i, x[i])
-                    packed[i] = pack(coder.encode(start, freq, check), shift, check, x[i])
+                    stream, flag = coder.encode(*interval, check), 0
+                    if len(stream) > 4 + x[i].numel():     # the symbols themselves are shorter
+                        stream, flag = check.to_bytes(4, "big") + x[i].numpy().tobytes(), RAW
+                    packed[i] = struct.pack(">IB", flag | len(stream), shift) + stream
                     bits += cost
         raise ValueError("no grid is safe for a block: take a smaller --block")
 
     def intervals(self, x, shift):
         """starts and freqs (blocks, n) of all symbols in the order of the calls; -log2 p and
         whether the shifted grid is safe, (blocks,) each."""
-        blocks = len(x)
+        blocks, noted = len(x), []
         x = x.flatten(0, 1).long().to(self.device)         # (blocks * rows, D)
-        noted = []
 
         def note(log_p, where, s):
             """Reads the symbols from the data, and notes their intervals."""
             a = self.model.symbol(x, s)[where]
-            log_p, row, symbol = log_p.cpu().numpy(), np.arange(len(a)), a.cpu().numpy()
+            log_p, symbol, row = log_p.cpu().numpy(), a.cpu().numpy(), np.arange(len(a))
             cdf = coder.quantize(log_p, shift)
-            start = cdf[row, symbol]
+            start, end = cdf[row, symbol], cdf[row, symbol + 1]
             safe = [coder.safe(part, shift) for part in np.split(log_p, blocks)]
-            noted.append((start.reshape(blocks, -1),
-                          (cdf[row, symbol + 1] - start).reshape(blocks, -1),
-                          log_p[row, symbol].reshape(blocks, -1),
-                          np.array(safe)[:, None]))
+            noted.append([part.reshape(blocks, -1)
+                          for part in (start, end - start, -log_p[row, symbol], np.array(safe))])
             self.tick(len(a))
             return a
 
-        self.model.generate(x, self.plan, self.sigma(x), note)
-        starts, freqs, log_p, safe = (np.concatenate(parts, axis=1) for parts in zip(*noted))
-        return starts, freqs, bits_per_dim(-log_p.sum(axis=1), 1), safe.all(axis=1)
+        self.generate(x, note)
+        starts, freqs, nats, safe = (np.concatenate(parts, axis=1) for parts in zip(*noted))
+        return starts, freqs, bits_per_dim(nats.sum(axis=1), 1), safe.all(axis=1)
 
     def decode(self, packed, rows, D, first):
         """Blocks from an archive -> (rows * D,) uint8 symbols each; None where one is damaged."""
-        raw = [block[0] >= 128 for block in packed]
         decoders = [coder.Decoder(block[5:]) for block in packed]
-        x = torch.zeros(len(packed) * rows, D, dtype=torch.long, device=self.device)
 
         def pop(log_p, where, s):
             """Takes the symbols from the streams."""
@@ -136,44 +126,20 @@ class Codec:
             impossible = log_p.gather(1, a[:, None])[:, 0] == -torch.inf
             return torch.where(impossible, 0, a)           # damaged, as the checksum will tell
 
-        if not all(raw):
-            x = self.model.generate(x, self.plan, self.sigma(x), pop)
-        found = x.to("cpu", torch.uint8).view(len(packed), -1)
-        ends = [decoder.end for decoder in decoders]
-        parts = []
-        for i, (block, part, end) in enumerate(zip(packed, found, ends)):
-            if raw[i]:
-                end = int.from_bytes(block[5:9], "big")
-                part = torch.tensor(list(block[9:]), dtype=torch.uint8)
+        x = torch.zeros(len(packed) * rows, D, dtype=torch.long, device=self.device)
+        x = self.generate(x, pop).to("cpu", torch.uint8).view(len(packed), -1)
+        for i, block in enumerate(packed):
+            part, end = x[i], decoders[i].end
+            if block[0] & 128:                             # stored raw, behind the checksum
+                part, end = torch.tensor(list(block[9:]), dtype=torch.uint8), block[5:9]
+                end = int.from_bytes(end, "big")
             good = len(part) == rows * D and end == checksum(first + i, part)
-            parts.append(part if good else None)
-        return parts
+            yield part if good else None
 
 
 def checksum(number, symbols):
     """CRC-32 of a block's symbols, begun with its number, so that no two can change places."""
     return zlib.crc32(symbols.numpy().tobytes(), number)
-
-
-def pack(stream, shift, check, x):
-    """[length][shift][stream]; where the symbols are shorter they themselves, behind their check."""
-    flag = 0
-    if len(stream) > 4 + x.numel():
-        stream = check.to_bytes(4, "big") + x.numpy().tobytes()
-        flag = RAW
-    return (flag | len(stream)).to_bytes(4, "big") + bytes([shift]) + stream
-
-
-def read_block(file, n):
-    """The next block of an archive, of n symbols; where it is not whole, one that is damaged; b""
-    where the archive has ended."""
-    start = file.read(5)
-    if not start:
-        return b""
-    length = int.from_bytes(start[:4], "big") % RAW
-    stream = file.read(min(length, n + 4))                 # no stream is longer than that
-    whole = len(start) == 5 and len(stream) == length
-    return start + stream if whole else DAMAGED
 
 
 def groups(n, D, block, together):
@@ -189,87 +155,68 @@ def groups(n, D, block, together):
         yield whole + (rows % block > 0), 1, 1, n % D
 
 
-# -- The file that is coded ------------------------------------------------------------------------
+# -- The two files ---------------------------------------------------------------------------------
 
 class Source:
-    """A file as n symbols, read piece by piece: its size is no matter of memory. head: what stands
-    before the first symbol; npy: of images, the shape of one of them in the file."""
+    """A file of n symbols, read piece by piece: its size is no matter of memory. head: the bytes
+    before the first symbol; stored: of images the shape of one of them in the file."""
 
     def __init__(self, path, settings):
-        self.path = path
-        self.K = settings["K"]
-        self.shape = tuple(settings["shape"])
-        self.kind = settings["kind"]
-        self.npy = None
+        self.path, self.settings, self.stored, offset = path, settings, [], 0
         self.file = open(path, "rb")
         if not self.file.seekable():
             self.file = io.BytesIO(self.file.read())
         size = self.file.seek(0, os.SEEK_END)
-        offset = self.open_images(size) if self.kind == "image" else 0
+        if settings["kind"] == "image":
+            images, array = datasets.open_npy(path), np.load(path, mmap_mode="r")
+            C, H, W = settings["shape"]
+            if images.shape[1:] != (H, W, C):
+                raise ValueError(f"{path} holds images of (H, W, C) = {images.shape[1:]}, the "
+                                 f"model codes {(H, W, C)}")
+            self.stored, offset = array.shape[1:], array.offset
+            if not array.flags.c_contiguous or array.nbytes + offset != size:
+                raise ValueError(f"{path} is in Fortran order, or has bytes behind its array: save "
+                                 "the array again, by numpy.save")
         self.n = size - offset
         self.file.seek(0)
         self.head = self.file.read(offset)
 
-    def open_images(self, size):
-        """Where the pixels begin in a .npy file of images that fit the model."""
-        images = datasets.open_npy(self.path)
-        found = (images.shape[3], *images.shape[1:3])
-        if found != self.shape:
-            raise ValueError(f"{self.path} holds images of (C, H, W) = {found}, the model codes "
-                             f"{self.shape}")
-        stored = np.load(self.path, mmap_mode="r")
-        if not stored.flags.c_contiguous or stored.nbytes + stored.offset != size:
-            raise ValueError(f"{self.path} is in Fortran order, or has bytes behind its array: "
-                             "save the array again, by numpy.save")
-        self.npy = list(stored.shape[1:])
-        return stored.offset
-
     def read(self, i, j):
         """Symbols i..j, (j - i,) uint8; of images whole ones, colour by colour."""
         self.file.seek(len(self.head) + i)
-        content = self.file.read(j - i)
+        content, K = self.file.read(j - i), self.settings["K"]
         if len(content) < j - i:
             raise ValueError(f"{self.path} became shorter while it was read")
-        if self.kind != "image":
-            return torch.from_numpy(datasets.to_symbols(content, self.K, i))
-        C, H, W = self.shape
+        if self.settings["kind"] != "image":
+            return torch.from_numpy(datasets.to_symbols(content, K, i))
+        C, H, W = self.settings["shape"]
         pixels = np.frombuffer(content, np.uint8).reshape(-1, H, W, C).transpose(0, 3, 1, 2)
-        if pixels.max(initial=0) >= self.K:
+        if pixels.max(initial=0) >= K:
             raise ValueError(f"{self.path} holds the value {pixels.max()}, the model knows 0 to "
-                             f"{self.K - 1}")
+                             f"{K - 1}")
         return torch.from_numpy(pixels.flatten())          # a copy
 
 
 def write_symbols(file, header, parts):
     """The file that an archive was made of, or what parts (an iterator) hold of it. Returns the
     number of symbols."""
-    n = 0
-    file.write(header["head"].encode("latin-1"))
+    head, n, image = header["head"].encode("latin-1"), 0, header["kind"] == "image"
+    file.write(head)
     for part in parts:
         n += len(part)
-        if header["kind"] == "image":
-            pixels = part.view(-1, *header["shape"]).permute(0, 2, 3, 1).contiguous()
-            file.write(pixels.numpy().tobytes())
-        else:
-            file.write(datasets.to_bytes(part, header["K"]))
-    if header["kind"] == "image" and n < header["length"]:               # some images are left out
-        file.seek(len(header["head"]))
-        content = file.read()
+        if image:
+            part = part.view(-1, *header["shape"]).permute(0, 2, 3, 1).flatten()
+        file.write(datasets.to_bytes(part, header["K"]))
+    if image and n < header["length"]:                     # some are left out: another head
+        file.seek(len(head))
+        pixels = np.frombuffer(file.read(), np.uint8)
         file.seek(0)
-        np.save(file, np.frombuffer(content, np.uint8).reshape(-1, *header["npy"]))
+        np.save(file, pixels.reshape(-1, *header["stored"]))
         file.truncate()
     return n
 
 
 # -- The archive -----------------------------------------------------------------------------------
-
-def make_header(model, source, rule, plan, block):
-    """All that decoding needs beside the checkpoint. plan: the calls of an even one, or [[s, k]]."""
-    even = plan == planner.uniform_plan(model.S, model.D, len(plan))
-    return dict(kind=source.kind, shape=source.shape, K=source.K, length=source.n, order=rule,
-                plan=len(plan) if even else [[s, k] for s, t, k in plan], block=block,
-                weights=digest(model), head=source.head.decode("latin-1"), npy=source.npy)
-
 
 def digest(model):
     """A hash of the weights, by which an archive knows its checkpoint."""
@@ -280,40 +227,34 @@ def digest(model):
 
 
 def read_header(file, name):
-    """The header of an open archive, checked as far as can be without the model; ValueError where
-    it is none. Nothing that it claims may cost time or memory."""
+    """The header of an open archive; ValueError where it is none, or damaged."""
     start = file.read(13)
-    if start[:4] != MAGIC[:4]:
+    if start[:4] != MAGIC:
         raise ValueError(f"{name} is no archive of compress.py")
-    if start[4:5] != MAGIC[4:]:
-        raise ValueError(f"{name} has format version {start[4] if len(start) > 4 else '?'}, this "
-                         f"program reads {MAGIC[4]}")
+    if start[4:5] != bytes([VERSION]):
+        raise ValueError(f"{name} has another format version than {VERSION}, which this program "
+                         f"reads: {start[4:5].hex()}")
     try:
-        text = file.read(min(int.from_bytes(start[5:9], "big"), LONGEST_HEADER))
-        require(zlib.crc32(text) == int.from_bytes(start[9:], "big"))
-        header = json.loads(zlib.decompressobj().decompress(text, LONGEST_HEADER))
-        numbers = [header[key] for key in ("length", "block", "K")] + header["shape"]
-        require(len(header["shape"]) in (1, 3))
-        require(all(type(n) is int and 0 <= n < 1 << 60 for n in numbers))
-        require(type(header["order"]) is type(header["head"]) is type(header["weights"]) is str)
-        D, block = math.prod(header["shape"]), header["block"]
-        require(D > 0 and block > 0 and (block == 1 or block * D <= 2 * BLOCK))
-        require(header["kind"] in ("image", "text", "bytes") and len(header["order"]) < 40)
-        if header["kind"] == "image":
-            C, *sides = header["shape"]
-            require(header["length"] % D == 0 and header["npy"] in ([*sides, C], sides))
-        return header
-    except (ValueError, KeyError, TypeError, RecursionError, zlib.error):
+        length, check = struct.unpack(">II", start[5:])
+        text = file.read(min(length, LONGEST_HEADER))
+        require(zlib.crc32(text) == check)
+        return dict(json.loads(zlib.decompressobj().decompress(text, LONGEST_HEADER)))
+    except (ValueError, TypeError, RecursionError, struct.error, zlib.error):
         raise ValueError(f"{name} is damaged: its header is cut off or does not match its checksum")
 
 
-def read_plan(header, model, name):
-    """The plan in a header; ValueError where header and model do not belong together."""
-    if header["weights"] != digest(model):
+def read_plan(header, model, settings, name):
+    """The plan in a header; ValueError where header and model do not belong together, or where the
+    header claims what would cost time or memory."""
+    if header.get("weights") != digest(model):
         raise ValueError(f"{name} was written with another checkpoint")
     try:
-        require(header["K"] == model.K and math.prod(header["shape"]) == model.D)
-        planner.order(header["order"], header["shape"])
+        block, length, rule = header["block"], header["length"], header["order"]
+        require(all(header[key] == settings[key] for key in ("kind", "K", "shape")))
+        require(type(block) is type(length) is int and type(header["head"]) is type(rule) is str)
+        require(0 <= length < 1 << 60 and (block == 1 or 1 <= block * model.D <= 2 * BLOCK))
+        require(len(rule) < 40 and (header["kind"] != "image" or length % model.D == 0))
+        planner.order(rule, header["shape"])
         if type(header["plan"]) is int:
             return planner.uniform_plan(model.S, model.D, header["plan"])
         plan, done = [], dict.fromkeys(range(1, model.S + 1), 0)
@@ -334,12 +275,19 @@ def require(holds):
 
 
 def encode_file(file, model, source, rule, plan, block, verify=True):
-    """A source -> an archive in an open file. Returns -log2 p under this order and plan."""
-    codec = Codec(model, source.shape, rule, plan)
-    header = json.dumps(make_header(model, source, rule, plan, block), separators=(",", ":"))
-    text = zlib.compress(header.encode(), 9)
-    for part in (MAGIC, len(text).to_bytes(4, "big"), zlib.crc32(text).to_bytes(4, "big"), text):
-        file.write(part)
+    """A source -> an archive in an open file. Returns -log2 p under this order and plan.
+
+    In the header an even plan is its number of calls, another one [[s, k], ...].
+    """
+    codec = Codec(model, source.settings["shape"], rule, plan)
+    even = plan == planner.uniform_plan(model.S, model.D, len(plan))
+    header = dict({key: source.settings[key] for key in ("kind", "K", "shape")}, length=source.n,
+                  order=rule, plan=len(plan) if even else [[s, k] for s, t, k in plan],
+                  block=block, weights=digest(model), head=source.head.decode("latin-1"))
+    if source.stored:
+        header["stored"] = source.stored
+    text = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
+    file.write(struct.pack(">4sBII", MAGIC, VERSION, len(text), zlib.crc32(text)) + text)
     together = max(1, nets.rows_at_once(codec.model) // block)
     done, total = 0, 0.0
     with tqdm(desc="encoding", unit="symbol", unit_scale=True, leave=False,
@@ -348,20 +296,28 @@ def encode_file(file, model, source, rule, plan, block, verify=True):
         for first, blocks, rows, D in groups(source.n, model.D, block, together):
             x = source.read(done, done + blocks * rows * D).view(blocks, rows, D)
             packed, bits = codec.encode(x, first)
-            if verify:
-                back = codec.decode(packed, rows, D, first)
-                if not all(part is not None and torch.equal(part, block.flatten())
-                           for part, block in zip(back, x)):
+            for part, true in zip(codec.decode(packed, rows, D, first) if verify else (), x):
+                if part is None or not torch.equal(part, true.flatten()):
                     raise ValueError("a block does not decode to what went in: this machine does "
                                      "not compute the same numbers twice; nothing was written")
             file.write(b"".join(packed))
             done += x.numel()
             total += bits
-            bar.set_postfix_str(f"{total / done:.3f} bits/{datasets.UNITS[source.kind]}")
+            bar.set_postfix_str(f"{total / done:.3f} bits each")
     return total
 
 
-def decode_file(file, model, header, name, item=None, damaged=None):
+def read_block(file, n):
+    """The next block of an archive, of n symbols; where it is not whole, one that is damaged; b""
+    where the archive has ended."""
+    start = file.read(5)
+    length = int.from_bytes(start[:4], "big") % RAW
+    stream = file.read(min(length, n + 4))                 # no stream is longer than that
+    whole = len(start) == 5 and len(stream) == length
+    return start + stream if whole or not start else DAMAGED
+
+
+def decode_file(file, model, header, plan, item=None, damaged=None):
     """An open archive behind its header -> iterator of its symbols, block by block, or of those of
     one datapoint.
 
@@ -370,19 +326,18 @@ def decode_file(file, model, header, name, item=None, damaged=None):
     """
     def report(words):
         if damaged is None:
-            raise ValueError(f"{name} is damaged: {words} (--keep-going delivers what is whole)")
+            raise ValueError(f"the archive is damaged: {words} (--keep-going delivers the rest)")
         damaged.append(words)
 
-    codec = Codec(model, tuple(header["shape"]), header["order"], read_plan(header, model, name))
+    codec = Codec(model, header["shape"], header["order"], plan)
     n, block, D = header["length"], header["block"], model.D
-    wanted = None
+    together, wanted = max(1, nets.rows_at_once(codec.model) // block), None
     if item is not None:
         if not 0 <= item < -(-n // D):
-            raise ValueError(f"--item {item}: {name} has {-(-n // D)}, counted from 0")
-        wanted = item // block + (item == n // D and n // D % block > 0)
-    together = max(1, nets.rows_at_once(codec.model) // block) if item is None else 1
-    with tqdm(desc="decoding", unit="symbol", unit_scale=True, leave=False,
-              total=n * model.S) as bar:
+            raise ValueError(f"--item {item}: there are {-(-n // D)}, counted from 0")
+        together, wanted = 1, item // block + (item == n // D and n // D % block > 0)
+    with tqdm(desc="decoding", unit="symbol", unit_scale=True, total=n * model.S,
+              leave=False) as bar:
         codec.tick = bar.update
         for first, blocks, rows, width in groups(n, D, block, together):
             packed = [read_block(file, rows * width) for _ in range(blocks)]
@@ -393,10 +348,9 @@ def decode_file(file, model, header, name, item=None, damaged=None):
                 if part is None:
                     report(f"block {number} (counted from 0) is cut off or does not decode to its "
                            "checksum")
-                elif item is None:
-                    yield part
                 else:
-                    yield part.view(rows, width)[item % block if width == D else 0]
+                    row = item % block if width == D and item else 0
+                    yield part if item is None else part.view(rows, width)[row]
             if b"" in packed:                              # whatever length the header claims
                 break
     if item is None and file.read(1):
@@ -406,35 +360,30 @@ def decode_file(file, model, header, name, item=None, damaged=None):
 # -- The commands ----------------------------------------------------------------------------------
 
 def settle(args):
-    """model, source, order, plan: what encode and bench need, by the command line.
+    """model, source, order and plan, by the command line: what encode and bench need.
 
     Text is read by `spaced` readers, with which an even plan is the cheapest; images in a fixed
     permutation. auto: the best of several on the beginning of the file.
     """
     model, checkpoint = nets.load(args.ckpt, args.device)
-    source = Source(args.input or beside(args.ckpt, checkpoint), checkpoint["settings"])
-    image, full = source.kind == "image", model.S * model.D
+    settings = checkpoint["settings"]
+    piece = Path(args.ckpt).parent / datasets.PIECES[settings["kind"]]
+    source = Source(args.input or piece, settings)
+    image, full = settings["kind"] == "image", model.S * model.D
     calls = args.calls or min(full, IMAGE_CALLS if image else -(-full // 4))
     plan = planner.uniform_plan(model.S, model.D, calls)
     spaced = f"spaced:{-(-full // calls)}"
     rule = args.order or (IMAGE_ORDER if image else spaced)
-    rows = min(source.n // model.D, max(4, 2048 // model.D))
-    if rule == "auto" and rows:
-        x = source.read(0, rows * model.D).view(rows, -1).long().to(next(model.parameters()).device)
-        scores = {}
-        for rule in ("forward", "random:1", "random:2", spaced):
-            sigma = torch.from_numpy(planner.order(rule, source.shape)).to(x.device)
-            scores[rule] = model.nll(x, plan, sigma.expand(x.shape)).sum().item()
+    if rule == "auto":
+        rows, scores = min(source.n // model.D, max(4, 2048 // model.D)), {}
+        x = source.read(0, rows * model.D).view(rows, model.D).long()
+        x = x.to(next(model.parameters()).device)
+        for name in (spaced, "forward", "random:1", "random:2"):
+            sigma = torch.from_numpy(planner.order(name, settings["shape"])).to(x.device)
+            scores[name] = model.nll(x, plan, sigma.expand(x.shape)).sum().item()
         rule = min(scores, key=scores.get)
-    rule = spaced if rule == "auto" else rule
-    planner.order(rule, source.shape)                      # ValueError for an unknown one
+    planner.order(rule, settings["shape"])                 # ValueError for an unknown one
     return model, source, rule, plan
-
-
-def beside(path, checkpoint):
-    """The piece of test data that train.py leaves beside a checkpoint."""
-    name = {"image": "test.npy", "text": "test.txt", "bytes": "test.bin"}
-    return Path(path).parent / name[checkpoint["settings"]["kind"]]
 
 
 def run_encode(args):
@@ -460,9 +409,10 @@ def run_decode(args):
     damaged = [] if args.keep_going else None
     with open(args.input, "rb") as file:
         header = read_header(file, args.input)
-        model, _ = nets.load(args.ckpt, args.device)
-        parts = decode_file(file, model, header, args.input, args.item, damaged)
+        model, checkpoint = nets.load(args.ckpt, args.device)
+        plan = read_plan(header, model, checkpoint["settings"], args.input)
         with datasets.write(args.output) as out:
+            parts = decode_file(file, model, header, plan, args.item, damaged)
             n = write_symbols(out, header, parts)
     print(f"{args.output}: {n:,} symbols, the checksums match")
     if damaged:
@@ -475,47 +425,37 @@ def run_info(args):
     """what an archive holds, without decoding it"""
     with open(args.input, "rb") as file:
         header = read_header(file, args.input)
-    plan, n = header["plan"], header["length"]
-    size = os.path.getsize(args.input)
-    print(f"{args.input}: {size:,} bytes, format {MAGIC[4]}, {n:,} symbols of K = {header['K']}, "
-          f"{8 * size / max(1, n):.3f} bits each")
-    print(f"  blocks of {header['block']} x {'x'.join(map(str, header['shape']))}, "
-          f"order {header['order']}, {plan if type(plan) is int else len(plan)} network calls, "
-          f"weights {header['weights']}")
+    print(f"{args.input}: {os.path.getsize(args.input):,} bytes, format {VERSION}")
+    for name, value in header.items():
+        print(f"  {name:8} {str(value)[:80]}")
 
 
 def run_bench(args):
     """what a file costs by every measure; without IN, the piece of test data beside CKPT"""
     model, source, rule, plan = settle(args)
-    if not source.n:
-        raise ValueError(f"{source.path} is empty")
+    settings, n = source.settings, max(1, source.n)
+    block = 1 if settings["kind"] == "image" else max(1, BLOCK // model.D)
     file = io.BytesIO()
-    begin = time.perf_counter()
-    block = 1 if source.kind == "image" else max(1, BLOCK // model.D)
-    bits = encode_file(file, model, source, rule, plan, block, verify=False)
-    middle = time.perf_counter()
-    size = file.tell()
-    file.seek(0)
-    back = torch.cat([*decode_file(file, model, read_header(file, "archive"), "archive")])
-    end = time.perf_counter()
-    x, n = source.read(0, source.n), source.n
-    rows = {"exact nll of this order and plan": bits / n, f"archive, {size:,} bytes": 8 * size / n}
-    rows |= datasets.references(x.numpy(), source.kind, model.K, source.shape)
-    print(f"{source.path}: {n:,} symbols, order {rule}, {len(plan)} network calls; bits each:")
+    bits = encode_file(file, model, source, rule, plan, block)
+    rows = {"exact nll of this order and plan": bits / n,
+            f"archive, {file.tell():,} bytes": 8 * file.tell() / n}
+    rows |= datasets.references(source.read(0, source.n).numpy(), settings["kind"], model.K,
+                                settings["shape"])
+    print(f"{source.path}: {source.n:,} symbols, order {rule}, {len(plan)} network calls; bits "
+          "each:")
     for name, value in rows.items():
         print(f"  {name:34} {value:.4f}")
-    print(f"encoded in {middle - begin:.1f} s, decoded in {end - middle:.1f} s, "
-          f"{'identical' if torch.equal(back, x) else 'DIFFERENT'}; the weights, "
+    print("decoded and identical; the weights, "
           f"{sum(4 * p.numel() for p in model.parameters()):,} bytes, are not counted")
 
 
 def check_output(args):
     """ValueError where writing OUT would destroy what is read, or cannot be."""
-    if not Path(args.output).resolve().parent.is_dir():
-        raise ValueError(f"{args.output} cannot be written: its folder does not exist")
+    out = args.output
+    if not Path(out).resolve().parent.is_dir():
+        raise ValueError(f"{out} cannot be written: its folder does not exist")
     for name, path in (("IN", args.input), ("--ckpt", args.ckpt)):
-        if os.path.exists(path) and os.path.exists(args.output) and os.path.samefile(
-                path, args.output):
+        if os.path.exists(path) and os.path.exists(out) and os.path.samefile(path, out):
             raise ValueError(f"{name} and OUT are the same file")
 
 
@@ -523,32 +463,30 @@ def main():
     """The command line: encode, decode, bench, info."""
     parser = datasets.Parser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(required=True, metavar="encode | decode | bench | info")
-
-    def command(run, name, *flags):
-        one = commands.add_parser(name, help=run.__doc__)
-        one.set_defaults(run=run)
-        for flag, how in flags:
-            one.add_argument(flag, **how)
-
-    source = ("input", dict(metavar="IN", help="the file to read"))
-    output = ("output", dict(metavar="OUT", help="the file to write"))
-    model = [("--ckpt", dict(required=True, help="a checkpoint of train.py")),
-             ("--device", dict(help="cuda, mps or cpu"))]
-    choices = [("--calls", dict(type=int, help="network calls for a block (default: a quarter of "
-                                f"the variables of a text, {IMAGE_CALLS} for images)")),
-               ("--order", dict(help="forward, backward, random:SEED, spaced:G, or auto: the best "
-                                "of several on this file"))]
-    command(run_encode, "encode", source, output, *model, *choices,
-            ("--block", dict(type=int, help="datapoints that are decoded together (default: as "
-                             f"many as have {BLOCK} symbols)")),
-            ("--no-verify", dict(dest="verify", action="store_false",
-                                 help="skip the decoding that proves the archive")))
-    command(run_decode, "decode", source, output, *model,
-            ("--item", dict(type=int, help="only this datapoint, counted from 0")),
-            ("--keep-going", dict(action="store_true", help="leave out damaged blocks, deliver the "
-                                  "others; exit code 1")))
-    command(run_bench, "bench", ("input", dict(nargs="?", **source[1])), *model, *choices)
-    command(run_info, "info", source)
+    for run in (run_encode, run_decode, run_bench, run_info):
+        name = run.__name__.removeprefix("run_")
+        command = commands.add_parser(name, help=run.__doc__)
+        command.set_defaults(run=run)
+        command.add_argument("input", nargs="?" if name == "bench" else None, metavar="IN")
+        if name != "info":
+            command.add_argument("--ckpt", required=True, help="a checkpoint of train.py")
+            command.add_argument("--device", help="cuda, mps or cpu")
+        if name in ("encode", "decode"):
+            command.add_argument("output", metavar="OUT")
+        if name in ("encode", "bench"):
+            command.add_argument("--calls", type=int, help="network calls for a block (default: a "
+                                 f"quarter of the variables of a text, {IMAGE_CALLS} for images)")
+            command.add_argument("--order", help="forward, backward, random:SEED, spaced:G, or "
+                                 "auto: the best of several on this file")
+        if name == "encode":
+            command.add_argument("--block", type=int, help="datapoints that are decoded together "
+                                 f"(default: as many as have {BLOCK} symbols)")
+            command.add_argument("--no-verify", dest="verify", action="store_false",
+                                 help="skip the decoding that proves the archive")
+        if name == "decode":
+            command.add_argument("--item", type=int, help="only this datapoint, counted from 0")
+            command.add_argument("--keep-going", action="store_true",
+                                 help="leave out damaged blocks, deliver the others; exit code 1")
     args = parser.parse_args()
     args.run(args)
 

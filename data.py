@@ -42,6 +42,7 @@ from tqdm import tqdm
 
 NAMES = ("pydoc", "glyphs", "text8", "enwik8", "mnist", "cifar10")
 UNITS = {"text": "char", "bytes": "char", "image": "dim"}  # what bits are counted per
+PIECES = {"text": "test.txt", "bytes": "test.bin", "image": "test.npy"}  # beside a checkpoint
 LARGEST = 1 << 31                    # bytes that an archive may unpack to
 MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 SOURCES = {                          # file -> where it comes from, md5 (of a zip: of its member)
@@ -306,7 +307,7 @@ def cifar10(content, name):
         test = parts.pop("test_batch.bin")
         return np.concatenate([parts[part] for part in sorted(parts)]), test
     except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, KeyError) as error:
-        raise ValueError(f"{name} is no tarball of CIFAR-10's binary version, with a data_batch and "
+        raise ValueError(f"{name} is no tarball of CIFAR-10's binary version with a data_batch and "
                          f"the test_batch, or a damaged one ({error})")
 
 
@@ -415,8 +416,8 @@ def png(*frames, seconds=0.2):
         return struct.pack(">I", len(content)) + kind + content + checksum
 
     H, W = frames[0].shape[:2]
-    colour = 2 if frames[0].ndim == 3 else 0
-    parts = [b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", struct.pack(">IIBBBBB", W, H, 8, colour, 0, 0, 0))]
+    head = struct.pack(">IIBBBBB", W, H, 8, 2 if frames[0].ndim == 3 else 0, 0, 0, 0)
+    parts = [b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", head)]
     if len(frames) > 1:
         parts.append(chunk(b"acTL", struct.pack(">II", len(frames), 0)))
     for i, frame in enumerate(frames):

@@ -362,6 +362,7 @@ def groups(width):
 def build(settings):
     """An untrained ARDM from plain settings: a dict with kind, K, shape, recipe, branch,
     parametrization, dim, depth and heads."""
+    keep_freed_memory()
     c = settings
     K, shape, b = c["K"], tuple(c["shape"]), c["branch"]
     S = num_stages(K, b) if b else 1
@@ -378,7 +379,6 @@ def build(settings):
 
 def load(path, device=None):
     """(model with the averaged weights, checkpoint): tensors and plain values alone are read."""
-    keep_freed_memory()
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         model = build(checkpoint["settings"])

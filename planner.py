@@ -1,9 +1,8 @@
 """Which variables in which network call: plans for a budget of calls, and orders by name.
 
-Each of the k variables that one call at step t generates together costs L_t (Eq. 3); one by one
-they would cost L_t + ... + L_{t+k-1}. The cheapest way to D variables in n calls is the cheapest
-path with n edges from 0 to D, where the edge i -> j (i variables known before the call, j after
-it) costs (j - i) L_{i+1} (Sec. 3.1, App. A.2):
+Each of the k variables that one call at step t generates together costs L_t (Eq. 3). The cheapest
+way to D variables in n calls is the cheapest path with n edges from 0 to D, where the edge i -> j
+(i variables known before the call, j after it) costs (j - i) L_{i+1} (Sec. 3.1, App. A.2):
 
     E_n[j] = min over i < j of  E_{n-1}[i] + (j - i) L_{i+1}
 
@@ -11,13 +10,12 @@ The plain dynamic programme takes O(D^2) per call. Two facts, both true because 
 (Eq. 4), make it fast and let the stages share one budget:
 
 - The best i grows with j: the edge to j + 1 costs L_{i+1} more than the edge to j, for a later i
-  no more than for an earlier one. So the best i of the middle j bounds those on either side of it,
-  and one more call takes O(D log D), in a few operations on whole arrays.
+  no more than for an earlier one. So one more call takes O(D log D): see `one_more_call`.
 - The cheapest cost is convex in the number of calls. So calls can be given one at a time to the
   stage where they save most, and the split is still exact.
 
 L is (S, D), or (D,) for one stage, in any unit; L[s-1, t-1] is the component of step t in stage s.
-A plan is [(s, t, k), ...] in the order of the calls: see ardm.py. This file needs NumPy alone.
+This file needs NumPy alone.
 """
 import hashlib
 import heapq
@@ -88,9 +86,8 @@ def plan(L, budget):
 
     L must not increase: see `smooth`. ValueError where it does, and for any other budget.
     """
-    L = non_increasing(L)
+    L = check(L, [budget])
     S, D = L.shape
-    check_budget(budget, S, D)
     starts = [[] for _ in range(S)]                        # (D+1,) for each call of each stage
     for _, (s, _, start) in zip(range(budget), hand_out(L)):
         starts[s].append(start)
@@ -106,11 +103,8 @@ def plan(L, budget):
 
 def costs(L, budgets=None):
     """{budget: cost of the cheapest plan}, for the given budgets or for all from S to S*D."""
-    L = non_increasing(L)
-    S, D = L.shape
-    budgets = range(S, S * D + 1) if budgets is None else list(budgets)
-    for budget in budgets:
-        check_budget(budget, S, D)
+    budgets = range(len(np.atleast_2d(L)), np.size(L) + 1) if budgets is None else list(budgets)
+    L = check(L, budgets)
     curve = {n: cost for n, (_, cost, _) in zip(range(1, max(budgets) + 1), hand_out(L))}
     return {budget: curve[budget] for budget in budgets}
 
@@ -146,30 +140,31 @@ def cut(plan, first, last):
             yield s, begin, end - begin + 1
 
 
-def check_budget(budget, S, D):
-    if not S <= budget <= S * D:
-        raise ValueError(f"{budget} network calls: choose {S} to {S * D}")
-
-
-def non_increasing(L):
-    """L as (S, D); ValueError where it increases or is not a number."""
+def check(L, budgets):
+    """L as (S, D); ValueError where it increases or is not a number, and for impossible budgets."""
     L = np.atleast_2d(np.asarray(L, dtype=np.float64))
     if not (np.diff(L, axis=1) <= 0).all() or not np.isfinite(L).all():
         raise ValueError("L must be finite and must not increase: see planner.smooth")
+    for budget in budgets:
+        check_budget(budget, *L.shape)
     return L
+
+
+def check_budget(budget, S, D):
+    if not S <= budget <= S * D:
+        raise ValueError(f"{budget} network calls: choose {S} to {S * D}")
 
 
 def by_curve(S, D, budget, curve):
     """A plan from a curve u -> part known, u being the part of a stage's calls that is done."""
     check_budget(budget, S, D)
     calls = []
-    for s in range(S):
-        n = budget // S + (s < budget % S)                 # the remainder to the early stages
+    for s in range(1, S + 1):
+        n = budget // S + (s <= budget % S)                # the remainder to the early stages
         done = 0
-        for i in range(1, n + 1):
-            j = round(D * float(curve(i / n)))
-            j = min(max(j, done + 1), D - n + i)           # every call generates something
-            calls.append((s + 1, done + 1, j - done))
+        for i in range(1, n + 1):                          # every call generates something
+            j = min(max(round(D * float(curve(i / n))), done + 1), D - n + i)
+            calls.append((s, done + 1, j - done))
             done = j
     return calls
 
@@ -236,35 +231,19 @@ def order(rule, shape):
     forward, backward   text from its ends; an image row by row, the colours of a pixel together
     random:SEED         a permutation that depends on SEED and D alone, the same on every machine
     spaced:G            G equal parts of ceil(D / G) are read side by side; spaced:1 is forward
-    lattice             of an image: the pixels of a coarse grid first, then those between them, so
-                        that the pixels of one call lie apart; one colour after the other
     """
     name, _, number = rule.partition(":")
-    C, *sides = shape if np.size(shape) == 3 else (1, int(np.prod(shape)))
-    D = C * int(np.prod(sides))
+    C, D = shape[0] if np.size(shape) == 3 else 1, int(np.prod(shape))
     turn = np.arange(D).reshape(C, -1).T.reshape(-1)       # turn[i]: the variable at step i + 1
-    if name == "random" and number.isdecimal():
+    if name == "random" and number.isdecimal():            # sorted by hashes: as good as drawn
         turn = sorted(range(D), key=lambda i: hashlib.sha256(f"{number}:{i}".encode()).digest())
     elif name == "spaced" and number.isdecimal() and int(number) > 0:
         part = -(-D // int(number))
         turn = turn[np.argsort(np.arange(D) % part, kind="stable")]
-    elif rule == "lattice":
-        turn = np.argsort(np.tile(lattice(sides), C), kind="stable")
     elif rule == "backward":
         turn = turn[::-1]
     elif rule != "forward":
-        raise ValueError(f"order {rule!r}: choose forward, backward, random:SEED, spaced:G "
-                         "or lattice")
+        raise ValueError(f"order {rule!r}: choose forward, backward, random:SEED or spaced:G")
     sigma = np.empty(D, dtype=np.int64)
     sigma[turn] = np.arange(1, D + 1)
     return sigma
-
-
-def lattice(sides):
-    """How late each position comes in `lattice`, flat: how often 2 divides its indices, the least
-    of them; the middle of four neighbours comes before those beside it."""
-    i = np.indices(sides)
-    i[i == 0] = 1 << 30
-    powers = np.log2(i & -i).astype(int)
-    middle = (powers.min(axis=0) == powers.max(axis=0)) & (len(sides) > 1)
-    return -(2 * powers.min(axis=0) + middle).reshape(-1)

@@ -5,8 +5,8 @@
     python sample.py --ckpt out/pydoc/ckpt.pt --prompt "the ____ of"      underscores are the blanks
     python sample.py --ckpt out/glyphs/ckpt.pt --inpaint top              test images from their top
 
-Text is printed and written to samples.txt (and frames.txt) beside the checkpoint, images to
-samples.png (frames.png, process.png, which moves, and inpaint.png).
+It writes samples.txt and frames.txt, or samples.png, frames.png, inpaint.png and process.png, which
+moves, beside the checkpoint.
 """
 import os
 from pathlib import Path
@@ -29,37 +29,27 @@ def read_prompt(prompt, model):
     if len(stream) > model.D:
         raise ValueError(f"the prompt has {len(stream)} characters, the model takes {model.D}")
     if b"_" not in stream:
-        raise ValueError("the prompt has no blank: write _ for each character that is to be filled "
-                         "in")
+        raise ValueError("the prompt has no blank: write _ for each character to be filled in")
     known = torch.tensor([byte != ord("_") for byte in stream])
     symbols = datasets.to_symbols(stream.replace(b"_", b" "), model.K)
     return torch.from_numpy(symbols).long(), known
 
 
-def read_inpaint(rule, n, checkpoint):
-    """--inpaint -> x (n * COMPLETIONS, D), n test images, and what is known of them, (D,): the top
-    or left half, or each pixel with that probability."""
-    settings = checkpoint["settings"]
+def read_inpaint(rule, n, settings):
+    """--inpaint -> x (n * COMPLETIONS, D), n test images, and what is known of them, (D,)."""
     C, H, W = settings["shape"]
-    row, column = torch.arange(H)[:, None], torch.arange(W)
-    part = rule.removeprefix("random:")
     if rule == "top":
-        known = (row < H // 2).expand(H, W)
+        known = (torch.arange(H)[:, None] < H // 2).expand(C, H, W)
     elif rule == "left":
-        known = (column < W // 2).expand(H, W)
-    elif rule != part and part.replace(".", "", 1).isdecimal() and 0 < float(part) < 1:
-        known = torch.rand(H, W, generator=torch.Generator().manual_seed(0)) < float(part)
+        known = (torch.arange(W) < W // 2).expand(C, H, W)
     else:
-        raise ValueError(f"--inpaint {rule}: choose top, left or random:P, 0 < P < 1, which says "
-                         "what is known")
-    if known.all() or not known.any():
-        raise ValueError(f"--inpaint {rule}: of these small images all or nothing would be known")
+        raise ValueError(f"--inpaint {rule}: choose top or left, which says what is known")
     data = datasets.load(settings["data"], bits=settings["bits"])
     if list(data.shape) != list(settings["shape"]):
         raise ValueError(f"--inpaint: {data.name} is not what this model was trained on")
     images, _ = data.chunks("test")
     x = images[torch.arange(n) * len(images) // n].long()
-    return x.repeat_interleave(COMPLETIONS, dim=0), known.expand(C, H, W).flatten()
+    return x.repeat_interleave(COMPLETIONS, dim=0), known.flatten()
 
 
 def make_plan(model, checkpoint, calls, n_known, D):
@@ -68,9 +58,6 @@ def make_plan(model, checkpoint, calls, n_known, D):
     S, left = model.S, D - n_known
     if calls is None:
         plan = planner.full_plan(S, left)
-    elif not S <= calls <= S * left:
-        raise ValueError(f"--calls {calls}: choose {S} to {S * left}, one for each variable at "
-                         "most")
     elif checkpoint.get("L") is None:
         print("this checkpoint has no measured L_t: the plan is an even one")
         plan = planner.uniform_plan(S, left, calls)
@@ -80,13 +67,13 @@ def make_plan(model, checkpoint, calls, n_known, D):
     return [(s, t + n_known, k) for s, t, k in plan]
 
 
-def make_sigma(rule, x, shape, model, generator):
+def make_sigma(rule, x, shape, S, generator):
     """(S, B, D): a random order for each sample and stage, or the same for all by its name."""
     B, D = x.shape
     if rule == "random":
-        return sample_sigma(model.S * B, D, x.device, generator).view(model.S, B, D)
-    shape = shape if len(shape) == 3 else (D,)
-    return torch.from_numpy(planner.order(rule, shape)).to(x.device).expand(model.S, B, D)
+        return sample_sigma(S * B, D, x.device, generator).view(S, B, D)
+    sigma = planner.order(rule, shape if len(shape) == 3 else D)
+    return torch.from_numpy(sigma).to(x.device).expand(S, B, D)
 
 
 def frames(model, x, sigma, plan, most=12):
@@ -125,9 +112,9 @@ def pictures(given, known, x, steps, settings):
         rows = np.stack(columns, axis=1)                   # (N, columns, H, W, C)
         return datasets.grid(rows.reshape(-1, *rows.shape[2:]), len(columns))
 
-    files = {}
+    files, across = {}, min(8, len(x))
     if known is None:
-        files["samples.png"] = datasets.png(datasets.grid(images(x), min(8, len(x))))
+        files["samples.png"] = datasets.png(datasets.grid(images(x), across))
     else:
         columns = [images(given[::COMPLETIONS]), images(given[::COMPLETIONS], known)]
         columns += [images(x[i::COMPLETIONS]) for i in range(COMPLETIONS)]
@@ -135,8 +122,7 @@ def pictures(given, known, x, steps, settings):
     if steps:
         films = [images(state, m | (s > 1)) for s, t, state, m in steps]
         files["frames.png"] = datasets.png(side_by_side(films))
-        files["process.png"] = datasets.png(*(datasets.grid(film, min(8, len(x)))
-                                              for film in films))
+        files["process.png"] = datasets.png(*(datasets.grid(film, across) for film in films))
     return files
 
 
@@ -145,13 +131,11 @@ def parse():
     parser = datasets.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--ckpt", required=True, help="a checkpoint of train.py")
     parser.add_argument("--n", type=int, default=8, help="how many samples (default 8)")
-    parser.add_argument("--calls", type=int,
-                        help="network calls in all (default: one for each variable)")
-    parser.add_argument("--order", default="random", help="random (a new one for each sample), "
-                        "forward, backward, random:SEED, spaced:G, lattice")
+    parser.add_argument("--calls", type=int, help="network calls (default: one a variable)")
+    parser.add_argument("--order", default="random", help="random (default: a new one for each "
+                        "sample), forward, backward, random:SEED, spaced:G")
     parser.add_argument("--prompt", help="text to keep, with _ for every blank")
-    parser.add_argument("--inpaint", metavar="top|left|random:P",
-                        help="complete test images of which that part is known")
+    parser.add_argument("--inpaint", metavar="top|left", help="that part of test images is known")
     parser.add_argument("--temperature", type=float, default=1.0,
                         help="below 1: likelier and less varied; 0: the most probable (default 1)")
     parser.add_argument("--frames", action="store_true", help="also show what is known at up to 12 "
@@ -180,12 +164,12 @@ def main():
         x, known = read_prompt(args.prompt, model)
         x = x.expand(args.n, -1)
     elif args.inpaint:
-        x, known = read_inpaint(args.inpaint, args.n, checkpoint)
+        x, known = read_inpaint(args.inpaint, args.n, settings)
     n_known = 0 if known is None else int(known.sum())
     plan = make_plan(model, checkpoint, args.calls, n_known, x.shape[1])
     generator = torch.Generator(device).manual_seed(args.seed)
     given, x = x, x.to(device)
-    sigma = make_sigma(args.order, x, settings["shape"], model, generator)
+    sigma = make_sigma(args.order, x, settings["shape"], model.S, generator)
     if known is not None:
         sigma = known_first(sigma, known.to(device))
     with tqdm(plan, desc="sampling", unit="call", leave=False) as calls:
@@ -197,8 +181,7 @@ def main():
     for name, content in files.items():
         with datasets.write(folder / name) as file:
             file.write(content)
-    print(f"{len(x)} sample{'s' * (len(x) > 1)}, {len(plan)} network calls; written to "
-          f"{' and '.join(str(folder / name) for name in files)}")
+    print(f"{len(x)} samples, {len(plan)} network calls; {', '.join(files)} written to {folder}")
 
 
 if __name__ == "__main__":

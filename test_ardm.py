@@ -329,7 +329,7 @@ def test_data_parametrisation_is_the_papers_matrices_written_out():
 
 @pytest.mark.parametrize("parametrization", ["data", "direct"])
 def test_digits_that_lead_nowhere_have_probability_zero(parametrization):
-    K, b, S = 5, 3, 2                                      # 4 is 11 in base 3: 12 and 2x are no value
+    K, b, S = 5, 3, 2                                      # 4 is 11 in base 3; 12 and 2x are none
     outputs = K if parametrization == "data" else S * b
     model = UpscaleARDM(Fixed(torch.randn(1, outputs)), 1, K, b, parametrization)
     x, t = torch.arange(K)[:, None], torch.ones(K, dtype=torch.long)
@@ -647,7 +647,7 @@ def test_plan_equals_the_plain_programme_at_a_size_that_has_many_levels():
 def test_costs_of_the_papers_own_example_and_of_flat_components():
     assert np.allclose(list(planner.costs([5, 4, 3, 2.85, 2.8]).values()),
                        [25, 19, 18, 17.7, 17.65])
-    assert_plan(planner.plan(np.full(20, 2.0), 7), 1, 20, 7)             # no call without a variable
+    assert_plan(planner.plan(np.full(20, 2.0), 7), 1, 20, 7)             # no empty call
     L = falling(np.random.default_rng(2), 3, 30)
     curve = np.array(list(planner.costs(L).values()))
     assert (np.diff(curve) <= 1e-9).all() and (np.diff(curve, 2) >= -1e-9).all()
@@ -716,7 +716,7 @@ def test_simple_plans_have_the_calls_and_the_steps(make):
 
 @pytest.mark.parametrize("shape", [1, 13, 64, (1, 4, 4), (3, 4, 6), (2, 5, 3)])
 def test_orders_are_permutations(shape):
-    for rule in ("forward", "backward", "random:0", "random:7", "spaced:1", "spaced:5", "lattice"):
+    for rule in ("forward", "backward", "random:0", "random:7", "spaced:1", "spaced:5"):
         assert sorted(planner.order(rule, shape)) == list(range(1, int(np.prod(shape)) + 1))
 
 
@@ -856,9 +856,9 @@ def test_symbols_and_bytes_are_inverse():
     assert symbols.max() <= 26 and symbols[3] == 0 and datasets.to_bytes(symbols, 27) == text
     every = bytes(range(256))
     assert datasets.to_bytes(datasets.to_symbols(every, 256), 256) == every
-    for bad, match in ((b"the Quick", "'Q' at position 4"), ("caféx".encode(), "'é' at position 3")):
+    for bad, match in (("the Quick", "'Q' at position 4"), ("caféx", "'é' at position 3")):
         with pytest.raises(ValueError, match=match):
-            datasets.to_symbols(bad, 27)
+            datasets.to_symbols(bad.encode(), 27)
 
 
 def test_text_is_split_by_position_and_cut_into_windows_and_chunks(tmp_path):
@@ -988,9 +988,9 @@ def test_png_holds_the_pixels_in_every_frame(shape):
         while at < len(content):
             size, kind = int.from_bytes(content[at:at + 4], "big"), content[at + 4:at + 8]
             body = content[at + 8:at + 8 + size]
-            assert zlib.crc32(kind + body).to_bytes(4, "big") == content[at + 8 + size:at + 12 + size]
             parts.append((kind, body))
             at += 12 + size
+            assert zlib.crc32(kind + body).to_bytes(4, "big") == content[at - 4:at]
         numbers = [body[:4] for kind, body in parts if kind in (b"fcTL", b"fdAT")]
         assert numbers == [i.to_bytes(4, "big") for i in range(len(numbers))]
         pixels = [body[4:] if kind == b"fdAT" else body for kind, body in parts
@@ -1123,8 +1123,11 @@ def test_ctrl_c_saves_and_the_run_can_be_resumed(tmp_path):
 
 
 def test_a_run_without_numbers_is_not_saved(refused, folder, tmp_path):
-    with pytest.raises(ValueError, match="step 7: the loss is not a number"):
-        train.finite([torch.tensor(math.nan)], 7)
+    data = datasets.load("pydoc", 16)
+    run = train.Run(settings(data), data)
+    run.model.net.head.bias.data[0] = math.nan
+    with pytest.raises(ValueError, match="step 0: the weights are not numbers.* smaller --lr"):
+        run.save(tmp_path)
     changed = torch.load(folder / "ckpt.pt", weights_only=True)
     changed["ema"]["net.head.bias"] += math.nan
     torch.save(changed, tmp_path / "nan.pt")
@@ -1138,7 +1141,7 @@ def test_rates_rise_and_fall_and_every_weight_has_one_optimiser():
     rates = [train.learning_rate(c, hyper, step, step / 100) for step in range(101)]
     assert rates[0] == 0.1 and max(rates) == rates[9] and rates[-1] == 0 and rates[50] == 0.5
     rates = [train.learning_rate(paper, dict(warmup=50), step, step / 100) for step in range(101)]
-    assert rates[0] == 0.02 and rates[10:] == [1] * 91     # a tenth of the run is less than 50 steps
+    assert rates[0] == 0.02 and rates[10:] == [1] * 91     # a tenth of the run
     for kind in (c, paper):
         run = train.Run(kind, data)
         groups = [p for o in run.optimizers for g in o.param_groups for p in g["params"]]
@@ -1217,30 +1220,32 @@ def test_images_are_sampled_completed_and_shown(gallery, tmp_path, monkeypatch):
 # -- compress.py -----------------------------------------------------------------------------------
 
 class Text:
-    """A text as compress.Source gives it."""
-    kind, K, head, npy, path = "text", 27, b"", None, "text"
+    """Symbols as compress.Source gives them."""
+    head, stored, path = b"", [], "text"
 
-    def __init__(self, text, D=24):
-        self.symbols = torch.from_numpy(datasets.to_symbols(text, 27))
-        self.n, self.shape = len(text), (D,)
+    def __init__(self, text, K=27, D=24):
+        self.symbols = torch.from_numpy(datasets.to_symbols(text, K))
+        self.n = len(text)
+        self.settings = dict(kind="text" if K == 27 else "bytes", K=K, shape=[D])
 
     def read(self, i, j):
         return self.symbols[i:j]
 
 
-def pack(model, text, rule="spaced:4", calls=6, block=10, D=24, **flags):
-    file = io.BytesIO()
-    plan = planner.uniform_plan(model.S, model.D, calls)
-    bits = compress.encode_file(file, model, Text(text, D), rule, plan, block, **flags)
+def pack(model, text, rule="spaced:4", calls=6, block=10, K=27, **flags):
+    """An archive of a text, and its ideal length in bits."""
+    file, plan = io.BytesIO(), planner.uniform_plan(model.S, model.D, calls)
+    bits = compress.encode_file(file, model, Text(text, K), rule, plan, block, **flags)
     return file.getvalue(), bits
 
 
-def unpack(model, archive, **flags):
+def unpack(model, archive, K=27, **flags):
     """The text in an archive."""
     file = io.BytesIO(archive)
     header = compress.read_header(file, "archive")
-    parts = compress.decode_file(file, model, header, "archive", **flags)
-    return b"".join(datasets.to_bytes(part, 27) for part in parts)
+    plan = compress.read_plan(header, model, Text(b"", K).settings, "archive")
+    parts = compress.decode_file(file, model, header, plan, **flags)
+    return b"".join(datasets.to_bytes(part, K) for part in parts)
 
 
 def blocks_of(archive):
@@ -1351,22 +1356,14 @@ def test_blocks_near_a_boundary_are_coded_on_a_shifted_grid(model, folder, monke
 
 
 def test_incompressible_blocks_are_stored_raw_with_their_checksum():
-    torch.manual_seed(0)
-    model = ARDM(Fixed(torch.randn(1, 256) * 6), 24, 256)
+    logits = 6 * torch.randn(1, 256, generator=torch.Generator().manual_seed(0))
+    model = ARDM(Fixed(logits), 24, 256)
     noise = np.random.default_rng(0).bytes(24 * 50 + 7)
-    source = Text(b"")
-    source.kind, source.K, source.n = "bytes", 256, len(noise)
-    source.symbols = torch.tensor(list(noise), dtype=torch.uint8)
-    file = io.BytesIO()
-    compress.encode_file(file, model, source, "forward", planner.full_plan(1, 24), 50)
-    archive = file.getvalue()
-    assert len(archive) < len(noise) + 300 and archive[blocks_of(archive)[0][0]] >= 128
-    file.seek(0)
-    parts = compress.decode_file(file, model, compress.read_header(file, "a"), "a")
-    assert b"".join(part.numpy().tobytes() for part in parts) == noise
-    file = io.BytesIO(archive[:-9] + b"x" + archive[-8:])
+    archive, _ = pack(model, noise, calls=24, block=50, K=256)
+    assert len(archive) < len(noise) + 200 and archive[blocks_of(archive)[0][0]] >= 128
+    assert unpack(model, archive, K=256) == noise
     with pytest.raises(ValueError, match="block 1"):
-        list(compress.decode_file(file, model, compress.read_header(file, "a"), "a"))
+        unpack(model, archive[:-9] + b"x" + archive[-8:], K=256)
 
 
 def test_an_upscale_model_meets_no_impossible_digit_in_damaged_bytes():
@@ -1374,10 +1371,10 @@ def test_an_upscale_model_meets_no_impossible_digit_in_damaged_bytes():
     codec = compress.Codec(model, (2,), "forward", planner.full_plan(2, 2))
     x = torch.tensor([[[0, 4], [3, 1], [2, 2]]], dtype=torch.uint8)
     packed, _ = codec.encode(x, 0)
-    assert torch.equal(codec.decode(packed, 3, 2, 0)[0], x.flatten())
+    assert torch.equal(*codec.decode(packed, 3, 2, 0), x.flatten())
     for seed in range(60):
         noise = np.random.default_rng(seed).bytes(7)
-        assert codec.decode([bytes(5) + noise], 3, 2, 0) == [None]
+        assert list(codec.decode([bytes(5) + noise], 3, 2, 0)) == [None]
 
 
 def test_headers_are_short_and_those_that_ask_for_too_much_are_refused(model, tmp_path):
@@ -1415,10 +1412,10 @@ def test_compress_on_the_command_line(folder, tmp_path, capsys):
         assert call(compress, "decode", *ckpt, tmp_path / "a", tmp_path / "out") == 0
         assert (tmp_path / "out").read_bytes() == (tmp_path / "in").read_bytes()
     assert call(compress, "info", tmp_path / "a") == 0
-    assert "2,000 symbols of K = 27" in capsys.readouterr().out
+    assert "length   2000" in capsys.readouterr().out
     assert call(compress, "bench", *ckpt, tmp_path / "in") == 0
     printed = capsys.readouterr().out
-    assert "identical" in printed and "exact nll" in printed and "xz" in printed
+    assert "decoded and identical" in printed and "exact nll" in printed and "xz" in printed
 
 
 def test_images_are_compressed_whole_in_part_and_where_damaged(gallery, tmp_path, capsys):
@@ -1552,7 +1549,8 @@ def test_sample_refuses_bad_input(refused, folder, gallery, tmp_path):
     text, image = (("--ckpt", place / "ckpt.pt", "--out", tmp_path / "out")
                    for place in (folder, gallery))
     for flags, match in (
-            (("--calls", 0), "--calls 0: choose 1 to 24"), (("--calls", 25), "choose 1 to 24"),
+            (("--calls", 0), "0 network calls: choose 1 to 24"),
+            (("--calls", 25), "25 network calls: choose 1 to 24"),
             (("--prompt", "the ____ of", "--calls", 5), "choose 1 to 4"),
             (("--prompt", "The ____"), "'T' at position 0"),
             (("--prompt", "_" * 25), "25 characters, the model takes 24"),
@@ -1588,7 +1586,7 @@ def test_compress_refuses_bad_input(refused, folder, gallery, model, tmp_path):
             (("encode", *ckpt, "--block", 0, source, out), "--block 0: choose 1 to"),
             (("encode", *ckpt, folder / "test.txt", folder / "ckpt.pt"), "the same file"),
             (("decode", *ckpt, tmp_path / "foreign", out), "is no archive"),
-            (("decode", *ckpt, tmp_path / "old", out), "format version 7"),
+            (("decode", *ckpt, tmp_path / "old", out), "another format version than 8"),
             (("decode", *ckpt, tmp_path / "cut", out), "cut off"),
             (("decode", *ckpt, tmp_path / "a", "--item", 1, out), "--item 1: "),
             (("decode", "--ckpt", tmp_path / "other.pt", tmp_path / "a", out),
@@ -1597,7 +1595,7 @@ def test_compress_refuses_bad_input(refused, folder, gallery, model, tmp_path):
     ckpt = ("--ckpt", gallery / "ckpt.pt")
     np.save(tmp_path / "objects.npy", np.array([Path("x")]), allow_pickle=True)
     (tmp_path / "cut.npy").write_bytes((gallery / "test.npy").read_bytes()[:300])
-    bad = {"shape": (pictures(3, (5, 6, 3)), "the model codes (3, 6, 5)"),
+    bad = {"shape": (pictures(3, (5, 6, 3)), "the model codes (6, 5, 3)"),
            "grey": (pictures(3, (6, 5)), "the model codes"),
            "float": (np.zeros((3, 6, 5, 3)), "float64"),
            "none": (np.zeros((0, 6, 5, 3), np.uint8), "images are uint8"),

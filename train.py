@@ -39,53 +39,13 @@ import planner
 from ardm import bits_per_dim, sample_sigma, stratified_steps
 
 
-def setting(default, help, **how):
-    return dataclasses.field(default=default, metadata=dict(help=help, **how))
-
-
-def positive(text):
-    """An integer of 1 or more, from a command line."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
-    return int(text)
-
-
-@dataclasses.dataclass
-class Settings:
-    """All that decides a run; every field is a flag. What --size leaves open is None here."""
-    data: str = setting("pydoc", f"{', '.join(datasets.NAMES)}, or a file (default pydoc)")
-    size: str = setting(None, "the default is small on CUDA, else tiny",
-                        choices=("tiny", "small", "paper"))
-    recipe: str = setting("ours", "the paper's network and optimiser, or what learns more in "
-                                  "minutes (default ours)", choices=("paper", "ours"))
-    branch: int = setting(None, "b of an upscale model, which generates base-b digits in stages; "
-                                "without it the model is order-agnostic")
-    parametrization: str = setting(None, "of an upscale model; the default is direct for images in "
-                                         "our recipe, else data", choices=("data", "direct"))
-    bits: positive = setting(8, "of the 8 of each value in an image, from the most significant on")
-    length: positive = setting(None, "D of text: characters in a datapoint")
-    dim: positive = setting(None, "width of the network")
-    depth: positive = setting(None, "blocks of the network; of images: on each side")
-    heads: int = setting(None, "attention heads; of images: in the middle, 0: no attention")
-    batch: positive = setting(None, "datapoints in a training step")
-    lr: float = setting(None, "learning rate of Adam")
-    steps: positive = setting(None, "length of the run in training steps")
-    minutes: float = setting(None, "length of the run in minutes, where --steps is not given")
-    passes: positive = setting(None, "passes over each split in the evaluation")
-    compile: bool = setting(None, "torch.compile; the default is yes on CUDA with Triton",
-                            action=argparse.BooleanOptionalAction)
-    device: str = setting(None, "cuda, mps or cpu; the default is the first that is there")
-    seed: int = setting(0, "of the weights and of every draw (default 0)")
-    out: str = setting(None, "folder for the results; the default is out/<data>")
-
-
 SIZES = {
     "text": {
         "tiny": dict(length=64, dim=128, depth=4, heads=2, batch=48, minutes=2.75),
         "small": dict(length=250, dim=512, depth=8, heads=8, batch=256, minutes=2.5),
         "paper": dict(length=250, dim=768, depth=12, heads=12, batch=512, steps=3_000_000)},
     "image": {
-        "tiny": dict(dim=32, depth=2, heads=0, batch=8, minutes=2.75),
+        "tiny": dict(dim=64, depth=2, heads=0, batch=8, minutes=2.75),
         "small": dict(dim=128, depth=4, heads=4, batch=64, minutes=2.5),
         "paper": dict(dim=256, depth=32, heads=1, batch=128, steps=1_170_000)}}
 PAPER = {                            # App. D; where the paper is silent, the released code's values
@@ -102,8 +62,46 @@ COLUMNS = ("step", "seconds", "train_bits_per_dim", "valid_bits_per_dim")
 PLAIN = ("step", "seconds", "L", "counts", "log")          # of a run: numbers and tensors
 RESUMABLE = {"data", "steps", "minutes", "passes", "out", "compile", "device"}
 AFFORDABLE = {"cpu": 1 << 21, "mps": 1 << 23, "cuda": 1 << 26}     # variables, to measure a plan
-WRITTEN = ("ckpt.pt", "log.csv", "test.txt", "test.bin", "test.npy", "results.png", "samples.png",
-           "results.json")           # in its folder by a run
+WRITTEN = ("ckpt.pt", "log.csv", "results.json", "results.png", "samples.png",
+           *datasets.PIECES.values())                      # in its folder by a run
+
+
+def setting(default, help, **how):
+    return dataclasses.field(default=default, metadata=dict(help=help, **how))
+
+
+def positive(text):
+    """An integer of 1 or more, from a command line."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
+
+
+@dataclasses.dataclass
+class Settings:
+    """All that decides a run; every field is a flag. What --size leaves open is None here."""
+    data: str = setting("pydoc", f"{', '.join(datasets.NAMES)}, or a file (default pydoc)")
+    size: str = setting(None, "default: small on CUDA, else tiny", choices=list(SIZES["text"]))
+    recipe: str = setting("ours", "the paper's network and optimiser, or what learns more in "
+                          "minutes (default ours)", choices=["paper", "ours"])
+    branch: int = setting(None, "b of an upscale model (without it: order-agnostic)")
+    parametrization: str = setting(None, "of an upscale model; default: direct for images in our "
+                                   "recipe, else data", choices=["data", "direct"])
+    bits: positive = setting(8, "of the 8 of each value in an image, most significant first")
+    length: positive = setting(None, "D of text: characters in a datapoint")
+    dim: positive = setting(None, "width of the network")
+    depth: positive = setting(None, "blocks of the network; of images: on each side")
+    heads: int = setting(None, "attention heads; of images: in the middle, 0: no attention")
+    batch: positive = setting(None, "datapoints in a training step")
+    lr: float = setting(None, "learning rate of Adam")
+    steps: positive = setting(None, "length of the run in training steps")
+    minutes: float = setting(None, "length of the run in minutes, where --steps is not given")
+    passes: positive = setting(None, "passes over each split in the evaluation")
+    compile: bool = setting(None, "torch.compile; default: yes on CUDA with Triton",
+                            action=argparse.BooleanOptionalAction)
+    device: str = setting(None, "cuda, mps or cpu; default: the first that is there")
+    seed: int = setting(0, "of the weights and of every draw (default 0)")
+    out: str = setting(None, "folder for the results; default: out/<data>")
 
 
 # -- A run: model, optimiser, loop -----------------------------------------------------------------
@@ -112,7 +110,6 @@ class Run:
     """What training changes: the weights, their average, the optimisers, the random numbers."""
 
     def __init__(self, c, data):
-        nets.keep_freed_memory()
         torch.manual_seed(c.seed)
         self.c = c
         self.settings = dataclasses.asdict(c) | dict(kind=data.kind, K=data.K,
@@ -136,6 +133,10 @@ class Run:
         return self.step / self.c.steps if self.c.steps else self.seconds / (60 * self.c.minutes)
 
     def save(self, folder):
+        """Writes ckpt.pt; ValueError, and the old one stays, where the weights are no numbers."""
+        if not all(p.isfinite().all() for p in self.model.parameters()):
+            raise ValueError(f"step {self.step}: the weights are not numbers any more; begin anew "
+                             "with a smaller --lr")
         state = dict(settings=self.settings, model=self.model.state_dict(),
                      ema=self.ema.state_dict(), generator=self.generator.get_state(),
                      optimizer=[optimizer.state_dict() for optimizer in self.optimizers],
@@ -171,16 +172,15 @@ def train(run, data, folder):
             losses.append(train_step(run, x))
             run.seconds = time.perf_counter() - begin
             if run.step % 10 == 0:                         # seldom: reading the loss waits for it
-                bar.set_postfix_str(f"step {run.step}, {finite(losses, run.step):.3f} bits/"
-                                    f"{datasets.UNITS[data.kind]}", refresh=False)
+                loss = torch.stack([*losses]).mean().item()
+                bar.set_postfix_str(f"step {run.step}, {loss:.3f} bits/{datasets.UNITS[data.kind]}",
+                                    refresh=False)
                 bar.update(min(run.progress, 1.0) - bar.n)
             if run.step % REPORT == 0:
-                write_log(run, data, finite(losses, run.step), folder)
+                write_log(run, data, loss, folder)
             if time.perf_counter() - saved > 120:
-                finite(losses, run.step)
                 run.save(folder)
                 saved = time.perf_counter()
-    finite(losses, run.step)
     run.save(folder)
     return run.progress >= 1
 
@@ -202,7 +202,7 @@ def train_step(run, x):
     for optimizer in run.optimizers:
         optimizer.step()
     run.step += 1
-    decay = min(run.hyper["ema"], 1 - 1 / (1 + 0.02 * run.step))         # the beginning is forgotten
+    decay = min(run.hyper["ema"], 1 - 1 / (1 + 0.02 * run.step))   # forgets the beginning
     get_ema_multi_avg_fn(decay)([*run.ema.parameters()], [*run.model.parameters()], run.step)
     return loss.detach()
 
@@ -279,15 +279,6 @@ def has_bf16(device):
         return torch.cuda.get_device_capability(device) >= (8, 0)
     found = getattr(torch.cpu, "get_capabilities", dict)()
     return device == "cpu" and bool(found.get("avx512_bf16") or found.get("amx_bf16"))
-
-
-def finite(losses, step):
-    """The mean of the last losses; ValueError where it is no number, and must not be saved."""
-    loss = torch.stack([*losses]).mean().item() if losses else 0.0
-    if not math.isfinite(loss):
-        raise ValueError(f"step {step}: the loss is not a number any more; begin anew with a "
-                         "smaller --lr")
-    return loss
 
 
 @contextmanager
@@ -406,8 +397,8 @@ def describe(r):
              f"for comparison, bits/{unit}: {others}",
              f"loss components L_t in bits, t = 1..{len(r['L_smooth'][0])}:"]
     for row in r["L_smooth"]:
-        bars = [part.mean() / row[0] for part in np.array_split(row, min(48, len(row)))]
-        bars = "".join(" ▁▂▃▄▅▆▇█"[round(8 * min(max(height, 0), 1))] for height in bars)
+        heights = [part.mean() / row[0] for part in np.array_split(row, min(48, len(row)))]
+        bars = "".join(" ▁▂▃▄▅▆▇█"[round(8 * min(max(one, 0), 1))] for one in heights)
         lines.append(f"  {row[0]:.2f} {bars} {row[-1]:.2f}")
     lines.append(f"network calls   bits/{unit} predicted from L_t   measured (exact)")
     for row in r["calls"]:
@@ -421,26 +412,25 @@ def describe(r):
 def plot(folder, results, log):
     """folder/results.png: loss over time, L_t, and the price of few calls (the paper's Fig. 3)."""
     from matplotlib import pyplot
+    L = np.array(results["L_smooth"])
+    budgets = np.unique(np.geomspace(len(L), L.size, 30).round().astype(int)).tolist()
+    costs = [cost / L.shape[1] for cost in planner.costs(L, budgets).values()]
+    exact = [(row["calls"], row["measured"]) for row in results["calls"] if "measured" in row]
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(15, 4))
-    unit, L = datasets.UNITS[results["kind"]], np.array(results["L_smooth"])
     for name, column in (("training", 2), ("validation", 3)):
         left.plot([row[1] for row in log], [row[column] for row in log], label=name)
     for s, row in enumerate(L, start=1):
-        middle.plot(range(1, len(row) + 1), row, label=f"$L_t$ of stage {s}, smoothed")
-    budgets = np.unique(np.geomspace(len(L), L.size, 30).round().astype(int)).tolist()
-    right.plot(budgets, [cost / L.shape[1] for cost in planner.costs(L, budgets).values()],
-               label="predicted")
-    measured = [(row["calls"], row["measured"]) for row in results["calls"] if "measured" in row]
-    right.plot(*zip(*measured), "o", label="measured")
-    left.set(title="loss", xlabel="seconds", ylabel=f"bits/{unit}")
-    middle.set(title="loss components", xlabel="t", ylabel="bits", ylim=0)
-    right.set(title="bits under a budget", xlabel="network calls", xscale="log")
+        middle.plot(range(1, len(row) + 1), row, label=f"stage {s}")
+    right.plot(budgets, costs, label="predicted from $L_t$")
+    right.plot(*zip(*exact), "o", label="measured")
+    left.set(xlabel="seconds", ylabel=f"bits/{datasets.UNITS[results['kind']]}")
+    middle.set(xlabel="t", ylabel="loss component $L_t$, bits", ylim=0)
+    right.set(xlabel="network calls", xscale="log")
     for part in (left, middle, right):
         part.legend()
     figure.tight_layout()
     with datasets.write(folder / "results.png") as file:
         figure.savefig(file, format="png", dpi=100)
-    pyplot.close(figure)
 
 
 # -- The command -----------------------------------------------------------------------------------
@@ -460,19 +450,25 @@ def size_of(given):
     return given.get("size") or ("small" if cuda else "tiny")
 
 
+def default_folder(data):
+    return f"out/{Path(data).name.split('.')[0] or 'run'}"
+
+
 def complete(given, data):
     """Settings from the flags that were given: what they leave open comes from the size."""
     size, image = size_of(given), data.kind == "image"
     preset = dict(SIZES["image" if image else "text"][size])
+    if image and size == "tiny" and data.D < 1024:
+        preset["batch"] *= 4                               # of small images more
     if "minutes" in given:
         preset.pop("steps", None)
     c = Settings(**{**preset, **given, "size": size})
     c.device = str(nets.pick_device(c.device))
+    c.out = c.out or default_folder(c.data)
     if c.compile is None:
         c.compile = c.device.startswith("cuda") and importlib.util.find_spec("triton") is not None
     if c.parametrization is None:
         c.parametrization = "direct" if image and c.recipe == "ours" else "data"
-    c.out = c.out or default_folder(c.data)
     if c.heads < 0 or c.dim % (2 * (c.heads or 1)) or c.dim < 4 or c.heads == 0 and not image:
         raise ValueError(f"--dim {c.dim} must be 4 or more, and a multiple of 2 * --heads = "
                          f"{2 * c.heads}; --heads may be 0 for images alone")
@@ -481,22 +477,16 @@ def complete(given, data):
     return c
 
 
-def default_folder(data):
-    return f"out/{Path(data).name.split('.')[0] or 'run'}"
-
-
 def reopen(path, given, changeable):
-    """A checkpoint, its settings as flags with what is given, and its data. ValueError for a flag
-    that may not change, and for data of another form."""
+    """A model, its checkpoint, the run's settings as flags with what is given, and the data;
+    ValueError for a flag that may not change, and for data of another form."""
     foreign = given.keys() - changeable
     if foreign:
         raise ValueError(f"the settings come from the checkpoint: leave out --{foreign.pop()}")
     model, checkpoint = nets.load(path, given.get("device"))
     settings = checkpoint["settings"]
     flags = {field.name: settings[field.name] for field in dataclasses.fields(Settings)}
-    if "minutes" in given:
-        flags["steps"] = None
-    flags |= dict(device=None) | given
+    flags |= dict(device=None) | (dict(steps=None) if "minutes" in given else {}) | given
     data = load_data(flags)
     found = (data.kind, data.K, list(data.shape))
     wanted = (settings["kind"], settings["K"], list(settings["shape"]))
@@ -527,45 +517,38 @@ def prepare_folder(c, going_on):
 
 
 def finish(run, data, folder, with_plot):
-    """Evaluates a completed run, and writes and shows what it found."""
-    c = run.c
-    results = evaluate(run.ema, data, c.passes)
+    """Evaluates a completed run, writes and shows what it found, and says what to run next."""
+    results = evaluate(run.ema, data, run.c.passes)
     run.L, run.counts = results.pop("L"), results.pop("counts")
     run.save(folder)
     if with_plot:
         plot(folder, results, run.log)
     print(describe(results))
-    results |= dict(seed=c.seed, steps=run.step, seconds=run.seconds, device=c.device,
+    results |= dict(seed=run.c.seed, steps=run.step, seconds=run.seconds, device=run.c.device,
                     params=sum(p.numel() for p in run.model.parameters()), settings=run.settings,
                     versions=dict(python=platform.python_version(), torch=torch.__version__,
                                   numpy=np.__version__))
-    show_samples(run, data, folder, np.array(results["L_smooth"]))
-    with datasets.write(folder / "results.json", "w") as file:
-        json.dump(results, file, indent=1)
-
-
-def show_samples(run, data, folder, L):
-    """Samples, a piece of the test split for compress.py, and what to run next."""
-    image = data.kind == "image"
+    piece, image = folder / datasets.PIECES[data.kind], data.kind == "image"
+    L = np.array(results["L_smooth"])
     few = min(100 if image else 20, L.size)
     x = run.ema.sample(16 if image else 2, planner.plan(L, few), generator=run.generator).cpu()
-    piece = data.splits["test"][:16 if image else 20000].cpu()
-    name = {"image": "test.npy", "text": "test.txt", "bytes": "test.bin"}[data.kind]
-    with datasets.write(folder / name) as file:
-        if image:
-            np.save(file, piece.view(-1, *data.shape).permute(0, 2, 3, 1).numpy())
-        else:
-            file.write(datasets.to_bytes(piece, data.K))
+    test = data.splits["test"][:16 if image else 20000].cpu()
     print(f"samples, {few} network calls:")
+    with datasets.write(piece) as file:                    # to try compress.py on
+        if image:
+            np.save(file, test.view(-1, *data.shape).permute(0, 2, 3, 1).numpy())
+        else:
+            file.write(datasets.to_bytes(test, data.K))
     if image:
         pictures = datasets.to_images(x, data.shape, data.K)
         with datasets.write(folder / "samples.png") as file:
             file.write(datasets.png(datasets.grid(pictures, columns=8)))
-        print(f"  {folder / 'samples.png'}")
-    else:
-        print(*(f"  {datasets.show(row, data.K)}" for row in x), sep="\n")
-    ckpt, source, packed = (shlex.quote((folder / file).as_posix())
-                            for file in ("ckpt.pt", name, "test.ardm"))
+    print(f"  {folder / 'samples.png'}" if image else
+          "\n".join(f"  {datasets.show(row, data.K)}" for row in x))
+    with datasets.write(folder / "results.json", "w") as file:
+        json.dump(results, file, indent=1)
+    ckpt, source, packed = (shlex.quote(path.as_posix()) for path in (
+        folder / "ckpt.pt", piece, folder / "test.ardm"))
     blanks = "--inpaint top" if image else '--prompt "the ____ of"'
     print("what to run next:", f"python sample.py --ckpt {ckpt} --calls {few} --frames",
           f"python sample.py --ckpt {ckpt} {blanks}",

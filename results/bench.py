@@ -1,0 +1,415 @@
+"""The measurements: python -m results.bench SECTION [SECTION ...]
+
+    text images             our recipe without each of its ingredients, in equal time
+    text8 mnist cifar10 glyphs    runs as a reader would make them, test data looked at once
+    orders compress         orders of images; bits and seconds of text against network calls
+    planner coder speed     seconds
+    portable fuzz           what archives survive
+
+Each keeps its rows in results/bench.json, with the machine and the day, and results/README.md is
+written anew. Real data is looked for in the folder ARDM_DATA. Run it alone on the machine.
+"""
+import collections
+import contextlib
+import datetime
+import io
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+
+import coder
+import compress
+import data as datasets
+import nets
+import planner
+import train
+from ardm import bits_per_dim
+
+HERE = Path(__file__).parent
+RUNS = Path("out/bench")             # what one section leaves for others
+REAL = Path(os.environ.get("ARDM_DATA", "data"))
+CIFAR = REAL / "cifar10" / "cifar-10-binary.partial.tar.gz"
+
+
+def machine():
+    """The processor, and how many threads of it."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.is_file() else []
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else (
+        names or [platform.processor()])[0]
+    return (f"{name}, {torch.get_num_threads()} threads; Python {platform.python_version()}, torch "
+            f"{torch.__version__}")
+
+
+def trained(name=None, patches=(), data=None, **given):
+    """(run, data) after a training with these settings; patches take parts of the recipe away.
+    name: the checkpoint stays in that folder of RUNS."""
+    given = dict(given, device="cpu") if not torch.cuda.is_available() else given
+    with contextlib.ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
+        for patch in (*patches, mock.patch.object(train, "REPORT", 10 ** 9)):
+            stack.enter_context(patch)
+        data = data or train.load_data(given)
+        run = train.Run(train.complete(given, data), data)
+        train.train(run, data, Path(folder))
+    if name:
+        found = train.bound(run.ema, train.spread(data.chunks("valid")[0], 700))
+        run.L, run.counts = found["L"], found["counts"]
+        (RUNS / name).mkdir(parents=True, exist_ok=True)
+        run.save(RUNS / name)
+    return run, data
+
+
+def median_seconds(*functions, repeats=15):
+    """Of each function, timed in turns, so that a slow spell of the machine is everybody's."""
+    seconds = [[] for _ in functions]
+    for _ in range(repeats + 1):                           # the first one warms up
+        for function, times in zip(functions, seconds):
+            begin = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - begin)
+    return [statistics.median(times[1:]) for times in seconds]
+
+
+# -- Recipes: validation data, three seeds ---------------------------------------------------------
+
+def adam_alone(net, c, hyper, make=train.make_optimizers):
+    plain = train.dataclasses.replace(c, recipe="paper")
+    return make(net, plain, dict(hyper, lr=2e-3))
+
+
+def constant_rate(c, hyper, step, progress):
+    return min(1.0, (step + 1) / hyper["warmup"])
+
+
+WITHOUT = {                          # in the code: every ingredient, and how it is taken away
+    "Muon, Adam alone": mock.patch.object(train, "make_optimizers", adam_alone),
+    "the rate that falls": mock.patch.object(train, "learning_rate", constant_rate),
+    "the average of the weights": mock.patch.dict(train.OURS["tiny"], ema=0.0),
+    "zero initialisation": mock.patch.object(nets.nn.init, "zeros_", lambda tensor: tensor)}
+WITHOUT_TEXT = WITHOUT | {
+    "neighbour convolutions": mock.patch.object(nets, "CONV", 1),
+    "blocks without attention": mock.patch.object(nets, "EVERY", 1)}
+WITHOUT_IMAGES = WITHOUT | {
+    "the logistic distribution": mock.patch.object(nets, "logistic", lambda place, width, K: 0),
+    "means of neighbours": mock.patch.object(
+        nets, "local_means", lambda v, seen: torch.zeros(2, 4, *v.shape))}
+
+
+def without(ingredients, args, **given):
+    """Bits of validation data with the recipe, and without each of its ingredients."""
+    bits, rows = collections.defaultdict(list), []
+    for seed in range(args.seeds):
+        for name, patch in {"nothing": None, **ingredients}.items():
+            run, data = trained(patches=[patch] if patch else [], seed=seed, **given)
+            found = train.bound(run.ema, *data.chunks("valid"), passes=args.passes)
+            bits[name].append(found["bits"])
+            print(f"  seed {seed} without {name}: {found['bits']:.4f}, {run.step} steps")
+    for name, each in bits.items():
+        gains = [a - b for a, b in zip(each, bits["nothing"])]
+        spread = statistics.stdev(gains) if len(gains) > 1 and any(gains) else 0.0
+        rows.append({"without": name, "bits": statistics.mean(each), "seeds": len(each),
+                     "it gains": statistics.mean(gains), "+-": spread})
+    return rows
+
+
+def bench_text(args):
+    """Default text run, in equal time, bits/char of its validation split."""
+    return without(WITHOUT_TEXT, args, minutes=args.minutes or 2.75)
+
+
+def bench_images(args):
+    """CIFAR-10 (20,000 images), in equal time, bits/dim of the last tenth of them."""
+    return without(WITHOUT_IMAGES, args, data=datasets.load(str(CIFAR)), minutes=args.minutes or 5)
+
+
+# -- Runs: the test split, looked at once ----------------------------------------------------------
+
+def result(name, run, data, **more):
+    found = train.bound(run.ema, *data.chunks("test"))
+    row = dict(run=name, **more, bits=found["bits"], stderr=found["stderr"], steps=run.step,
+               weights=sum(p.numel() for p in run.model.parameters()), minutes=run.seconds / 60)
+    print(" ", row)
+    return row
+
+
+def text8_prefix(length=250):
+    """The first 6,877,825 characters of text8, the last 200,000 of them for the test."""
+    data = datasets.load(str(REAL / "text8" / "text8_prefix.zip"), length)
+    stream = torch.cat(list(data.splits.values()))[:6_877_825]
+    data.splits = dict(train=stream[:-220_000], valid=stream[-220_000:-200_000],
+                       test=stream[-200_000:])
+    return data
+
+
+def bench_text8(args):
+    """text8 (its first 6.9 million characters, the last 200,000 for the test), chunks of 250,
+    bits/char; single letters have 4.1."""
+    rows = []
+    for recipe in ("ours", "paper"):
+        run, data = trained(f"text8-{recipe}", data=text8_prefix(), recipe=recipe, length=250,
+                            batch=12, minutes=args.minutes or 10)
+        rows.append(result(f"recipe {recipe}, 4 blocks of 128", run, data))
+    return rows
+
+
+def bench_mnist(args):
+    """MNIST, bits/dim of its test images."""
+    run, data = trained("mnist", data=datasets.load("mnist"), minutes=args.minutes or 10)
+    return [result("order-agnostic", run, data)]
+
+
+def bench_cifar10(args):
+    """CIFAR-10 (20,000 training images, 1,017 test images), bits/dim."""
+    rows = []
+    for name, branch in (("order-agnostic", None), ("upscale-4", 4)):
+        given = dict(branch=branch) if branch else {}
+        run, data = trained(f"cifar10-{name}", data=datasets.load(str(CIFAR)),
+                            minutes=args.minutes or 20, **given)
+        rows.append(result(name, run, data))
+    return rows
+
+
+def bench_glyphs(args):
+    """The pictures of digits that are drawn here, bits/dim of the test images."""
+    run, data = trained("glyphs", data=datasets.load("glyphs"), minutes=args.minutes or 2.75)
+    return [result("order-agnostic", run, data)]
+
+
+# -- Orders and archives ---------------------------------------------------------------------------
+
+def lattice(shape):
+    """The pixels of a coarse grid first, then those between them, one colour after the other."""
+    C, H, W = shape
+    i = np.indices((H, W))
+    i[i == 0] = 1 << 30
+    powers = np.log2(i & -i).astype(int).min(axis=0).reshape(-1)         # how often 2 divides both
+    turn = np.argsort(np.tile(-powers, C), kind="stable")
+    sigma = np.empty(len(turn), dtype=np.int64)
+    sigma[turn] = np.arange(1, len(turn) + 1)
+    return sigma
+
+
+def bench_orders(args):
+    """Orders of images at 100 network calls, even plans, exact bits/dim of validation images."""
+    rows = []
+    for name, count in (("mnist", 100), ("cifar10-order-agnostic", 24)):
+        model, checkpoint = nets.load(RUNS / name / "ckpt.pt")
+        shape = checkpoint["settings"]["shape"]
+        data = datasets.load("mnist" if name == "mnist" else str(CIFAR))
+        x = train.spread(data.chunks("valid")[0], count).long()
+        plan = planner.uniform_plan(model.S, model.D, 100)
+        orders = {rule: planner.order(rule, shape) for rule in (
+            "random:1", "random:2", "random:3", "forward", f"spaced:{-(-model.D // 100)}")}
+        for rule, sigma in (orders | {"lattice": lattice(shape)}).items():
+            nats = torch.cat([model.nll(part, plan, torch.from_numpy(sigma).expand(part.shape))
+                              for part in x.split(nets.rows_at_once(model))])
+            bits = bits_per_dim(nats, model.D)
+            rows.append(dict(model=name, order=rule, bits=bits.mean().item(),
+                             stderr=(bits.std() / len(bits) ** 0.5).item()))
+            print(" ", rows[-1])
+    return rows
+
+
+def bench_compress(args):
+    """The first 20,000 characters of the test text of text8 against network calls: bits/char of the
+    archive, beside the exact nll and general packers, and seconds."""
+    path = RUNS / "text8-ours" / "test.txt"
+    path.write_bytes(datasets.to_bytes(text8_prefix().splits["test"][:20000], 27))
+    model, checkpoint = nets.load(path.with_name("ckpt.pt"))
+    rows = []
+    for calls in (16, 32, 63, 125, 250):
+        rule, plan = f"spaced:{-(-250 // calls)}", planner.uniform_plan(1, 250, calls)
+        source, file = compress.Source(path, checkpoint["settings"]), io.BytesIO()
+        begin = time.perf_counter()
+        bits = compress.encode_file(file, model, source, rule, plan, 65, verify=False)
+        middle = time.perf_counter()
+        file.seek(0)
+        header = compress.read_header(file, "archive")
+        list(compress.decode_file(file, model, header, plan))
+        end = time.perf_counter()
+        rows.append({"": f"{calls} calls, {rule}", "exact nll": bits / 20000,
+                     "archive": 8 * len(file.getvalue()) / 20000, "encode, s": middle - begin,
+                     "decode, s": end - middle})
+        print(" ", rows[-1])
+    return rows + [{"": name, "archive": 8 * len(pack(path.read_bytes())) / 20000}
+                   for name, pack in datasets.packers().items()]
+
+
+def bench_portable(args):
+    """How far float32 and float64 differ on a simulated older machine (no AVX, one thread), in
+    nats; coder.MARGIN is 1e-10. And the share of 2^14 symbols' values within it of a boundary."""
+    code = ("import sys, torch, nets\nmodel, _ = nets.load(sys.argv[1], 'cpu')\n"
+            "x = torch.arange(8 * model.D).view(8, -1) % model.K\nt = torch.full((8,), 5)\n"
+            "g = torch.Generator().manual_seed(0)\nm = torch.rand(x.shape, generator=g) < 0.3\n"
+            "with torch.no_grad():\n"
+            "    torch.save([model.log_probs(x, m, t, t // 5), model.double().log_probs(x, m, t, "
+            "t // 5)], sys.argv[2])")
+    old = dict(ATEN_CPU_CAPABILITY="default", MKL_CBWR="COMPATIBLE", ONEDNN_MAX_CPU_ISA="SSE41",
+               OMP_NUM_THREADS="1")
+    rows = []
+    for name in ("text8-ours", "mnist", "cifar10-order-agnostic"):
+        found = []
+        for i, change in enumerate(({}, old)):
+            out = RUNS / f"portable{i}.pt"
+            subprocess.run([sys.executable, "-c", code, RUNS / name / "ckpt.pt", out], check=True,
+                           env={**os.environ, **change, "PYTHONPATH": "."})
+            found.append(torch.load(out))
+        differs = [(a - b).abs().max().item() for a, b in zip(*found)]
+        rows.append({"model": name, "float32": differs[0], "float64": differs[1]})
+        print(" ", rows[-1])
+    return rows
+
+
+def bench_fuzz(args):
+    """10,000 archives with bytes changed, cut out, put in or moved."""
+    path = RUNS / "text8-ours" / "test.txt"
+    model, checkpoint = nets.load(path.with_name("ckpt.pt"))
+    path.write_bytes(datasets.to_bytes(text8_prefix().splits["test"][:300], 27))
+    source, file = compress.Source(path, checkpoint["settings"]), io.BytesIO()
+    compress.encode_file(file, model, source, "spaced:63", planner.uniform_plan(1, 250, 4), 1)
+    archive, found = file.getvalue(), collections.Counter()
+    rng = np.random.default_rng(0)
+    for _ in range(args.count):
+        i, j = sorted(rng.integers(len(archive), size=2))
+        bad = [archive[:i] + rng.bytes(1) + archive[i + 1:], archive[:i] + archive[j:],
+               archive[:i] + rng.bytes(3) + archive[i:],
+               archive[:i] + archive[j:j + 9] + archive[i:j] + archive[j + 9:]][rng.integers(4)]
+        file = io.BytesIO(bad)
+        try:
+            header = compress.read_header(file, "a")
+            plan = compress.read_plan(header, model, checkpoint["settings"], "a")
+            back = b"".join(datasets.to_bytes(part, 27) for part in compress.decode_file(
+                file, model, header, plan))
+            found["decoded right" if back == path.read_bytes() else "decoded wrong"] += 1
+        except ValueError:
+            found["refused"] += 1
+    return [dict(found, crashed=0)]
+
+
+# -- Seconds ---------------------------------------------------------------------------------------
+
+def bench_planner(args):
+    """Seconds of the cheapest plan."""
+    rows = []
+    for S, D, calls in ((1, 250, 20), (1, 3072, 50), (1, 16000, 50), (8, 16000, 400)):
+        L = np.sort(np.random.default_rng(0).random((S, D)), axis=1)[:, ::-1]
+        seconds, = median_seconds(lambda: planner.plan(L, calls), repeats=5)
+        rows.append(dict(stages=S, D=D, calls=calls, seconds=seconds))
+    return rows
+
+
+def bench_coder(args):
+    """Million symbols a second of the coder alone, from log-probabilities to bytes and back."""
+    rows = []
+    for K in (4, 27, 256):
+        n = 102_400
+        logits = 2 * np.random.default_rng(0).normal(size=(n, K))
+        log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        symbols, row = np.random.default_rng(1).integers(K, size=n), np.arange(1024)
+
+        def encode():
+            starts, freqs = [], []
+            for part, a in zip(np.split(log_p, 100), np.split(symbols, 100)):
+                cdf = coder.quantize(part)
+                starts.append(cdf[row, a])
+                freqs.append(cdf[row, a + 1] - starts[-1])
+            return coder.encode(np.concatenate(starts), np.concatenate(freqs))
+
+        def decode(data=encode()):
+            decoder = coder.Decoder(data)
+            for part in np.split(log_p, 100):
+                decoder.pop(coder.quantize(part))
+            assert decoder.end == 0
+
+        there, back = median_seconds(encode, decode, repeats=5)
+        rows.append({"K": K, "encode": n / there / 1e6, "decode": n / back / 1e6})
+        print(" ", rows[-1])
+    return rows
+
+
+def bench_speed(args):
+    """Whole training steps a second, on data of the released code's sizes; it makes 30.9 (text) and
+    12.6 (images) datapoints a second on such a machine, in float32."""
+    rows = []
+    text = dict(length=250, dim=256, depth=4, heads=4, batch=32)
+    image = dict(dim=64, depth=4, heads=1, batch=16)
+    for name, data, given in (("text, 4 blocks of 256", datasets.load("pydoc", 250), text),
+                              ("images, 4 + 4 blocks of 64", datasets.load(str(CIFAR)), image)):
+        for recipe in ("ours", "paper"):
+            run = train.Run(train.complete(dict(given, recipe=recipe, steps=10 ** 6), data), data)
+            x = data.batch(given["batch"])
+            seconds, = median_seconds(lambda: train.train_step(run, x).item(), repeats=7)
+            rows.append({"training step": name, "recipe": recipe, "seconds": seconds,
+                         "datapoints a second": given["batch"] / seconds})
+            print(" ", rows[-1])
+    return rows
+
+
+# -- What was measured -----------------------------------------------------------------------------
+
+def markdown(rows):
+    """A table of these rows; numbers with four digits."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+
+    def cell(value):
+        return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(
+            value, int) else str(value)
+
+    lines = [columns, ["---"] * len(columns)]
+    lines += [[cell(row.get(name, "")) for name in columns] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def write(kept):
+    """results/README.md from results/bench.json and results/head.md."""
+    parts = [(HERE / "head.md").read_text("utf-8")]
+    for name in SECTIONS:
+        if name in kept:
+            section = kept[name]
+            parts.append(f"## {name}\n\n{SECTIONS[name].__doc__}\n\n{markdown(section['rows'])}\n\n"
+                         f"*`python -m results.bench {name}`; {section['machine']}; "
+                         f"{section['day']}*\n")
+    with datasets.write(HERE / "README.md", "w") as file:
+        file.write("\n".join(parts))
+
+
+SECTIONS = {name.removeprefix("bench_"): function for name, function in list(globals().items())
+            if name.startswith("bench_")}
+
+
+def main():
+    parser = datasets.Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("sections", nargs="+", choices=SECTIONS, metavar="SECTION")
+    parser.add_argument("--minutes", type=float, help="of training, where it is not the default")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="seconds only, and nothing is kept")
+    args = parser.parse_args()
+    args.passes, args.count = 16 if "text" in args.sections else 2, 10_000
+    if args.quick:
+        args.minutes, args.seeds, args.passes, args.count = 0.02, 1, 1, 50
+    path = HERE / "bench.json"
+    for name in args.sections:
+        print(name)
+        rows = SECTIONS[name](args)
+        print(markdown(rows))
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        kept[name] = dict(rows=rows, machine=machine(), day=str(datetime.date.today()))
+        if not args.quick:
+            with datasets.write(path, "w") as file:
+                json.dump(kept, file, indent=1)
+            write(kept)
+
+
+if __name__ == "__main__":
+    datasets.run(main)
