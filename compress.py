@@ -255,8 +255,6 @@ def read_plan(header, model, settings, name):
         require(0 <= length < 1 << 60 and (block == 1 or 1 <= block * model.D <= 2 * BLOCK))
         require(len(rule) < 40 and (header["kind"] != "image" or length % model.D == 0))
         planner.order(rule, header["shape"])
-        if type(header["plan"]) is int:
-            return planner.uniform_plan(model.S, model.D, header["plan"])
         plan, done = [], dict.fromkeys(range(1, model.S + 1), 0)
         for s, k in header["plan"]:
             require(type(s) is type(k) is int and k > 0)
@@ -275,15 +273,11 @@ def require(holds):
 
 
 def encode_file(file, model, source, rule, plan, block, verify=True):
-    """A source -> an archive in an open file. Returns -log2 p under this order and plan.
-
-    In the header an even plan is its number of calls, another one [[s, k], ...].
-    """
+    """A source -> an archive in an open file. Returns -log2 p under this order and plan."""
     codec = Codec(model, source.settings["shape"], rule, plan)
-    even = plan == planner.uniform_plan(model.S, model.D, len(plan))
     header = dict({key: source.settings[key] for key in ("kind", "K", "shape")}, length=source.n,
-                  order=rule, plan=len(plan) if even else [[s, k] for s, t, k in plan],
-                  block=block, weights=digest(model), head=source.head.decode("latin-1"))
+                  order=rule, plan=[[s, k] for s, t, k in plan], block=block,
+                  weights=digest(model), head=source.head.decode("latin-1"))
     if source.stored:
         header["stored"] = source.stored
     text = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)

@@ -434,6 +434,20 @@ def png(*frames, seconds=0.2):
     return b"".join(parts + [chunk(b"IEND", b"")])
 
 
+def exhibits(data, x, folder):
+    """What a run leaves beside its checkpoint, {path: bytes}: a piece of the test split, to try
+    compress.py on, and of images a picture of the samples x; samples of text are printed."""
+    test = data.splits["test"].cpu()
+    if data.kind != "image":
+        print("samples:", *(show(row, data.K) for row in x), sep="\n  ")
+        return {folder / PIECES[data.kind]: to_bytes(test[:20000], data.K)}
+    file = io.BytesIO()
+    np.save(file, test[:16].view(-1, *data.shape).permute(0, 2, 3, 1).numpy())
+    print(f"samples: {folder / 'samples.png'}")
+    return {folder / PIECES["image"]: file.getvalue(),
+            folder / "samples.png": png(grid(to_images(x, data.shape, data.K), columns=8))}
+
+
 # -- What others reach -----------------------------------------------------------------------------
 
 def packers(image=False):

@@ -92,7 +92,8 @@ def texts(x, steps, model):
     lines = [datasets.show(row, model.K) for row in x]
     files = {"samples.txt": b"".join(datasets.to_bytes(row, model.K) + b"\n" for row in x)}
     if steps:
-        lines = [f"s = {s}  t = {t:4d}  {datasets.show(state[i], model.K, known[i].numpy())}"
+        lines = [(f"s = {s}  " if model.S > 1 else "") + f"t = {t:4d}  "
+                 + datasets.show(state[i], model.K, known[i].numpy())
                  for i in range(len(x)) for s, t, state, known in steps]
         files["frames.txt"] = "\n".join(lines).encode() + b"\n"
     print(*lines, sep="\n")

@@ -17,7 +17,6 @@ import csv
 import dataclasses
 import importlib.util
 import json
-import math
 import os
 import platform
 import shlex
@@ -37,7 +36,6 @@ import data as datasets
 import nets
 import planner
 from ardm import bits_per_dim, sample_sigma, stratified_steps
-
 
 SIZES = {
     "text": {
@@ -61,13 +59,7 @@ REPORT = 100                         # steps between rows of log.csv
 COLUMNS = ("step", "seconds", "train_bits_per_dim", "valid_bits_per_dim")
 PLAIN = ("step", "seconds", "L", "counts", "log")          # of a run: numbers and tensors
 RESUMABLE = {"data", "steps", "minutes", "passes", "out", "compile", "device"}
-AFFORDABLE = {"cpu": 1 << 21, "mps": 1 << 23, "cuda": 1 << 26}     # variables, to measure a plan
-WRITTEN = ("ckpt.pt", "log.csv", "results.json", "results.png", "samples.png",
-           *datasets.PIECES.values())                      # in its folder by a run
-
-
-def setting(default, help, **how):
-    return dataclasses.field(default=default, metadata=dict(help=help, **how))
+MOST = 1 << 22                       # variables of a split that are evaluated where none is asked
 
 
 def positive(text):
@@ -75,6 +67,10 @@ def positive(text):
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
     return int(text)
+
+
+def setting(default, help, **how):
+    return dataclasses.field(default=default, metadata=dict(help=help, **how))
 
 
 @dataclasses.dataclass
@@ -114,14 +110,13 @@ class Run:
         self.c = c
         self.settings = dataclasses.asdict(c) | dict(kind=data.kind, K=data.K,
                                                      shape=list(data.shape))
-        self.device = torch.device(c.device)
-        self.model = nets.build(self.settings).to(self.device)
+        self.model = nets.build(self.settings).to(c.device)
         self.ema = copy.deepcopy(self.model).eval()
         kind = "image" if data.kind == "image" else "text"
         self.hyper = PAPER[kind] if c.recipe == "paper" else OURS[c.size]
         self.optimizers = make_optimizers(self.model.net, c, self.hyper)
         self.loss = torch.compile(self.model.loss) if c.compile else self.model.loss
-        self.generator = torch.Generator(self.device).manual_seed(c.seed)
+        self.generator = torch.Generator(c.device).manual_seed(c.seed)
         self.step = 0
         self.seconds = 0.0
         self.L = self.counts = None                        # measured at the end
@@ -187,15 +182,16 @@ def train(run, data, folder):
 
 def train_step(run, x):
     """Algorithm 2 on x (B, D) and one step of the optimisers: the loss in bits/dim, a tensor."""
-    c, (B, D) = run.c, x.shape
+    B, D = x.shape
+    rate = learning_rate(run.c, run.hyper, run.step, run.progress)
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["full_lr"] * learning_rate(c, run.hyper, run.step, run.progress)
+            group["lr"] = rate * group["full_lr"]
         optimizer.zero_grad()
     draw = dict(device=x.device, generator=run.generator)
     t, s = stratified_steps(B, run.model.S, D, **draw)
     sigma = sample_sigma(B, D, **draw)
-    with torch.autocast(run.device.type, torch.bfloat16, enabled=has_bf16(c.device)):
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=has_bf16(run.c.device)):
         loss = bits_per_dim(run.loss(x, t, s, sigma), D).mean()
     loss.backward()
     nn.utils.clip_grad_norm_(run.model.parameters(), run.hyper["clip"])
@@ -318,12 +314,12 @@ def spread(chunks, most):
 @torch.no_grad()
 def bound(model, chunks, rest=(), passes=None):
     """The bound of Eq. 2 on chunks (N, D) and a shorter rest: one step t per chunk and pass, t and
-    s stratified over the whole pass; without passes half a million variables a stage at least.
+    s stratified over the whole pass. Without passes: half a million variables a stage at least.
 
     -> dict: bits (per dim), stderr (over chunks), L and counts (S, D), L in bits, passes.
     """
     (N, D), S, device = chunks.shape, model.S, chunks.device
-    passes = passes or max(-(-(S << 19) // (N * D)), min(8, -(-4096 // N)))
+    passes = passes or -(-(S << 19) // (N * D))
     generator = torch.Generator(device).manual_seed(1)
     nats, rest_nats = torch.zeros(N, device=device), 0.0
     L, counts = torch.zeros(2, S * D, device=device)
@@ -339,61 +335,66 @@ def bound(model, chunks, rest=(), passes=None):
             rest_nats += model.loss(rest[None].long(), generator=generator).item() / passes
     nats, counts = nats.cpu().double(), counts.cpu()       # cpu: MPS has no float64
     L = bits_per_dim(L.cpu().double(), 1) / counts         # NaN where a step was never met
-    spread_of_means = nats.std(correction=min(1, N - 1)).item() / N ** 0.5
     return dict(bits=bits_per_dim(nats.sum().item() + rest_nats, N * D + len(rest)),
-                stderr=bits_per_dim(spread_of_means, D), passes=passes,
+                stderr=standard_error(bits_per_dim(nats, D)), passes=passes,
                 L=L.view(S, D), counts=counts.view(S, D))
 
 
-def measure_plan(model, chunks, plan):
-    """Exact bits/dim under a plan, each chunk in a random order: a dict; empty where even a few
-    chunks would take too long."""
-    D = model.D
-    n = min(len(chunks), AFFORDABLE[chunks.device.type] // (len(plan) * D))
+def standard_error(bits):
+    return bits.std(correction=min(1, len(bits) - 1)).item() / len(bits) ** 0.5
+
+
+def measure_plan(model, chunks, plan, most):
+    """Exact bits/dim under a plan, each chunk in a random order: a dict. most: how many variables
+    the network may predict for it; empty where that is less than three chunks."""
+    n = min(len(chunks), most // (len(plan) * model.D))
     if n < min(3, len(chunks)):
         return {}
     generator = torch.Generator(chunks.device).manual_seed(1)
     nats = torch.cat([model.nll(x.long(), plan, generator=generator)
                       for x in spread(chunks, n).split(nets.rows_at_once(model))])
-    bits = bits_per_dim(nats.cpu(), D)
-    return dict(measured=bits.mean().item(), chunks=n,
-                stderr=bits.std(correction=min(1, n - 1)).item() / n ** 0.5)
+    bits = bits_per_dim(nats.cpu(), model.D)
+    return dict(measured=bits.mean().item(), stderr=standard_error(bits), chunks=n)
 
 
 def evaluate(model, data, passes=None):
-    """All that a run reports, put into words by `describe`. L, for plans, is from validation."""
+    """All that a run reports, put into words by `describe`. L, for plans, is from validation.
+
+    Without passes it takes about a minute, by fewer datapoints where there are many.
+    """
     S, D = model.S, model.D
-    valid, rest = data.chunks("valid")
-    found = bound(model, spread(valid, max(64, (1 << 21) // D)), rest, passes)
-    if not math.isfinite(found["bits"]):
+    (valid, rest), (chunks, test_rest) = data.chunks("valid"), data.chunks("test")
+    if passes is None and chunks.device.type == "cpu":
+        valid, chunks = spread(valid, max(64, MOST // 4 // D)), spread(chunks, max(64, MOST // D))
+    found = bound(model, valid, rest, passes)
+    if not np.isfinite(found["bits"]):
         raise ValueError("the network gives no numbers: its weights are damaged")
-    chunks, rest = data.chunks("test")
-    test = bound(model, chunks, rest, passes)
+    begin = time.perf_counter()
+    test = bound(model, chunks, test_rest, passes)
+    speed = test["passes"] * chunks.numel() / (time.perf_counter() - begin)
     L, L_test = (planner.smooth(part["L"], part["counts"]) for part in (found, test))
     budgets = (5, 10, 20, 50) if len(data.shape) == 1 else (20, 50, 100, 200)
     plans = [planner.plan(L, n) for n in budgets if S <= n < S * D] + [planner.full_plan(S, D)]
+    most = int(20 * speed / len(plans))                    # 20 seconds for all of them
     symbols = data.splits["test"].cpu().numpy().reshape(-1)
     return dict(data=data.name, kind=data.kind, shape=list(data.shape), bits_per_dim=test["bits"],
-                stderr=test["stderr"], passes=test["passes"], chunks=len(chunks), rest=len(rest),
-                L=found["L"], counts=found["counts"], L_smooth=L.tolist(),
+                stderr=test["stderr"], passes=test["passes"], chunks=len(chunks),
+                rest=len(test_rest), L=found["L"], counts=found["counts"], L_smooth=L.tolist(),
                 calls=[dict(calls=len(plan), predicted=planner.plan_cost(L_test, plan) / D,
-                            **measure_plan(model, chunks, plan)) for plan in plans],
+                            **measure_plan(model, chunks, plan, most)) for plan in plans],
                 references=datasets.references(symbols, data.kind, data.K, data.shape))
 
 
 def describe(r):
     """The results of `evaluate` in words and tables, for a terminal."""
-    unit, image = datasets.UNITS[r["kind"]], r["kind"] == "image"
-    things = "images" if image else "chunks"
-    rest = f" and the last {r['rest']} characters" if r["rest"] else ""
+    unit = datasets.UNITS[r["kind"]]
     others = ", ".join(f"{name} {bits:.2f}" for name, bits in r["references"].items())
-    lines = [f"test: {r['bits_per_dim']:.3f} bits/{unit}, standard error {r['stderr']:.3f} over "
-             f"{things}, on {r['data']}",
-             f"  the bound of Eq. 2 with averaged weights on {r['chunks']:,} {things} of "
-             f"{' x '.join(map(str, r['shape']))}{rest}, {'' if image else 'without context, '}in "
-             f"{r['passes']} passes:",
-             f"  in each, every {things[:-1]} has a random order and one step t, stratified over "
-             "the pass",
+    lines = [f"test: {r['bits_per_dim']:.3f} bits/{unit}, standard error {r['stderr']:.3f}, on "
+             f"{r['data']}",
+             f"  the bound of Eq. 2 with averaged weights, on {r['chunks']:,} datapoints of "
+             f"{' x '.join(map(str, r['shape']))} and a rest of {r['rest']}, without context,",
+             f"  in {r['passes']} passes; in each, every datapoint has a random order and one step "
+             "t, stratified over the pass",
              f"for comparison, bits/{unit}: {others}",
              f"loss components L_t in bits, t = 1..{len(r['L_smooth'][0])}:"]
     for row in r["L_smooth"]:
@@ -404,7 +405,7 @@ def describe(r):
     for row in r["calls"]:
         measured = "too many calls for this evaluation"
         if "measured" in row:
-            measured = f"{row['measured']:.3f} +- {row['stderr']:.3f} on {row['chunks']} {things}"
+            measured = f"{row['measured']:.3f} +- {row['stderr']:.3f}, {row['chunks']} datapoints"
         lines.append(f"  {row['calls']:>11}   {row['predicted']:>27.3f}   {measured}")
     return "\n".join(lines)
 
@@ -423,46 +424,53 @@ def plot(folder, results, log):
         middle.plot(range(1, len(row) + 1), row, label=f"stage {s}")
     right.plot(budgets, costs, label="predicted from $L_t$")
     right.plot(*zip(*exact), "o", label="measured")
-    left.set(xlabel="seconds", ylabel=f"bits/{datasets.UNITS[results['kind']]}")
+    left.set(xlabel="seconds", ylabel="bits per dimension")
     middle.set(xlabel="t", ylabel="loss component $L_t$, bits", ylim=0)
-    right.set(xlabel="network calls", xscale="log")
+    right.set(xlabel="network calls", ylabel="bits per dimension", xscale="log")
     for part in (left, middle, right):
         part.legend()
-    figure.tight_layout()
     with datasets.write(folder / "results.png") as file:
-        figure.savefig(file, format="png", dpi=100)
+        figure.savefig(file, format="png", dpi=100, bbox_inches="tight")
 
 
 # -- The command -----------------------------------------------------------------------------------
 
+def parse():
+    """The command line: a dict of the settings that were given, and the other flags."""
+    parser = datasets.Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    parser.add_argument("--evaluate", metavar="CKPT", help="only evaluate this checkpoint")
+    parser.add_argument("--plot", action="store_true", help="also draw results.png (matplotlib)")
+    for field in dataclasses.fields(Settings):
+        how = dict(field.metadata)
+        if "action" not in how:
+            how["type"] = field.type
+        if not how.keys() & {"action", "choices"}:
+            how["metavar"] = field.name.upper()
+        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, **how)
+    given = vars(parser.parse_args())
+    return given, given.pop("resume"), given.pop("evaluate"), given.pop("plot")
+
+
 def load_data(given):
     """The data of these flags, on the device; the size of the run decides the length of chunks."""
-    length = given.get("length") or SIZES["text"][size_of(given)]["length"]
-    data = datasets.load(given.get("data", Settings.data), length, given.get("bits", Settings.bits),
-                         nets.pick_device(given.get("device")))
+    device = nets.pick_device(given.get("device"))
+    given.setdefault("size", "small" if device.type == "cuda" else "tiny")
+    length = given.get("length") or SIZES["text"][given["size"]]["length"]
+    data = datasets.load(given.get("data", "pydoc"), length, given.get("bits", 8), device)
     data.turns = data.flips and given.get("recipe") == "paper"
     return data
 
 
-def size_of(given):
-    """--size, or the size that suits the device."""
-    cuda = nets.pick_device(given.get("device")).type == "cuda"
-    return given.get("size") or ("small" if cuda else "tiny")
-
-
-def default_folder(data):
-    return f"out/{Path(data).name.split('.')[0] or 'run'}"
-
-
 def complete(given, data):
     """Settings from the flags that were given: what they leave open comes from the size."""
-    size, image = size_of(given), data.kind == "image"
-    preset = dict(SIZES["image" if image else "text"][size])
-    if image and size == "tiny" and data.D < 1024:
+    image = data.kind == "image"
+    preset = dict(SIZES["image" if image else "text"][given["size"]])
+    if image and given["size"] == "tiny" and data.D < 1024:
         preset["batch"] *= 4                               # of small images more
     if "minutes" in given:
         preset.pop("steps", None)
-    c = Settings(**{**preset, **given, "size": size})
+    c = Settings(**preset | given)
     c.device = str(nets.pick_device(c.device))
     c.out = c.out or default_folder(c.data)
     if c.compile is None:
@@ -477,6 +485,10 @@ def complete(given, data):
     return c
 
 
+def default_folder(data):
+    return f"out/{Path(data).name.split('.')[0] or 'run'}"
+
+
 def reopen(path, given, changeable):
     """A model, its checkpoint, the run's settings as flags with what is given, and the data;
     ValueError for a flag that may not change, and for data of another form."""
@@ -486,23 +498,27 @@ def reopen(path, given, changeable):
     model, checkpoint = nets.load(path, given.get("device"))
     settings = checkpoint["settings"]
     flags = {field.name: settings[field.name] for field in dataclasses.fields(Settings)}
-    flags |= dict(device=None) | (dict(steps=None) if "minutes" in given else {}) | given
+    flags |= dict(device=None, compile=None)               # where a run happens is not what it is
+    if "minutes" in given:
+        flags["steps"] = None
+    flags |= given
+    flags = {name: value for name, value in flags.items() if value is not None}
     data = load_data(flags)
     found = (data.kind, data.K, list(data.shape))
     wanted = (settings["kind"], settings["K"], list(settings["shape"]))
     if found != wanted:
         raise ValueError(f"{data.name} has kind, K and shape {found}, the checkpoint was trained "
                          f"on {wanted}")
-    return model, checkpoint, {k: v for k, v in flags.items() if v is not None}, data
+    return model, checkpoint, flags, data
 
 
 def prepare_folder(c, going_on):
     """Keeps what a finished run left in the way; ValueError where a run would overwrite its data.
     """
     folder = Path(c.out)
-    if Path(c.data).resolve() in [(folder / name).resolve() for name in WRITTEN]:
-        raise ValueError(f"--data {c.data}: a run in {c.out} writes a file of this name; choose "
-                         "another --out")
+    if os.path.isfile(c.data) and Path(c.data).resolve().parent == folder.resolve():
+        raise ValueError(f"--data {c.data}: a run in {c.out} might write over it; choose another "
+                         "--out")
     folder.mkdir(parents=True, exist_ok=True)
     finished = (folder / "results.json").exists()
     if (folder / "ckpt.pt").exists() and (finished or not going_on):
@@ -528,48 +544,23 @@ def finish(run, data, folder, with_plot):
                     params=sum(p.numel() for p in run.model.parameters()), settings=run.settings,
                     versions=dict(python=platform.python_version(), torch=torch.__version__,
                                   numpy=np.__version__))
-    piece, image = folder / datasets.PIECES[data.kind], data.kind == "image"
-    L = np.array(results["L_smooth"])
-    few = min(100 if image else 20, L.size)
-    x = run.ema.sample(16 if image else 2, planner.plan(L, few), generator=run.generator).cpu()
-    test = data.splits["test"][:16 if image else 20000].cpu()
-    print(f"samples, {few} network calls:")
-    with datasets.write(piece) as file:                    # to try compress.py on
-        if image:
-            np.save(file, test.view(-1, *data.shape).permute(0, 2, 3, 1).numpy())
-        else:
-            file.write(datasets.to_bytes(test, data.K))
-    if image:
-        pictures = datasets.to_images(x, data.shape, data.K)
-        with datasets.write(folder / "samples.png") as file:
-            file.write(datasets.png(datasets.grid(pictures, columns=8)))
-    print(f"  {folder / 'samples.png'}" if image else
-          "\n".join(f"  {datasets.show(row, data.K)}" for row in x))
+    piece, blanks = folder / datasets.PIECES[data.kind], '--prompt "the ____ of"'
+    L, n, few = np.array(results["L_smooth"]), 2, 20
+    if data.kind == "image":
+        n, few, blanks = 16, 100, "--inpaint top"
+    few = min(few, L.size)
+    x = run.ema.sample(n, planner.plan(L, few), generator=run.generator).cpu()
+    for path, content in datasets.exhibits(data, x, folder).items():
+        with datasets.write(path) as file:
+            file.write(content)
     with datasets.write(folder / "results.json", "w") as file:
         json.dump(results, file, indent=1)
     ckpt, source, packed = (shlex.quote(path.as_posix()) for path in (
         folder / "ckpt.pt", piece, folder / "test.ardm"))
-    blanks = "--inpaint top" if image else '--prompt "the ____ of"'
     print("what to run next:", f"python sample.py --ckpt {ckpt} --calls {few} --frames",
           f"python sample.py --ckpt {ckpt} {blanks}",
           f"python compress.py encode --ckpt {ckpt} {source} {packed}",
           f"python compress.py bench --ckpt {ckpt}", sep="\n  ")
-
-
-def parse():
-    """The command line: a dict of the settings that were given, and the other flags."""
-    parser = datasets.Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    parser.add_argument("--evaluate", metavar="CKPT", help="only evaluate this checkpoint")
-    parser.add_argument("--plot", action="store_true", help="also draw results.png (matplotlib)")
-    for field in dataclasses.fields(Settings):
-        how = dict(field.metadata)
-        if "action" not in how:
-            how |= dict(type=field.type)
-            how.setdefault("metavar", None if "choices" in how else field.name.upper())
-        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, **how)
-    given = vars(parser.parse_args())
-    return given, given.pop("resume"), given.pop("evaluate"), given.pop("plot")
 
 
 def main():
@@ -584,7 +575,7 @@ def main():
             plot(Path(path).parent, results, checkpoint.get("log", []))
         return print(f"{path} on {data.name}", describe(results), sep="\n")
     if going_on:
-        out = given.get("out") or default_folder(given.get("data", Settings.data))
+        out = given.get("out") or default_folder(given.get("data", "pydoc"))
         _, checkpoint, given, data = reopen(f"{out}/ckpt.pt", given, RESUMABLE)
         given["out"] = out
     else:
@@ -594,10 +585,10 @@ def main():
     if going_on:
         run.restore(checkpoint)
     folder = prepare_folder(c, going_on)
-    sizes = ", ".join(f"{name} {len(part):,}" for name, part in data.splits.items())
-    print(f"{data.name}: K = {data.K}, D = {data.D}; {sizes}; "
-          f"{sum(p.numel() for p in run.model.parameters()):,} weights on {c.device}; results go "
-          f"to {folder}")
+    print(f"{data.name}: K = {data.K}, D = {data.D}; "
+          + ", ".join(f"{name} {len(part):,}" for name, part in data.splits.items())
+          + f"; {sum(p.numel() for p in run.model.parameters()):,} weights on {c.device}; results "
+          f"go to {folder}")
     again = f"go on with: python train.py --resume --out {shlex.quote(folder.as_posix())}"
     try:
         if train(run, data, folder):

@@ -60,6 +60,7 @@ def trained(name=None, patches=(), data=None, **given):
         for patch in (*patches, mock.patch.object(train, "REPORT", 10 ** 9)):
             stack.enter_context(patch)
         data = data or train.load_data(given)
+        given.setdefault("size", "tiny")
         run = train.Run(train.complete(given, data), data)
         train.train(run, data, Path(folder))
     if name:
@@ -347,7 +348,8 @@ def bench_speed(args):
     for name, data, given in (("text, 4 blocks of 256", datasets.load("pydoc", 250), text),
                               ("images, 4 + 4 blocks of 64", datasets.load(str(CIFAR)), image)):
         for recipe in ("ours", "paper"):
-            run = train.Run(train.complete(dict(given, recipe=recipe, steps=10 ** 6), data), data)
+            flags = dict(given, size="tiny", recipe=recipe, steps=10 ** 6)
+            run = train.Run(train.complete(flags, data), data)
             x = data.batch(given["batch"])
             seconds, = median_seconds(lambda: train.train_step(run, x).item(), repeats=7)
             rows.append({"training step": name, "recipe": recipe, "seconds": seconds,
