@@ -18,7 +18,7 @@ The state stays below 2^64. A push that would pass that first moves the low 32 b
 of words; a pop that leaves x < 2^32 takes a word back. Both sides see it from x alone:
 
     push:  x >= f * 2^(64-P)  <=>  the push would give x >= 2^64          (before the push)
-    pop:   x <  2^32          <=>  the push had moved a word out          (after the pop)
+    pop:   x <  2^32          <=>  the push had moved a word out          (while words are left)
 
 The encoder's first state is a number below 2^32 that the decoder must end at: 0, or a checksum.
 A message is the state (big-endian, as short as it can be), then the words in reading order; the
@@ -65,8 +65,7 @@ def quantize(log_p, shift=0):
     if not (np.abs(np.exp(log_p).sum(axis=1) - 1) < 1e-6).all():
         raise ValueError("log_p are not log-probabilities: a row is not a number or does not sum "
                          "to 1; are the network's weights damaged?")
-    level = np.maximum(np.floor(grid_position(log_p, shift)), 0).astype(np.int64)
-    w = WEIGHTS[level]
+    w = WEIGHTS[np.floor(grid_position(log_p, shift)).astype(np.int64)]
     f = w * (2 ** P - A) // w.sum(axis=1, keepdims=True) + 1
     cdf = np.zeros((N, A + 1), dtype=np.int64)
     np.cumsum(f, axis=1, out=cdf[:, 1:])
@@ -105,8 +104,8 @@ class Decoder:
         for row in range(0, len(table), width):
             slot = x & (1 << P) - 1
             i = bisect_right(table, slot, row, row + width) - 1          # cdf[a] <= slot
-            start = table[i]
-            x = (table[i + 1] - start) * (x >> P) + slot - start         # pop
+            start, f = table[i], table[i + 1] - table[i]
+            x = f * (x >> P) + slot - start                # pop
             if x <= WORD and self.words:
                 x = x << 32 | self.words.pop()
             symbols.append(i - row)

@@ -6,7 +6,7 @@
     python compress.py bench --ckpt out/pydoc/ckpt.pt [IN]     bits, beside bz2, xz and zlib
     python compress.py info IN                                 what an archive holds
 
-IN is text, or a .npy file of images. An archive, numbers big-endian:
+encode and bench read text (or bytes), or a .npy file of images. An archive, numbers big-endian:
 
     bytes   what
     4, 1    "ARDM", and the format version, 8
@@ -17,7 +17,7 @@ IN is text, or a .npy file of images. An archive, numbers big-endian:
     1       shift: the grid of coder.py moved by shift/256 of a step
             the stream: what each call of the plan generates in this block, call by call
 
-A block is decoded, checked and repeated as a whole: 2^14 symbols in whole datapoints. A last,
+A block is decoded and checked as a whole: 2^14 symbols in whole datapoints. A last,
 shorter datapoint is a block of its own. A stream starts from the CRC-32 of the block's number and
 symbols, so a decoder that ends elsewhere has damaged bytes, or a block in a wrong place.
 
@@ -80,10 +80,11 @@ class Codec:
             todo = [i for i, block in enumerate(packed) if block is None]
             if not todo:
                 return packed, bits
-            for i, *interval, cost, safe in zip(todo, *self.intervals(x[todo], shift)):
-                if safe:
+            starts, freqs, costs, safe = self.intervals(x[todo], shift)
+            for i, start, freq, cost, good in zip(todo, starts, freqs, costs, safe):
+                if good:
                     check = checksum(first + i, x[i])
-                    stream, flag = coder.encode(*interval, check), 0
+                    stream, flag = coder.encode(start, freq, check), 0
                     if len(stream) > 4 + x[i].numel():     # the symbols themselves are shorter
                         stream, flag = check.to_bytes(4, "big") + x[i].numpy().tobytes(), RAW
                     packed[i] = struct.pack(">IB", flag | len(stream), shift) + stream
@@ -364,19 +365,22 @@ def settle(args):
     piece = Path(args.ckpt).parent / datasets.PIECES[settings["kind"]]
     source = Source(args.input or piece, settings)
     image, full = settings["kind"] == "image", model.S * model.D
-    calls = args.calls or min(full, IMAGE_CALLS if image else -(-full // 4))
+    calls = min(full, IMAGE_CALLS) if image else -(-full // 4)
+    calls = calls if args.calls is None else args.calls
     plan = planner.uniform_plan(model.S, model.D, calls)
     spaced = f"spaced:{-(-full // calls)}"
     rule = args.order or (IMAGE_ORDER if image else spaced)
     if rule == "auto":
-        rows, scores = min(source.n // model.D, max(4, 2048 // model.D)), {}
+        rows, scores = min(source.n // model.D, max(4, 2048 // model.D)), {spaced: 0.0}
         x = source.read(0, rows * model.D).view(rows, model.D).long()
         x = x.to(next(model.parameters()).device)
-        for name in (spaced, "forward", "random:1", "random:2"):
+        for name in (spaced, "forward", "random:1", "random:2") if rows else ():
             sigma = torch.from_numpy(planner.order(name, settings["shape"])).to(x.device)
             scores[name] = model.nll(x, plan, sigma.expand(x.shape)).sum().item()
         rule = min(scores, key=scores.get)
     planner.order(rule, settings["shape"])                 # ValueError for an unknown one
+    if len(rule) >= 40:
+        raise ValueError("--order: no order has so long a name")
     return model, source, rule, plan
 
 
@@ -408,7 +412,7 @@ def run_decode(args):
         with datasets.write(args.output) as out:
             parts = decode_file(file, model, header, plan, args.item, damaged)
             n = write_symbols(out, header, parts)
-    print(f"{args.output}: {n:,} symbols, the checksums match")
+    print(f"{args.output}: {n:,} symbols, their checksums match")
     if damaged:
         print(*damaged, f"{args.input} is damaged; this is what could be saved", sep="\n",
               file=sys.stderr)
@@ -427,16 +431,17 @@ def run_info(args):
 def run_bench(args):
     """what a file costs by every measure; without IN, the piece of test data beside CKPT"""
     model, source, rule, plan = settle(args)
-    settings, n = source.settings, max(1, source.n)
+    settings, n = source.settings, source.n
+    if not n:
+        raise ValueError(f"{source.path} is empty")
     block = 1 if settings["kind"] == "image" else max(1, BLOCK // model.D)
     file = io.BytesIO()
     bits = encode_file(file, model, source, rule, plan, block)
     rows = {"exact nll of this order and plan": bits / n,
             f"archive, {file.tell():,} bytes": 8 * file.tell() / n}
-    rows |= datasets.references(source.read(0, source.n).numpy(), settings["kind"], model.K,
+    rows |= datasets.references(source.read(0, n).numpy(), settings["kind"], model.K,
                                 settings["shape"])
-    print(f"{source.path}: {source.n:,} symbols, order {rule}, {len(plan)} network calls; bits "
-          "each:")
+    print(f"{source.path}: {n:,} symbols, order {rule}, {len(plan)} network calls; bits each:")
     for name, value in rows.items():
         print(f"  {name:34} {value:.4f}")
     print("decoded and identical; the weights, "

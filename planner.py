@@ -9,8 +9,8 @@ way to D variables in n calls is the cheapest path with n edges from 0 to D, whe
 The plain dynamic programme takes O(D^2) per call. Two facts, both true because L does not increase
 (Eq. 4), make it fast and let the stages share one budget:
 
-- The best i grows with j: the edge to j + 1 costs L_{i+1} more than the edge to j, for a later i
-  no more than for an earlier one. So one more call takes O(D log D): see `one_more_call`.
+- The best i does not fall as j grows: going to j + 1 instead of j costs L_{i+1} more, and that
+  does not rise with i. So one more call takes O(D log D): see `one_more_call`.
 - The cheapest cost is convex in the number of calls. So calls can be given one at a time to the
   stage where they save most, and the split is still exact.
 
@@ -89,7 +89,7 @@ def plan(L, budget):
     L = check(L, [budget])
     S, D = L.shape
     starts = [[] for _ in range(S)]                        # (D+1,) for each call of each stage
-    for _, (s, _, start) in zip(range(budget), hand_out(L)):
+    for s, _, start in itertools.islice(hand_out(L), budget):
         starts[s].append(start)
     calls = []
     for s in reversed(range(S)):                           # the best path, back from D to 0
@@ -178,10 +178,12 @@ def hand_out(L):
     now = [0.0] * len(L)
     offers = [(-np.inf, s, *next(stage)) for s, stage in enumerate(stages)]
     while offers:
-        _, s, now[s], start = heapq.heappop(offers)
+        _, s, cost, start = heapq.heappop(offers)
+        now[s] = cost
         yield s, float(sum(now)), start
-        for cost, start in itertools.islice(stages[s], 1):
-            heapq.heappush(offers, (cost - now[s], s, cost, start))
+        offer = next(stages[s], None)
+        if offer is not None:
+            heapq.heappush(offers, (offer[0] - cost, s, *offer))
 
 
 def best_paths(L):
@@ -195,7 +197,9 @@ def best_paths(L):
 def one_more_call(E, L, n):
     """E_{n-1} -> E_n and start, (D+1,) each: start[j] is the best i from which call n reaches j.
 
-    First every h-th j, then those halfway between them: the best i of j lies between those of
+        E_n[j] = min(E[i] + (j - i) * L[i] for i in range(j))          L[i] is L_{i+1}
+
+    First the middle j, then those halfway, and so on: the best i of j lies between those of
     j - h and j + h, so the candidates of one level are about D numbers, laid out in one array.
     """
     D = len(L)
@@ -230,7 +234,7 @@ def order(rule, shape):
 
     forward, backward   text from its ends; an image row by row, the colours of a pixel together
     random:SEED         a permutation that depends on SEED and D alone, the same on every machine
-    spaced:G            G equal parts of ceil(D / G) are read side by side; spaced:1 is forward
+    spaced:G            parts of ceil(D / G), at most G of them, are read side by side
     """
     name, _, number = rule.partition(":")
     C, D = shape[0] if np.size(shape) == 3 else 1, int(np.prod(shape))

@@ -251,7 +251,7 @@ def test_temperature_zero_takes_the_most_probable_symbol():
     model, plan, sigma = ARDM(Table(3, 4), 3, 4), [(1, 1, 3)], sample_sigma(5, 3)
     one = torch.ones(1, dtype=torch.long)
     best = model.log_probs(torch.zeros(1, 3).long(), torch.zeros(1, 3).bool(), one, one)
-    for temperature in (0, 1e-4):
+    for temperature in (0, 1e-45, 1e-4):
         drawn = model.sample(5, plan, sigma, temperature=temperature)
         assert (drawn == best.argmax(dim=-1)).all()
 
@@ -1395,6 +1395,11 @@ def test_compress_on_the_command_line(folder, tmp_path, capsys):
         assert "spaced:4" in capsys.readouterr().out or flags
         assert call(compress, "decode", *ckpt, tmp_path / "a", tmp_path / "out") == 0
         assert (tmp_path / "out").read_bytes() == (tmp_path / "in").read_bytes()
+    (tmp_path / "none").touch()
+    for flags in ([], ["--order", "auto"]):
+        assert call(compress, "encode", *ckpt, *flags, tmp_path / "none", tmp_path / "e") == 0
+        assert call(compress, "decode", *ckpt, tmp_path / "e", tmp_path / "out") == 0
+        assert (tmp_path / "out").read_bytes() == b""
     assert call(compress, "info", tmp_path / "a") == 0
     assert "length   2000" in capsys.readouterr().out
     assert call(compress, "bench", *ckpt, tmp_path / "in") == 0
@@ -1498,6 +1503,7 @@ def test_train_refuses_bad_input(refused, folder, tmp_path):
             (("--minutes", 0, *out), "--minutes must be positive"),
             (("--heads", 0, *out), "--heads"), (("--dim", 30, "--heads", 4, *out), "multiple of"),
             (("--lr", -1, *out), "learning rate"), (("--branch", 1, *out), "choose 2 to K = 27"),
+            (("--branch", 0, *out), "choose 2 to K = 27"), (("--bits", 9, *out), "invalid choice"),
             (("--branch", 28, *out), "choose 2 to K = 27"),
             (("--device", "abacus", *out), "--device abacus"),
             (("--resume", *out), "no such checkpoint"), (("--stepz", 3, *out), "unrecognized"),
@@ -1560,11 +1566,15 @@ def test_compress_refuses_bad_input(refused, folder, gallery, model, tmp_path):
     other["ema"]["net.head.bias"] += 1
     torch.save(other, tmp_path / "other.pt")
     source = tmp_path / "in"
+    (tmp_path / "empty").touch()
     for flags, match in (
             (("encode", *ckpt, source, out), "'H' at position 0"),
             (("encode", *ckpt, tmp_path / "none", out), "No such file"),
             (("encode", *ckpt, "--calls", 99, source, out), "99 network calls: choose 1 to 24"),
+            (("encode", *ckpt, "--calls", 0, source, out), "0 network calls: choose 1 to 24"),
+            (("bench", *ckpt, tmp_path / "empty"), "is empty"),
             (("encode", *ckpt, "--order", "up", source, out), "choose forward, backward"),
+            (("encode", *ckpt, "--order", "random:" + 40 * "1", source, out), "so long a name"),
             (("encode", *ckpt, source, source), "the same file"),
             (("encode", *ckpt, source, tmp_path), "a folder"),
             (("encode", *ckpt, "--block", 0, source, out), "--block 0: choose 1 to"),

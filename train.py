@@ -49,7 +49,7 @@ SIZES = {
 PAPER = {                            # App. D; where the paper is silent, the released code's values
     "text": dict(lr=5e-4, betas=(0.9, 0.99), weight_decay=1e-3, warmup=5000, clip=0.25, ema=0.995),
     "image": dict(lr=1e-4, betas=(0.9, 0.999), weight_decay=0.0, warmup=1, clip=100.0, ema=0.9999)}
-OURS = {                             # muon_*: of the matrices under Muon
+OURS = {                             # muon_lr and muon_decay are for the matrices of the blocks
     "tiny": dict(lr=6e-3, betas=(0.9, 0.95), weight_decay=0.0, muon_lr=0.03, muon_decay=0.1,
                  warmup=50, clip=1.0, ema=0.99),
     "small": dict(lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0, muon_lr=0.02, muon_decay=0.02,
@@ -57,9 +57,9 @@ OURS = {                             # muon_*: of the matrices under Muon
 OURS["paper"] = OURS["small"]
 REPORT = 100                         # steps between rows of log.csv
 COLUMNS = ("step", "seconds", "train_bits_per_dim", "valid_bits_per_dim")
-PLAIN = ("step", "seconds", "L", "counts", "log")          # of a run: numbers and tensors
+PLAIN = ("step", "seconds", "L", "counts", "log")          # what a run keeps as it is
 RESUMABLE = {"data", "steps", "minutes", "passes", "out", "compile", "device"}
-MOST = 1 << 22                       # variables of a split that are evaluated where none is asked
+MOST = 1 << 22                       # variables of the test split that a CPU evaluates by default
 
 
 def positive(text):
@@ -75,7 +75,7 @@ def setting(default, help, **how):
 
 @dataclasses.dataclass
 class Settings:
-    """All that decides a run; every field is a flag. What --size leaves open is None here."""
+    """All that decides a run; every field is a flag. None: `complete` fills it in, by --size."""
     data: str = setting("pydoc", f"{', '.join(datasets.NAMES)}, or a file (default pydoc)")
     size: str = setting(None, "default: small on CUDA, else tiny", choices=list(SIZES["text"]))
     recipe: str = setting("ours", "the paper's network and optimiser, or what learns more in "
@@ -83,7 +83,8 @@ class Settings:
     branch: int = setting(None, "b of an upscale model (without it: order-agnostic)")
     parametrization: str = setting(None, "of an upscale model; default: direct for images in our "
                                    "recipe, else data", choices=["data", "direct"])
-    bits: positive = setting(8, "of the 8 of each value in an image, most significant first")
+    bits: int = setting(8, "kept of the 8 of each value in an image, the highest ones",
+                        choices=range(1, 9))
     length: positive = setting(None, "D of text: characters in a datapoint")
     dim: positive = setting(None, "width of the network")
     depth: positive = setting(None, "blocks of the network; of images: on each side")
@@ -188,7 +189,7 @@ def train_step(run, x):
         for group in optimizer.param_groups:
             group["lr"] = rate * group["full_lr"]
         optimizer.zero_grad()
-    draw = dict(device=x.device, generator=run.generator)
+    draw = dict(device=x.device, generator=run.generator)  # here: a compiled loss cannot draw
     t, s = stratified_steps(B, run.model.S, D, **draw)
     sigma = sample_sigma(B, D, **draw)
     with torch.autocast(x.device.type, torch.bfloat16, enabled=has_bf16(run.c.device)):
@@ -204,8 +205,8 @@ def train_step(run, x):
 
 
 def learning_rate(c, hyper, step, progress):
-    """The factor on the full rate: a warm-up of so many steps or a tenth of the run, whichever is
-    less; then constant in the paper, falling to 0 in ours."""
+    """The factor on the full rate: a warm-up of hyper["warmup"] steps or a tenth of the run,
+    whichever is less; then constant in the paper, falling to 0 in ours."""
     up = min(1.0, max((step + 1) / hyper["warmup"], 10 * progress))
     return up if c.recipe == "paper" else min(up, max(1 - progress, 0.0))
 
@@ -216,8 +217,9 @@ def make_optimizers(net, c, hyper):
     matrices = {p: None for name, p in net.named_parameters()
                 if c.recipe == "ours" and name.split(".")[0] in blocks and p.ndim in (2, 4)}
     rest = [p for p in net.parameters() if p not in matrices]
-    optimizers = [torch.optim.AdamW(rest, lr=c.lr or hyper["lr"], betas=hyper["betas"],
-                                    weight_decay=hyper["weight_decay"], fused=c.device != "mps")]
+    optimizers = [torch.optim.AdamW(rest, lr=hyper["lr"] if c.lr is None else c.lr,
+                                    betas=hyper["betas"], weight_decay=hyper["weight_decay"],
+                                    fused=not c.device.startswith("mps"))]
     if matrices:
         optimizers.append(Muon(matrices, hyper["muon_lr"], hyper["muon_decay"],
                                torch.bfloat16 if has_bf16(c.device) else torch.float32))
@@ -244,8 +246,9 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             by_shape = collections.defaultdict(list)
             for p in group["params"]:
-                mean = self.state[p].setdefault("mean", torch.zeros_like(p))
-                mean.lerp_(p.grad, 1 - group["momentum"])
+                if p not in self.state:
+                    self.state[p]["mean"] = torch.zeros_like(p)
+                mean = self.state[p]["mean"].lerp_(p.grad, 1 - group["momentum"])
                 step = p.grad.lerp(mean, group["momentum"])              # Nesterov's: a step ahead
                 by_shape[p.shape].append((p, step.flatten(1)))
             for pairs in by_shape.values():
