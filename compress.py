@@ -22,7 +22,7 @@ shorter datapoint is a block of its own. A stream starts from the CRC-32 of the 
 symbols, so a decoder that ends elsewhere has damaged bytes, or a block in a wrong place.
 
 Encoder and decoder must compute the same integers on any machine. The network runs in float64,
-where machines differ by about 1e-13. A block in which a value lies within coder.MARGIN of where
+where machines differ by less than 1e-12. A block in which a value lies within coder.MARGIN of where
 rounding turns is coded again with the next shift. So under one assumption, a difference below
 MARGIN, every decoder gets the encoder's integers: on CPU or CUDA, with any number of threads and
 any batch. The encoder decodes every block before OUT gets its name.
