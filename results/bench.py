@@ -252,7 +252,7 @@ def bench_compress(args):
 
 def bench_portable(args):
     """How far float32 and float64 differ on a simulated older machine (no AVX, one thread), in
-    nats; coder.MARGIN is 1e-10. And the share of 2^14 symbols' values within it of a boundary."""
+    nats; coder.MARGIN is 1e-10."""
     code = ("import sys, torch, nets\nmodel, _ = nets.load(sys.argv[1], 'cpu')\n"
             "x = torch.arange(8 * model.D).view(8, -1) % model.K\nt = torch.full((8,), 5)\n"
             "g = torch.Generator().manual_seed(0)\nm = torch.rand(x.shape, generator=g) < 0.3\n"
