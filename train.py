@@ -243,6 +243,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
+        """One step on every matrix, by its gradient."""
         for group in self.param_groups:
             by_shape = collections.defaultdict(list)
             for p in group["params"]:
