@@ -50,7 +50,7 @@ def grid_position(log_p, shift):
 def safe(log_p, shift=0):
     """True where no value lies within MARGIN of a boundary of the shifted grid."""
     position = grid_position(log_p, shift)
-    return bool((np.abs(position - np.rint(position)) > MARGIN * GRID).all())
+    return not (np.abs(position - np.rint(position)) <= MARGIN * GRID).any()
 
 
 def quantize(log_p, shift=0):
@@ -71,6 +71,12 @@ def quantize(log_p, shift=0):
     np.cumsum(f, axis=1, out=cdf[:, 1:])
     cdf[:, A] = 2 ** P
     return cdf
+
+
+def intervals(cdf, symbols):
+    """The starts and frequencies, (N,) each, of symbols (N,) by their rows of cdf (N, A + 1)."""
+    row = np.arange(len(symbols))
+    return cdf[row, symbols], cdf[row, symbols + 1] - cdf[row, symbols]
 
 
 def encode(starts, freqs, state=0):

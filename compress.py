@@ -17,19 +17,18 @@ encode and bench read text (or bytes), or a .npy file of images. An archive, num
     1       shift: the grid of coder.py moved by shift/256 of a step
             the stream: what each call of the plan generates in this block, call by call
 
-A block is decoded and checked as a whole: 2^14 symbols in whole datapoints. A last,
-shorter datapoint is a block of its own. A stream starts from the CRC-32 of the block's number and
-symbols, so a decoder that ends elsewhere has damaged bytes, or a block in a wrong place.
+A block is decoded and checked as a whole: 2^14 symbols in whole datapoints. A last, shorter
+datapoint is a block of its own. A stream starts from the CRC-32 of the block's number and symbols,
+so a decoder that ends elsewhere has damaged bytes, or a block in a wrong place.
 
-Encoder and decoder must compute the same integers on any machine. The network runs in float64,
-where machines differ by less than 1e-12. A block in which a value lies within coder.MARGIN of where
-rounding turns is coded again with the next shift. So under one assumption, a difference below
-MARGIN, every decoder gets the encoder's integers: on CPU or CUDA, with any number of threads and
-any batch. The encoder decodes every block before OUT gets its name.
+The network runs in float64, where machines differ by less than 1e-12. A block with a value within
+coder.MARGIN of where rounding turns takes the next shift. So wherever numbers differ by less than
+MARGIN the same integers come out: on CPU or CUDA, with any number of threads and any batch.
 """
 import copy
 import hashlib
 import io
+import itertools
 import json
 import os
 import shlex
@@ -53,65 +52,64 @@ BLOCK = 1 << 14                      # symbols in a block, about; twice as many 
 LONGEST_HEADER = 1 << 22             # bytes
 RAW = 1 << 31                        # the bit of a length that says: stored raw
 DAMAGED = b"\xff" * 5                # stands for a block that is not whole
-IMAGE_CALLS, IMAGE_ORDER = 100, "random:1"
+IMAGE_CALLS = 100
 
 
 class Codec:
-    """Blocks of datapoints to bytes and back, for a model, an order (by its name) and a plan."""
+    """Blocks of datapoints to bytes and back.
 
-    def __init__(self, model, shape, rule, plan):
+    settings: of the checkpoint. order: by name. plan: the k of each call, a list for every stage.
+    block: datapoints in a block. ValueError for what cannot be.
+    """
+
+    def __init__(self, model, settings, order, plan, block):
         device = next(model.parameters()).device
         self.device = "cpu" if device.type == "mps" else device          # MPS has no float64
         self.model = copy.deepcopy(model).to(self.device).double()
-        self.shape, self.rule, self.plan = shape, rule, plan
+        self.settings, self.block, self.order, self.ks = settings, block, order, plan
+        planner.order(order, settings["shape"])
+        most = max(1, 2 * BLOCK // model.D)
+        if type(block) is not int or not 1 <= block <= most:
+            raise ValueError(f"--block {block}: choose 1 to {most}")
+        if [sum(ks) for ks in plan] != [model.D] * model.S or not all(
+                type(k) is int and k > 0 for ks in plan for k in ks):
+            raise ValueError("a plan must generate each variable once in every stage")
+        self.plan = [(s, end - k + 1, k) for s, ks in enumerate(plan, start=1)
+                     for k, end in zip(ks, itertools.accumulate(ks))]
+        self.together = max(1, nets.rows_at_once(self.model) // block)
         self.tick = lambda n: None                         # called with the symbols of every call
+
+    def groups(self, n):
+        """(blocks, rows, D) of what goes through the network together, for a file of n symbols;
+        the last rows and a shorter last datapoint are blocks of their own."""
+        while n > 0:
+            D = min(n, self.model.D)
+            rows = min(n // D, self.block)
+            blocks = min(n // (rows * D), self.together)
+            yield blocks, rows, D
+            n -= blocks * rows * D
 
     def generate(self, x, choose):
         """ARDM.generate in one order for all rows of x (B, D); of text D may be shorter."""
-        shape = self.shape if len(self.shape) == 3 else x.shape[1:]
-        sigma = torch.from_numpy(planner.order(self.rule, shape)).to(self.device).expand(x.shape)
-        return self.model.generate(x, self.plan, sigma, choose)
+        shape = self.settings["shape"] if len(self.settings["shape"]) == 3 else x.shape[1:]
+        sigma = torch.from_numpy(planner.order(self.order, shape)).to(self.device)
+        return self.model.generate(x, self.plan, sigma.expand(x.shape), choose)
 
     def encode(self, x, first):
-        """x (blocks, rows, D) uint8 -> the blocks as they stand in an archive, and -log2 p of all.
+        """x (blocks, rows, D) uint8 -> [(block as it stands in an archive, -log2 p)].
         first: the number of the first block."""
-        packed, bits = [None] * len(x), 0.0
-        for shift in range(256):
-            todo = [i for i, block in enumerate(packed) if block is None]
-            if not todo:
-                return packed, bits
-            starts, freqs, costs, safe = self.intervals(x[todo], shift)
-            for i, start, freq, cost, good in zip(todo, starts, freqs, costs, safe):
-                if good:
-                    check = checksum(first + i, x[i])
-                    stream, flag = coder.encode(start, freq, check), 0
-                    if len(stream) > 4 + x[i].numel():     # the symbols themselves are shorter
-                        stream, flag = check.to_bytes(4, "big") + x[i].numpy().tobytes(), RAW
-                    packed[i] = struct.pack(">IB", flag | len(stream), shift) + stream
-                    bits += cost
-        raise ValueError("no grid is safe for a block: take a smaller --block")
-
-    def intervals(self, x, shift):
-        """starts and freqs (blocks, n) of all symbols in the order of the calls; -log2 p and
-        whether the shifted grid is safe, (blocks,) each."""
-        blocks, noted = len(x), []
-        x = x.flatten(0, 1).long().to(self.device)         # (blocks * rows, D)
+        true = x.flatten(0, 1).long().to(self.device)      # (blocks * rows, D)
+        noted = []                                         # for every call, block by block
 
         def note(log_p, where, s):
-            """Reads the symbols from the data, and notes their intervals."""
-            a = self.model.symbol(x, s)[where]
-            log_p, symbol, row = log_p.cpu().numpy(), a.cpu().numpy(), np.arange(len(a))
-            cdf = coder.quantize(log_p, shift)
-            start, end = cdf[row, symbol], cdf[row, symbol + 1]
-            safe = [coder.safe(part, shift) for part in np.split(log_p, blocks)]
-            noted.append([part.reshape(blocks, -1)
-                          for part in (start, end - start, -log_p[row, symbol], np.array(safe))])
+            """Reads the symbols from the data, and notes what the model says about them."""
+            a = self.model.symbol(true, s)[where]
+            noted.append(zip(*(np.split(part.cpu().numpy(), len(x)) for part in (log_p, a))))
             self.tick(len(a))
             return a
 
-        self.generate(x, note)
-        starts, freqs, nats, safe = (np.concatenate(parts, axis=1) for parts in zip(*noted))
-        return starts, freqs, bits_per_dim(nats.sum(axis=1), 1), safe.all(axis=1)
+        self.generate(true, note)
+        return [pack(x[i], calls, first + i) for i, calls in enumerate(zip(*noted))]
 
     def decode(self, packed, rows, D, first):
         """Blocks from an archive -> (rows * D,) uint8 symbols each; None where one is damaged."""
@@ -132,89 +130,32 @@ class Codec:
         for i, block in enumerate(packed):
             part, end = x[i], decoders[i].end
             if block[0] & 128:                             # stored raw, behind the checksum
-                part, end = torch.tensor(list(block[9:]), dtype=torch.uint8), block[5:9]
-                end = int.from_bytes(end, "big")
-            good = len(part) == rows * D and end == checksum(first + i, part)
+                part = torch.tensor(list(block[9:]), dtype=torch.uint8)
+                end = int.from_bytes(block[5:9], "big")
+            good = len(part) == rows * D and end == checksum(part, first + i)
             yield part if good else None
 
 
-def checksum(number, symbols):
+def pack(x, calls, number):
+    """One block x (rows, D) as it stands in an archive, and -log2 p of it. calls: of every network
+    call log_p (n, A) and the symbols (n,) that it generates."""
+    safe = (shift for shift in range(256) if all(coder.safe(log_p, shift) for log_p, _ in calls))
+    shift = next(safe, None)
+    if shift is None:
+        raise ValueError("no grid is safe for a block: take a smaller --block")
+    intervals = [coder.intervals(coder.quantize(log_p, shift), a) for log_p, a in calls]
+    starts, freqs = map(np.concatenate, zip(*intervals))
+    check, flag = checksum(x, number), 0
+    stream = coder.encode(starts, freqs, check)
+    if len(stream) > 4 + x.numel():                        # the symbols themselves are shorter
+        stream, flag = check.to_bytes(4, "big") + x.numpy().tobytes(), RAW
+    nats = -sum(log_p[np.arange(len(a)), a].sum() for log_p, a in calls)
+    return struct.pack(">IB", flag | len(stream), shift) + stream, bits_per_dim(nats, 1)
+
+
+def checksum(symbols, number):
     """CRC-32 of a block's symbols, begun with its number, so that no two can change places."""
     return zlib.crc32(symbols.numpy().tobytes(), number)
-
-
-def groups(n, D, block, together):
-    """(first block, blocks, rows, D) of what goes through the network together, for n symbols in
-    blocks of `block` datapoints."""
-    rows = n // D
-    whole = rows // block
-    for i in range(0, whole, together):
-        yield i, min(together, whole - i), block, D
-    if rows % block:
-        yield whole, 1, rows % block, D
-    if n % D:
-        yield whole + (rows % block > 0), 1, 1, n % D
-
-
-# -- The two files ---------------------------------------------------------------------------------
-
-class Source:
-    """A file of n symbols, read piece by piece: its size is no matter of memory. head: the bytes
-    before the first symbol; stored: of images the shape of one of them in the file."""
-
-    def __init__(self, path, settings):
-        self.path, self.settings, self.stored, offset = path, settings, [], 0
-        self.file = open(path, "rb")
-        if not self.file.seekable():
-            self.file = io.BytesIO(self.file.read())
-        size = self.file.seek(0, os.SEEK_END)
-        if settings["kind"] == "image":
-            images, array = datasets.open_npy(path), np.load(path, mmap_mode="r")
-            C, H, W = settings["shape"]
-            if images.shape[1:] != (H, W, C):
-                raise ValueError(f"{path} holds images of (H, W, C) = {images.shape[1:]}, the "
-                                 f"model codes {(H, W, C)}")
-            self.stored, offset = array.shape[1:], array.offset
-            if not array.flags.c_contiguous or array.nbytes + offset != size:
-                raise ValueError(f"{path} is in Fortran order, or has bytes behind its array: save "
-                                 "the array again, by numpy.save")
-        self.n = size - offset
-        self.file.seek(0)
-        self.head = self.file.read(offset)
-
-    def read(self, i, j):
-        """Symbols i..j, (j - i,) uint8; of images whole ones, colour by colour."""
-        self.file.seek(len(self.head) + i)
-        content, K = self.file.read(j - i), self.settings["K"]
-        if len(content) < j - i:
-            raise ValueError(f"{self.path} became shorter while it was read")
-        if self.settings["kind"] != "image":
-            return torch.from_numpy(datasets.to_symbols(content, K, i))
-        C, H, W = self.settings["shape"]
-        pixels = np.frombuffer(content, np.uint8).reshape(-1, H, W, C).transpose(0, 3, 1, 2)
-        if pixels.max(initial=0) >= K:
-            raise ValueError(f"{self.path} holds the value {pixels.max()}, the model knows 0 to "
-                             f"{K - 1}")
-        return torch.from_numpy(pixels.flatten())          # a copy
-
-
-def write_symbols(file, header, parts):
-    """The file that an archive was made of, or what parts (an iterator) hold of it. Returns the
-    number of symbols."""
-    head, n, image = header["head"].encode("latin-1"), 0, header["kind"] == "image"
-    file.write(head)
-    for part in parts:
-        n += len(part)
-        if image:
-            part = part.view(-1, *header["shape"]).permute(0, 2, 3, 1).flatten()
-        file.write(datasets.to_bytes(part, header["K"]))
-    if image and n < header["length"]:                     # some are left out: another head
-        file.seek(len(head))
-        pixels = np.frombuffer(file.read(), np.uint8)
-        file.seek(0)
-        np.save(file, pixels.reshape(-1, *header["stored"]))
-        file.truncate()
-    return n
 
 
 # -- The archive -----------------------------------------------------------------------------------
@@ -225,6 +166,32 @@ def digest(model):
     for name, value in sorted(model.state_dict().items()):
         total.update(name.encode() + value.cpu().numpy().tobytes())
     return total.hexdigest()[:16]
+
+
+def encode_file(file, model, codec, source):
+    """A source -> an archive in an open file, every block decoded before it is written. Returns
+    -log2 p under this order and plan."""
+    header = dict(kind=source.kind, length=source.n, order=codec.order, plan=codec.ks,
+                  block=codec.block, weights=digest(model), head=source.head.decode("latin-1"))
+    text = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
+    file.write(struct.pack(">4sBII", MAGIC, VERSION, len(text), zlib.crc32(text)) + text)
+    first = done = total = 0
+    with tqdm(desc="encoding", unit="symbol", unit_scale=True, leave=False,
+              total=2 * source.n * model.S) as bar:
+        codec.tick = bar.update
+        for blocks, rows, D in codec.groups(source.n):
+            x = source.read(done, done + blocks * rows * D).view(blocks, rows, D)
+            packed, bits = zip(*codec.encode(x, first))
+            for part, true in zip(codec.decode(packed, rows, D, first), x):
+                if part is None or not torch.equal(part, true.flatten()):
+                    raise ValueError("a block does not decode to what went in: this machine does "
+                                     "not compute the same numbers twice; nothing was written")
+            file.write(b"".join(packed))
+            first += blocks
+            done += x.numel()
+            total += sum(bits)
+            bar.set_postfix_str(f"{total / done:.3f} bits each")
+    return total
 
 
 def read_header(file, name):
@@ -238,68 +205,27 @@ def read_header(file, name):
     try:
         length, check = struct.unpack(">II", start[5:])
         text = file.read(min(length, LONGEST_HEADER))
-        require(zlib.crc32(text) == check)
+        if zlib.crc32(text) != check:
+            raise ValueError
         return dict(json.loads(zlib.decompressobj().decompress(text, LONGEST_HEADER)))
     except (ValueError, TypeError, RecursionError, struct.error, zlib.error):
         raise ValueError(f"{name} is damaged: its header is cut off or does not match its checksum")
 
 
-def read_plan(header, model, settings, name):
-    """The plan in a header; ValueError where header and model do not belong together, or where the
-    header claims what would cost time or memory."""
+def open_codec(header, model, settings, name):
+    """The codec of an archive; ValueError where header and model do not belong together, or where
+    the header claims what would cost time or memory."""
     if header.get("weights") != digest(model):
         raise ValueError(f"{name} was written with another checkpoint")
     try:
-        block, length, rule = header["block"], header["length"], header["order"]
-        require(all(header[key] == settings[key] for key in ("kind", "K", "shape")))
-        require(type(block) is type(length) is int and type(header["head"]) is type(rule) is str)
-        require(0 <= length < 1 << 60 and (block == 1 or 1 <= block * model.D <= 2 * BLOCK))
-        require(len(rule) < 40 and (header["kind"] != "image" or length % model.D == 0))
-        planner.order(rule, header["shape"])
-        plan, done = [], dict.fromkeys(range(1, model.S + 1), 0)
-        for s, k in header["plan"]:
-            require(type(s) is type(k) is int and k > 0)
-            plan.append((s, done[s] + 1, k))
-            done[s] += k
-        require(set(done.values()) == {model.D})
-        return plan
-    except (ValueError, TypeError, KeyError):
+        length = header["length"]
+        header["head"].encode("latin-1")
+        if type(length) is not int or not 0 <= length < 1 << 60 or (
+                settings["kind"] == "image" and length % model.D):
+            raise ValueError
+        return Codec(model, settings, header["order"], header["plan"], header["block"])
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise ValueError(f"{name} is damaged: its header makes no sense")
-
-
-def require(holds):
-    """What a header must fulfil; unlike an assert it also counts under python -O."""
-    if not holds:
-        raise ValueError
-
-
-def encode_file(file, model, source, rule, plan, block, verify=True):
-    """A source -> an archive in an open file. Returns -log2 p under this order and plan."""
-    codec = Codec(model, source.settings["shape"], rule, plan)
-    header = dict({key: source.settings[key] for key in ("kind", "K", "shape")}, length=source.n,
-                  order=rule, plan=[[s, k] for s, t, k in plan], block=block,
-                  weights=digest(model), head=source.head.decode("latin-1"))
-    if source.stored:
-        header["stored"] = source.stored
-    text = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
-    file.write(struct.pack(">4sBII", MAGIC, VERSION, len(text), zlib.crc32(text)) + text)
-    together = max(1, nets.rows_at_once(codec.model) // block)
-    done, total = 0, 0.0
-    with tqdm(desc="encoding", unit="symbol", unit_scale=True, leave=False,
-              total=source.n * model.S * (1 + verify)) as bar:
-        codec.tick = bar.update
-        for first, blocks, rows, D in groups(source.n, model.D, block, together):
-            x = source.read(done, done + blocks * rows * D).view(blocks, rows, D)
-            packed, bits = codec.encode(x, first)
-            for part, true in zip(codec.decode(packed, rows, D, first) if verify else (), x):
-                if part is None or not torch.equal(part, true.flatten()):
-                    raise ValueError("a block does not decode to what went in: this machine does "
-                                     "not compute the same numbers twice; nothing was written")
-            file.write(b"".join(packed))
-            done += x.numel()
-            total += bits
-            bar.set_postfix_str(f"{total / done:.3f} bits each")
-    return total
 
 
 def read_block(file, n):
@@ -312,91 +238,74 @@ def read_block(file, n):
     return start + stream if whole or not start else DAMAGED
 
 
-def decode_file(file, model, header, plan, item=None, damaged=None):
-    """An open archive behind its header -> iterator of its symbols, block by block, or of those of
-    one datapoint.
-
-    damaged: a list; then blocks that do not match are left out and described there. Else the first
-    of them is a ValueError.
-    """
-    def report(words):
-        if damaged is None:
-            raise ValueError(f"the archive is damaged: {words} (--keep-going delivers the rest)")
-        damaged.append(words)
-
-    codec = Codec(model, header["shape"], header["order"], plan)
-    n, block, D = header["length"], header["block"], model.D
-    together, wanted = max(1, nets.rows_at_once(codec.model) // block), None
+def decode_file(file, codec, n, item=None):
+    """An open archive of n symbols behind its header -> iterator of (number of a block, its
+    symbols or None where it is damaged); of item, the number of a datapoint, its symbols alone."""
+    first = row = 0
     if item is not None:
-        if not 0 <= item < -(-n // D):
-            raise ValueError(f"--item {item}: there are {-(-n // D)}, counted from 0")
-        together, wanted = 1, item // block + (item == n // D and n // D % block > 0)
-    with tqdm(desc="decoding", unit="symbol", unit_scale=True, total=n * model.S,
-              leave=False) as bar:
+        codec.together = 1
+        if not 0 <= item < -(-n // codec.model.D):
+            raise ValueError(f"--item {item}: there are {-(-n // codec.model.D)}, counted from 0")
+    with tqdm(desc="decoding", unit="symbol", unit_scale=True, leave=False,
+              total=n * codec.model.S) as bar:
         codec.tick = bar.update
-        for first, blocks, rows, width in groups(n, D, block, together):
-            packed = [read_block(file, rows * width) for _ in range(blocks)]
-            if wanted not in (None, first):
-                continue
-            parts = codec.decode([block or DAMAGED for block in packed], rows, width, first)
-            for number, part in enumerate(parts, start=first):
-                if part is None:
-                    report(f"block {number} (counted from 0) is cut off or does not decode to its "
-                           "checksum")
-                else:
-                    row = item % block if width == D and item else 0
-                    yield part if item is None else part.view(rows, width)[row]
+        for blocks, rows, D in codec.groups(n):
+            packed = [read_block(file, rows * D) for _ in range(blocks)]
+            if item is None or row <= item < row + rows:
+                whole = [block or DAMAGED for block in packed]
+                for i, part in enumerate(codec.decode(whole, rows, D, first), start=first):
+                    if item is not None and part is not None:
+                        part = part.view(rows, D)[item - row]
+                    yield i, part
+            first += blocks
+            row += blocks * rows
             if b"" in packed:                              # whatever length the header claims
-                break
+                return
     if item is None and file.read(1):
-        report("something follows its last block")
+        yield first, None                                  # something follows the last block
 
 
 # -- The commands ----------------------------------------------------------------------------------
 
-def settle(args):
-    """model, source, order and plan, by the command line: what encode and bench need.
+def settle(args, block=None):
+    """model, codec and source by the command line: what encode and bench need.
 
-    Text is read by `spaced` readers, with which an even plan is the cheapest; images in a fixed
-    permutation. auto: the best of several on the beginning of the file.
+    Text is read by `spaced` readers, with which an even plan is the cheapest. Images are read in a
+    random order, and since L_t is measured in such ones, the plan is the cheapest by L_t.
     """
     model, checkpoint = nets.load(args.ckpt, args.device)
     settings = checkpoint["settings"]
-    piece = Path(args.ckpt).parent / datasets.PIECES[settings["kind"]]
-    source = Source(args.input or piece, settings)
-    image, full = settings["kind"] == "image", model.S * model.D
-    calls = min(full, IMAGE_CALLS) if image else -(-full // 4)
-    calls = calls if args.calls is None else args.calls
-    plan = planner.uniform_plan(model.S, model.D, calls)
-    spaced = f"spaced:{-(-full // calls)}"
-    rule = args.order or (IMAGE_ORDER if image else spaced)
-    if rule == "auto":
-        rows, scores = min(source.n // model.D, max(4, 2048 // model.D)), {spaced: 0.0}
-        x = source.read(0, rows * model.D).view(rows, model.D).long()
-        x = x.to(next(model.parameters()).device)
-        for name in (spaced, "forward", "random:1", "random:2") if rows else ():
-            sigma = torch.from_numpy(planner.order(name, settings["shape"])).to(x.device)
-            scores[name] = model.nll(x, plan, sigma.expand(x.shape)).sum().item()
-        rule = min(scores, key=scores.get)
-    planner.order(rule, settings["shape"])                 # ValueError for an unknown one
-    if len(rule) >= 40:
-        raise ValueError("--order: no order has so long a name")
-    return model, source, rule, plan
+    S, D, image = model.S, model.D, settings["kind"] == "image"
+    source = datasets.Source(args.input or Path(args.ckpt).parent / datasets.PIECES[
+        settings["kind"]], settings)
+    calls = args.calls
+    if calls is None:
+        calls = min(S * D, IMAGE_CALLS) if image else -(-S * D // 4)
+    plan = planner.uniform_plan(S, D, calls)
+    spaced = f"spaced:{-(-S * D // calls)}"
+    order = args.order or ("random:1" if image else spaced)
+    if order.startswith("random") and checkpoint.get("L") is not None:
+        plan = planner.plan(planner.smooth(checkpoint["L"], checkpoint["counts"]), calls)
+    ks = [[k for stage, _, k in plan if stage == s] for s in range(1, S + 1)]
+    block = max(1, BLOCK // D) if block is None else block
+    if order == "auto":                                    # the smallest nll of the first symbols
+        rows = min(source.n // D, max(4, 2048 // D))
+        x = source.read(0, rows * D).view(1, rows, D)
+        found = {order: sum(bits for _, bits in Codec(model, settings, order, ks, block).encode(
+            x, 0)) for order in (spaced, "forward", "random:1", "random:2") if rows}
+        order = min(found, key=found.get, default=spaced)
+    return model, Codec(model, settings, order, ks, block), source
 
 
 def run_encode(args):
     """a file to an archive"""
     check_output(args)
-    model, source, rule, plan = settle(args)
-    block = max(1, BLOCK // model.D) if args.block is None else args.block
-    if block != 1 and not 1 <= block * model.D <= 2 * BLOCK:
-        raise ValueError(f"--block {block}: choose 1 to {max(1, 2 * BLOCK // model.D)}")
+    model, codec, source = settle(args, args.block)
     with datasets.write(args.output) as file:
-        encode_file(file, model, source, rule, plan, block, args.verify)
+        encode_file(file, model, codec, source)
         size = file.tell()
-    print(f"{args.input}: {source.n:,} symbols -> {size:,} bytes, "
-          f"{8 * size / max(1, source.n):.3f} bits each; order {rule}, {len(plan)} network calls"
-          f"{', decoded and compared' if args.verify else ''}")
+    print(f"{args.input}: {source.n:,} symbols -> {size:,} bytes, {8 * size / max(1, source.n):.3f}"
+          f" bits each; order {codec.order}, {len(codec.plan)} network calls, decoded and compared")
     print("back again: python compress.py decode --ckpt",
           shlex.quote(args.ckpt), shlex.quote(args.output), "FILE")
 
@@ -404,14 +313,27 @@ def run_encode(args):
 def run_decode(args):
     """an archive back to text or images"""
     check_output(args)
-    damaged = [] if args.keep_going else None
+    damaged = []
+
+    def intact(parts):
+        """The symbols of the blocks that are not damaged."""
+        for i, part in parts:
+            if part is not None:
+                yield part
+                continue
+            damaged.append(f"block {i} (counted from 0) is cut off, too many, or does not match "
+                           "its checksum")
+            if not args.keep_going:
+                raise ValueError(f"{args.input} is damaged: {damaged[0]}; --keep-going delivers "
+                                 "the rest")
+
     with open(args.input, "rb") as file:
         header = read_header(file, args.input)
         model, checkpoint = nets.load(args.ckpt, args.device)
-        plan = read_plan(header, model, checkpoint["settings"], args.input)
+        codec = open_codec(header, model, checkpoint["settings"], args.input)
+        parts = intact(decode_file(file, codec, header["length"], args.item))
         with datasets.write(args.output) as out:
-            parts = decode_file(file, model, header, plan, args.item, damaged)
-            n = write_symbols(out, header, parts)
+            n = datasets.write_back(out, header, checkpoint["settings"], parts)
     print(f"{args.output}: {n:,} symbols, their checksums match")
     if damaged:
         print(*damaged, f"{args.input} is damaged; this is what could be saved", sep="\n",
@@ -430,18 +352,16 @@ def run_info(args):
 
 def run_bench(args):
     """what a file costs by every measure; without IN, the piece of test data beside CKPT"""
-    model, source, rule, plan = settle(args)
-    settings, n = source.settings, source.n
+    model, codec, source = settle(args)
+    n, settings, file = source.n, codec.settings, io.BytesIO()
     if not n:
         raise ValueError(f"{source.path} is empty")
-    block = 1 if settings["kind"] == "image" else max(1, BLOCK // model.D)
-    file = io.BytesIO()
-    bits = encode_file(file, model, source, rule, plan, block)
+    bits = encode_file(file, model, codec, source)
     rows = {"exact nll of this order and plan": bits / n,
             f"archive, {file.tell():,} bytes": 8 * file.tell() / n}
-    rows |= datasets.references(source.read(0, n).numpy(), settings["kind"], model.K,
-                                settings["shape"])
-    print(f"{source.path}: {n:,} symbols, order {rule}, {len(plan)} network calls; bits each:")
+    rows |= datasets.references(source.read(0, n).numpy(), source.kind, model.K, settings["shape"])
+    print(f"{source.path}: {n:,} symbols, order {codec.order}, {len(codec.plan)} network calls; "
+          "bits each:")
     for name, value in rows.items():
         print(f"  {name:34} {value:.4f}")
     print("decoded and identical; the weights, "
@@ -449,12 +369,9 @@ def run_bench(args):
 
 
 def check_output(args):
-    """ValueError where writing OUT would destroy what is read, or cannot be."""
-    out = args.output
-    if not Path(out).resolve().parent.is_dir():
-        raise ValueError(f"{out} cannot be written: its folder does not exist")
+    """ValueError where writing OUT would destroy what is read."""
     for name, path in (("IN", args.input), ("--ckpt", args.ckpt)):
-        if os.path.exists(path) and os.path.exists(out) and os.path.samefile(path, out):
+        if all(map(os.path.exists, (path, args.output))) and os.path.samefile(path, args.output):
             raise ValueError(f"{name} and OUT are the same file")
 
 
@@ -466,26 +383,25 @@ def main():
         name = run.__name__.removeprefix("run_")
         command = commands.add_parser(name, help=run.__doc__)
         command.set_defaults(run=run)
-        command.add_argument("input", nargs="?" if name == "bench" else None, metavar="IN")
+        add = command.add_argument
+        add("input", nargs="?" if name == "bench" else None, metavar="IN")
         if name != "info":
-            command.add_argument("--ckpt", required=True, help="a checkpoint of train.py")
-            command.add_argument("--device", help="cuda, mps or cpu")
+            add("--ckpt", required=True, help="a checkpoint of train.py")
+            add("--device", help="cuda, mps or cpu")
         if name in ("encode", "decode"):
-            command.add_argument("output", metavar="OUT")
+            add("output", metavar="OUT")
         if name in ("encode", "bench"):
-            command.add_argument("--calls", type=int, help="network calls for a block (default: a "
-                                 f"quarter of the variables of a text, {IMAGE_CALLS} for images)")
-            command.add_argument("--order", help="forward, backward, random:SEED, spaced:G, or "
-                                 "auto: the best of several on this file")
+            add("--calls", type=int, help="network calls for a block (default: a quarter of the "
+                f"variables of a text, {IMAGE_CALLS} for images)")
+            add("--order", help="forward, backward, random:SEED, spaced:G, or auto: the best of "
+                "several on this file")
         if name == "encode":
-            command.add_argument("--block", type=int, help="datapoints that are decoded together "
-                                 f"(default: as many as have {BLOCK} symbols)")
-            command.add_argument("--no-verify", dest="verify", action="store_false",
-                                 help="skip the decoding that proves the archive")
+            add("--block", type=int, help="datapoints that are decoded together (default: as many "
+                f"as have {BLOCK} symbols)")
         if name == "decode":
-            command.add_argument("--item", type=int, help="only this datapoint, counted from 0")
-            command.add_argument("--keep-going", action="store_true",
-                                 help="leave out damaged blocks, deliver the others; exit code 1")
+            add("--item", type=int, help="only this datapoint, counted from 0")
+            add("--keep-going", action="store_true", help="leave out damaged blocks, deliver the "
+                "others; exit code 1")
     args = parser.parse_args()
     args.run(args)
 

@@ -17,7 +17,6 @@ last tenth of what is to train on is for validation; the first tenth of a .npy f
 """
 import argparse
 import bz2
-import functools
 import gzip
 import hashlib
 import http.client
@@ -26,6 +25,7 @@ import lzma
 import os
 import platform
 import re
+import shutil
 import struct
 import sys
 import tarfile
@@ -65,25 +65,23 @@ class Parser(argparse.ArgumentParser):
 
 def run(main):
     """Runs a script: what a user can mend is one line on stderr and exit code 2."""
-    name = Path(sys.argv[0]).name
     sys.stdout.reconfigure(errors="replace")               # a terminal that lacks a character
     try:
         return main()
-    except KeyboardInterrupt:
-        print(f"{name}: stopped", file=sys.stderr)
-        sys.exit(130)
     except BrokenPipeError:                                # as in: python sample.py ... | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return None
+    except KeyboardInterrupt:
+        code, words = 130, "stopped"
     except (ValueError, OSError) as error:
-        words = str(error)
+        code, words = 2, error
     except (MemoryError, RuntimeError) as error:           # of NumPy, of CUDA, of torch on a CPU
         full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         if not full and "can't allocate memory" not in str(error):
             raise
-        words = "the device has too little memory for this: a smaller --batch or --size takes less"
-    print(f"{name}: {words}", file=sys.stderr)
-    sys.exit(2)
+        code, words = 2, "too little memory: a smaller --batch or --size takes less"
+    print(f"{Path(sys.argv[0]).name}: {words}", file=sys.stderr)
+    sys.exit(code)
 
 
 @contextmanager
@@ -95,7 +93,6 @@ def write(path, mode="w+b"):
         raise ValueError(f"cannot write {path}: it is {'a folder' if path.is_dir() else 'no file'}")
     part = path.with_name(f"{path.name}.{os.getpid()}.part")             # a name of its own
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, mode) as file:
             yield file
             file.flush()
@@ -114,12 +111,12 @@ def unzip(content, name):
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             members = [member for member in archive.infolist() if not member.is_dir()]
-            if len(members) != 1 or members[0].file_size > LARGEST:
-                raise ValueError(f"it holds {len(members)} files, or too large a one")
-            return archive.read(members[0])
-    except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, EOFError,
-            ValueError) as error:
-        raise ValueError(f"{name} is a zip file that cannot be read: {error}")
+            if len(members) == 1 and members[0].file_size < LARGEST:
+                return archive.read(members[0])
+            reason = f"it holds {len(members)} files, or too large a one"
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError) as error:
+        reason = error
+    raise ValueError(f"{name} is a zip file that cannot be read: {reason}")
 
 
 def fetch(name):
@@ -136,6 +133,7 @@ def fetch(name):
         where = f"{found[0]}: remove it, or name it by --data {found[0]}" if found else url
         raise ValueError(f"this is not the whole upstream file {name} (by its md5): {where}")
     if not found:
+        folder.mkdir(parents=True, exist_ok=True)
         with write(folder / name) as file:
             file.write(packed)
     return content
@@ -143,20 +141,16 @@ def fetch(name):
 
 def download(url):
     """The bytes at an address, with a progress bar."""
-    parts = []
+    file = io.BytesIO()
     try:
         with urllib.request.urlopen(url, timeout=30) as reply:
-            size = int(reply.headers.get("Content-Length", 0))
-            with tqdm(total=size or None, unit="B", unit_scale=True, desc=url) as bar:
-                while part := reply.read(1 << 18):
-                    parts.append(part)
-                    bar.update(len(part))
-            if size and bar.n != size:
-                raise OSError(f"the connection ended after {bar.n} of {size} bytes")
-        return b"".join(parts)
+            size = int(reply.headers.get("Content-Length", 0)) or None
+            with tqdm.wrapattr(reply, "read", total=size, desc=url) as body:
+                shutil.copyfileobj(body, file)
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise ValueError(f"cannot download {url} ({error}): fetch it elsewhere and put it into "
                          f"{os.environ.get('ARDM_DATA', 'data')}/")
+    return file.getvalue()
 
 
 # -- Data sets -------------------------------------------------------------------------------------
@@ -189,10 +183,9 @@ class Text:
         return stream[starts + torch.arange(self.D, device=stream.device)].long()
 
     def chunks(self, split):
-        """Whole chunks (N, D), and the n mod D symbols that are left over."""
+        """(N, D): the split as datapoints; what is left over, less than one, does not count."""
         stream = self.splits[split]
-        whole = len(stream) // self.D * self.D
-        return stream[:whole].view(-1, self.D), stream[whole:]
+        return stream[:len(stream) // self.D * self.D].view(-1, self.D)
 
 
 class Images:
@@ -230,8 +223,8 @@ class Images:
         return x.reshape(B, self.D).long()
 
     def chunks(self, split):
-        """(N, D) images, and no rest."""
-        return self.splits[split], self.splits[split].new_zeros(0)
+        """(N, D): the images of a split."""
+        return self.splits[split]
 
 
 def load(name, length=64, bits=8, device="cpu"):
@@ -434,42 +427,98 @@ def png(*frames, seconds=0.2):
     return b"".join(parts + [chunk(b"IEND", b"")])
 
 
-def exhibits(data, x, folder):
-    """What a run leaves beside its checkpoint, {path: bytes}: a piece of the test split, to try
-    compress.py on, and of images a picture of the samples x; samples of text are printed."""
-    test = data.splits["test"].cpu()
+def exhibits(data, x):
+    """What a run leaves beside its checkpoint, {name: bytes}: a piece of the test split, to try
+    compress.py on, and the samples x, which are printed where they are text."""
+    test, name = data.splits["test"].cpu(), PIECES[data.kind]
     if data.kind != "image":
         print("samples:", *(show(row, data.K) for row in x), sep="\n  ")
-        return {folder / PIECES[data.kind]: to_bytes(test[:20000], data.K)}
+        return {name: to_bytes(test[:20000], data.K)}
     file = io.BytesIO()
     np.save(file, test[:16].view(-1, *data.shape).permute(0, 2, 3, 1).numpy())
-    print(f"samples: {folder / 'samples.png'}")
-    return {folder / PIECES["image"]: file.getvalue(),
-            folder / "samples.png": png(grid(to_images(x, data.shape, data.K), columns=8))}
+    return {name: file.getvalue(),
+            "samples.png": png(grid(to_images(x, data.shape, data.K), columns=8))}
+
+
+# -- Files to be packed ----------------------------------------------------------------------------
+
+class Source:
+    """A file of n symbols, read piece by piece: its size is no matter of memory.
+
+    settings: of the model that reads it. head: the bytes before the first symbol.
+    """
+
+    def __init__(self, path, settings):
+        self.path, self.kind, self.K = path, settings["kind"], settings["K"]
+        self.shape = settings["shape"]
+        self.file = open(path, "rb")
+        if not self.file.seekable():
+            self.file = io.BytesIO(self.file.read())
+        self.n = self.file.seek(0, os.SEEK_END)
+        self.file.seek(0)
+        self.head = b""
+        if self.kind == "image":
+            images, (C, H, W) = open_npy(path), self.shape
+            if images.shape[1:] != (H, W, C):
+                raise ValueError(f"{path} holds images of (H, W, C) = {images.shape[1:]}, the "
+                                 f"model codes {(H, W, C)}")
+            self.head = self.file.read(images.offset)
+            self.n -= len(self.head)
+            if not images.flags.c_contiguous or images.size != self.n:
+                raise ValueError(f"{path} is in Fortran order, or has bytes behind its array: save "
+                                 "the array again, by numpy.save")
+
+    def read(self, i, j):
+        """Symbols i..j, (j - i,) uint8; of images whole ones, colour by colour."""
+        self.file.seek(len(self.head) + i)
+        content = self.file.read(j - i)
+        if self.kind != "image":
+            return torch.from_numpy(to_symbols(content, self.K, i))
+        C, H, W = self.shape
+        pixels = np.frombuffer(content, np.uint8).reshape(-1, H, W, C).transpose(0, 3, 1, 2)
+        if pixels.max(initial=0) >= self.K:
+            raise ValueError(f"{self.path} holds the value {pixels.max()}, the model knows 0 to "
+                             f"{self.K - 1}")
+        return torch.from_numpy(pixels.flatten())          # a copy
+
+
+def write_back(file, header, settings, parts):
+    """The file that an archive was made of, or what parts (an iterator) hold of it. Returns the
+    number of symbols."""
+    head, n, image = header["head"].encode("latin-1"), 0, settings["kind"] == "image"
+    file.write(head)
+    for part in parts:
+        n += len(part)
+        if image:
+            part = part.view(-1, *settings["shape"]).permute(0, 2, 3, 1).flatten()
+        file.write(to_bytes(part, settings["K"]))
+    if image and n < header["length"]:                     # some are left out: another head
+        C, H, W = settings["shape"]
+        file.seek(len(head))
+        pixels = np.frombuffer(file.read(), np.uint8)
+        file.seek(0)
+        np.save(file, pixels.reshape(-1, H, W, C) if C > 1 else pixels.reshape(-1, H, W))
+        file.truncate()
+    return n
 
 
 # -- What others reach -----------------------------------------------------------------------------
 
 def packers(image=False):
-    """{name: bytes or (H, W, C) uint8 -> bytes}: general compressors, those that are installed."""
-    found = {} if image else {"bz2": bz2.compress, "xz": lzma.compress, "zlib": zlib.compress}
+    """{name: bytes or (H, W, C) uint8 -> bytes}: general compressors, and where Pillow is
+    installed those for images."""
+    if not image:
+        return {"bz2": bz2.compress, "xz": lzma.compress, "zlib": zlib.compress}
+    found = {}
     with suppress(ImportError):
-        if image:
-            from PIL import Image
-
-            def save(pixels, **how):
+        from PIL import Image
+        for kind, how in (("PNG", dict(optimize=True)), ("WebP", dict(lossless=True, method=6))):
+            def save(pixels, kind=kind, how=how):
                 file = io.BytesIO()
                 pixels = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
-                Image.fromarray(pixels).save(file, **how)
+                Image.fromarray(pixels).save(file, kind, **how)
                 return file.getvalue()
-
-            found["PNG"] = functools.partial(save, format="PNG", optimize=True)
-            found["WebP"] = functools.partial(save, format="WebP", lossless=True, method=6)
-        else:
-            import zstandard
-            import brotli
-            found["zstd"] = zstandard.ZstdCompressor(level=22).compress
-            found["brotli"] = brotli.compress
+            found[kind] = save
     return found
 
 

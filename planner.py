@@ -239,7 +239,7 @@ def order(rule, shape):
     name, _, number = rule.partition(":")
     C, D = shape[0] if np.size(shape) == 3 else 1, int(np.prod(shape))
     turn = np.arange(D).reshape(C, -1).T.reshape(-1)       # turn[i]: the variable at step i + 1
-    if name == "random" and number.isdecimal():            # sorted by hashes: as good as drawn
+    if name == "random" and number.isdecimal() and len(number) < 20:            # sorted by hashes: as good as drawn
         turn = sorted(range(D), key=lambda i: hashlib.sha256(f"{number}:{i}".encode()).digest())
     elif name == "spaced" and number.isdecimal() and int(number) > 0:
         part = -(-D // int(number))

@@ -47,7 +47,7 @@ def read_inpaint(rule, n, settings):
     data = datasets.load(settings["data"], bits=settings["bits"])
     if list(data.shape) != list(settings["shape"]):
         raise ValueError(f"--inpaint: {data.name} is not what this model was trained on")
-    images, _ = data.chunks("test")
+    images = data.chunks("test")
     x = images[torch.arange(n) * len(images) // n].long()
     return x.repeat_interleave(COMPLETIONS, dim=0), known.flatten()
 
@@ -179,6 +179,7 @@ def main():
     steps = frames(model, x, sigma.cpu(), plan) if args.frames else []
     files = pictures(given, known, x, steps, settings) if image else texts(x, steps, model)
     folder = Path(args.out or Path(args.ckpt).parent)
+    folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         with datasets.write(folder / name) as file:
             file.write(content)

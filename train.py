@@ -7,8 +7,8 @@
     python train.py --resume                            goes on where an interrupted run stopped
     python train.py --evaluate out/pydoc/ckpt.pt        the number, its standard error, the protocol
 
-A run writes OUT/ckpt.pt, log.csv, test.txt (test.bin, test.npy: a piece of the test split, for
-compress.py), samples.png of images, results.png where --plot asks for it and, last, results.json.
+A run writes OUT/ckpt.pt, log.csv, a piece of the test split (for compress.py), samples.png of
+images, results.png if --plot asks for it and, last, results.json.
 """
 import argparse
 import collections
@@ -16,14 +16,15 @@ import copy
 import csv
 import dataclasses
 import importlib.util
+import io
 import json
+import math
 import os
 import platform
 import shlex
 import signal
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -57,16 +58,9 @@ OURS = {                             # muon_lr and muon_decay are for the matric
 OURS["paper"] = OURS["small"]
 REPORT = 100                         # steps between rows of log.csv
 COLUMNS = ("step", "seconds", "train_bits_per_dim", "valid_bits_per_dim")
-PLAIN = ("step", "seconds", "L", "counts", "log")          # what a run keeps as it is
+PLAIN = ("settings", "step", "seconds", "L", "counts", "log")          # kept as it is
 RESUMABLE = {"data", "steps", "minutes", "passes", "out", "compile", "device"}
 MOST = 1 << 22                       # variables of the test split that a CPU evaluates by default
-
-
-def positive(text):
-    """An integer of 1 or more, from a command line."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
-    return int(text)
 
 
 def setting(default, help, **how):
@@ -85,20 +79,32 @@ class Settings:
                                    "recipe, else data", choices=["data", "direct"])
     bits: int = setting(8, "kept of the 8 of each value in an image, the highest ones",
                         choices=range(1, 9))
-    length: positive = setting(None, "D of text: characters in a datapoint")
-    dim: positive = setting(None, "width of the network")
-    depth: positive = setting(None, "blocks of the network; of images: on each side")
+    length: int = setting(None, "D of text: characters in a datapoint")
+    dim: int = setting(None, "width of the network")
+    depth: int = setting(None, "blocks of the network; of images: on each side")
     heads: int = setting(None, "attention heads; of images: in the middle, 0: no attention")
-    batch: positive = setting(None, "datapoints in a training step")
-    lr: float = setting(None, "learning rate of Adam")
-    steps: positive = setting(None, "length of the run in training steps")
-    minutes: float = setting(None, "length of the run in minutes, where --steps is not given")
-    passes: positive = setting(None, "passes over each split in the evaluation")
+    batch: int = setting(None, "datapoints in a training step")
+    lr: float = setting(None, "learning rate of Adam; Muon's is the recipe's own")
+    steps: int = setting(None, "length of the run in training steps")
+    minutes: float = setting(None, "length of the run in minutes, if --steps is not given")
+    passes: int = setting(None, "passes over each split in the evaluation")
     compile: bool = setting(None, "torch.compile; default: yes on CUDA with Triton",
                             action=argparse.BooleanOptionalAction)
     device: str = setting(None, "cuda, mps or cpu; default: the first that is there")
     seed: int = setting(0, "of the weights and of every draw (default 0)")
     out: str = setting(None, "folder for the results; default: out/<data>")
+
+    def __post_init__(self):
+        for name in ("length", "dim", "depth", "batch", "steps", "minutes", "passes"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"--{name} {value}: must be more than 0")
+        self.device = str(nets.pick_device(self.device))
+        self.size = self.size or ("small" if self.device.startswith("cuda") else "tiny")
+        self.out = self.out or f"out/{Path(self.data).name.split('.')[0] or 'run'}"
+        if self.compile is None:
+            has_triton = importlib.util.find_spec("triton") is not None
+            self.compile = self.device.startswith("cuda") and has_triton
 
 
 # -- A run: model, optimiser, loop -----------------------------------------------------------------
@@ -109,8 +115,7 @@ class Run:
     def __init__(self, c, data):
         torch.manual_seed(c.seed)
         self.c = c
-        self.settings = dataclasses.asdict(c) | dict(kind=data.kind, K=data.K,
-                                                     shape=list(data.shape))
+        self.settings = vars(c) | dict(kind=data.kind, K=data.K, shape=list(data.shape))
         self.model = nets.build(self.settings).to(c.device)
         self.ema = copy.deepcopy(self.model).eval()
         kind = "image" if data.kind == "image" else "text"
@@ -129,21 +134,21 @@ class Run:
         return self.step / self.c.steps if self.c.steps else self.seconds / (60 * self.c.minutes)
 
     def save(self, folder):
-        """Writes ckpt.pt; ValueError, and the old one stays, where the weights are no numbers."""
+        """Writes ckpt.pt; ValueError, and the old one stays, if the weights are no numbers."""
         if not all(p.isfinite().all() for p in self.model.parameters()):
             raise ValueError(f"step {self.step}: the weights are not numbers any more; begin anew "
                              "with a smaller --lr")
-        state = dict(settings=self.settings, model=self.model.state_dict(),
-                     ema=self.ema.state_dict(), generator=self.generator.get_state(),
-                     optimizer=[optimizer.state_dict() for optimizer in self.optimizers],
-                     **{name: getattr(self, name) for name in PLAIN})
+        state = {name: getattr(self, name) for name in PLAIN} | dict(
+            model=self.model.state_dict(), ema=self.ema.state_dict(),
+            optimizer=[optimizer.state_dict() for optimizer in self.optimizers],
+            generator=self.generator.get_state())
+        buffer = io.BytesIO()                              # torch hides what a full disk says
+        torch.save(state, buffer)
         with datasets.write(folder / "ckpt.pt") as file:
-            try:
-                torch.save(state, file)
-            except RuntimeError as error:                  # what torch makes of a full disk
-                raise error.__context__ if isinstance(error.__context__, OSError) else error
+            file.write(buffer.getbuffer())
 
     def restore(self, checkpoint):
+        """Goes on where the run of this checkpoint was saved."""
         if "optimizer" not in checkpoint:
             raise ValueError("this checkpoint holds weights alone: it cannot be resumed")
         self.model.load_state_dict(checkpoint["model"])
@@ -151,33 +156,39 @@ class Run:
         self.generator.set_state(checkpoint["generator"])
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer"]):
             optimizer.load_state_dict(state)
-        for name in PLAIN:
-            setattr(self, name, checkpoint[name])
+        vars(self).update({name: checkpoint[name] for name in PLAIN if name != "settings"})
 
 
 def train(run, data, folder):
-    """Steps until the run is over, or Ctrl-C. True where it was completed."""
+    """Steps until the run is over, or Ctrl-C. True if it was completed."""
+    stop, losses = [], collections.deque(maxlen=50)
+    signals = (signal.SIGINT, signal.SIGTERM)              # Ctrl-C, or the end of a job's time
+    old = [signal.signal(number, lambda *_: stop.append(1)) for number in signals]
     saved = time.perf_counter()
     begin = saved - run.seconds
-    losses = collections.deque(maxlen=50)
     bar = tqdm(total=1.0, initial=min(run.progress, 1.0), mininterval=0.5,
                bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}")
-    with bar, caught_signals() as stop:
-        while run.progress < 1 and not stop:
-            x = data.batch(run.c.batch, generator=run.generator)
-            losses.append(train_step(run, x))
-            run.seconds = time.perf_counter() - begin
-            if run.step % 10 == 0:                         # seldom: reading the loss waits for it
-                loss = torch.stack([*losses]).mean().item()
-                bar.set_postfix_str(f"step {run.step}, {loss:.3f} bits/{datasets.UNITS[data.kind]}",
-                                    refresh=False)
-                bar.update(min(run.progress, 1.0) - bar.n)
-            if run.step % REPORT == 0:
-                write_log(run, data, loss, folder)
-            if time.perf_counter() - saved > 120:
-                run.save(folder)
-                saved = time.perf_counter()
+    while run.progress < 1 and not stop:
+        x = data.batch(run.c.batch, generator=run.generator)
+        losses.append(train_step(run, x))
+        run.seconds = time.perf_counter() - begin
+        if run.step % 10 == 0:                             # seldom: reading the loss waits for it
+            loss = torch.stack([*losses]).mean().item()
+            bar.set_postfix_str(f"step {run.step}, {loss:.3f} bits/{datasets.UNITS[data.kind]}",
+                                refresh=False)
+            bar.update(min(run.progress, 1.0) - bar.n)
+        if run.step % REPORT == 0:
+            valid = bound(run.ema, spread(data.chunks("valid"), 64), passes=1)["bits"]
+            run.log.append([run.step, round(run.seconds, 3), round(loss, 6), round(valid, 6)])
+            with datasets.write(folder / "log.csv", "w") as file:
+                csv.writer(file).writerows([COLUMNS, *run.log])
+        if time.perf_counter() - saved > 120:
+            run.save(folder)
+            saved = time.perf_counter()
+    bar.close()
     run.save(folder)
+    for number, handler in zip(signals, old):
+        signal.signal(number, handler)
     return run.progress >= 1
 
 
@@ -237,28 +248,26 @@ class Muon(torch.optim.Optimizer):
     without it; here all matrices of one shape go through one product.
     """
 
-    def __init__(self, matrices, lr, decay, dtype=torch.float32, momentum=0.95):
+    def __init__(self, matrices, lr, decay, dtype=torch.float32):
         self.dtype = dtype
-        super().__init__(matrices, dict(lr=lr, decay=decay, momentum=momentum))
+        super().__init__(matrices, dict(lr=lr, decay=decay, momentum=0.95))
 
     @torch.no_grad()
     def step(self):
         """One step on every matrix, by its gradient."""
-        for group in self.param_groups:
-            by_shape = collections.defaultdict(list)
-            for p in group["params"]:
-                if p not in self.state:
-                    self.state[p]["mean"] = torch.zeros_like(p)
-                mean = self.state[p]["mean"].lerp_(p.grad, 1 - group["momentum"])
-                step = p.grad.lerp(mean, group["momentum"])              # Nesterov's: a step ahead
-                by_shape[p.shape].append((p, step.flatten(1)))
-            for pairs in by_shape.values():
-                weights, steps = zip(*pairs)
-                steps = orthogonal(torch.stack(steps).to(self.dtype))
-                size = group["lr"] * max(1, steps.shape[1] / steps.shape[2]) ** 0.5
-                for p, step in zip(weights, steps):
-                    p.mul_(1 - group["lr"] * group["decay"])
-                    p.sub_(step.view_as(p), alpha=size)
+        group, by_shape = self.param_groups[0], collections.defaultdict(list)
+        for p in group["params"]:
+            by_shape[p.shape].append(p)
+            if p not in self.state:
+                self.state[p]["mean"] = torch.zeros_like(p)
+            mean = self.state[p]["mean"].lerp_(p.grad, 1 - group["momentum"])
+            p.grad.lerp_(mean, group["momentum"])          # Nesterov's: a step ahead
+        for (rows, *columns), same in by_shape.items():
+            steps = orthogonal(torch.stack([p.grad.flatten(1) for p in same]).to(self.dtype))
+            size = group["lr"] * max(1, rows / math.prod(columns)) ** 0.5
+            for p, step in zip(same, steps):
+                p.mul_(1 - group["lr"] * group["decay"])
+                p.sub_(step.view_as(p), alpha=size)
 
 
 def orthogonal(X):
@@ -281,32 +290,6 @@ def has_bf16(device):
     return device == "cpu" and bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
-@contextmanager
-def caught_signals():
-    """Ctrl-C, or the end of a job's time, lets the loop finish its step: yields a list that is
-    empty until then. A second one stops at once."""
-    asked = []
-
-    def ask(number, frame):
-        asked.append(number)
-        signal.signal(number, old[number])
-
-    old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
-def write_log(run, data, loss, folder):
-    """A new row of log.csv, which is written anew: a run that goes on forgets later rows."""
-    valid = bound(run.ema, spread(data.chunks("valid")[0], 64), passes=1)["bits"]
-    run.log.append([run.step, round(run.seconds, 3), round(loss, 6), round(valid, 6)])
-    with datasets.write(folder / "log.csv", "w") as file:
-        csv.writer(file).writerows([COLUMNS, *run.log])
-
-
 # -- Evaluation ------------------------------------------------------------------------------------
 
 def spread(chunks, most):
@@ -316,16 +299,16 @@ def spread(chunks, most):
 
 
 @torch.no_grad()
-def bound(model, chunks, rest=(), passes=None):
-    """The bound of Eq. 2 on chunks (N, D) and a shorter rest: one step t per chunk and pass, t and
-    s stratified over the whole pass. Without passes: half a million variables a stage at least.
+def bound(model, chunks, passes=None):
+    """The bound of Eq. 2 on chunks (N, D): one step t per chunk and pass, t and s stratified over
+    the whole pass. Without passes: half a million variables a stage at least.
 
     -> dict: bits (per dim), stderr (over chunks), L and counts (S, D), L in bits, passes.
     """
     (N, D), S, device = chunks.shape, model.S, chunks.device
     passes = passes or -(-(S << 19) // (N * D))
     generator = torch.Generator(device).manual_seed(1)
-    nats, rest_nats = torch.zeros(N, device=device), 0.0
+    nats = torch.zeros(N, device=device)
     L, counts = torch.zeros(2, S * D, device=device)
     for _ in range(passes):
         t, s = stratified_steps(N, S, D, device, generator)
@@ -335,57 +318,52 @@ def bound(model, chunks, rest=(), passes=None):
             step = (s[rows] - 1) * D + t[rows] - 1
             L.index_add_(0, step, loss / (S * D))
             counts.index_add_(0, step, torch.ones_like(loss))
-        if len(rest):
-            rest_nats += model.loss(rest[None].long(), generator=generator).item() / passes
-    nats, counts = nats.cpu().double(), counts.cpu()       # cpu: MPS has no float64
+    counts = counts.cpu()                                  # cpu: MPS has no float64
     L = bits_per_dim(L.cpu().double(), 1) / counts         # NaN where a step was never met
-    return dict(bits=bits_per_dim(nats.sum().item() + rest_nats, N * D + len(rest)),
-                stderr=standard_error(bits_per_dim(nats, D)), passes=passes,
-                L=L.view(S, D), counts=counts.view(S, D))
+    return mean_and_error(nats, D) | dict(L=L.view(S, D), counts=counts.view(S, D), passes=passes)
 
 
-def standard_error(bits):
-    return bits.std(correction=min(1, len(bits) - 1)).item() / len(bits) ** 0.5
+def mean_and_error(nats, D):
+    """(N,) nats per datapoint -> dict: bits, their mean per dim, and stderr."""
+    bits = bits_per_dim(nats.cpu().double(), D)
+    stderr = bits.std(correction=min(1, len(bits) - 1)).item() / len(bits) ** 0.5
+    return dict(bits=bits.mean().item(), stderr=stderr)
 
 
-def measure_plan(model, chunks, plan, most):
-    """Exact bits/dim under a plan, each chunk in a random order: a dict. most: how many variables
-    the network may predict for it; empty where that is less than three chunks."""
-    n = min(len(chunks), most // (len(plan) * model.D))
-    if n < min(3, len(chunks)):
+def measure_plan(model, chunks, plan):
+    """Exact bits/dim under a plan, each chunk in a random order, by so many chunks as take a few
+    seconds: a dict, empty if that is less than three."""
+    most = MOST if chunks.is_cuda else MOST // 4           # variables that the network predicts
+    x = spread(chunks, most // (len(plan) * model.D))
+    if len(x) < min(3, len(chunks)):
         return {}
-    generator = torch.Generator(chunks.device).manual_seed(1)
-    nats = torch.cat([model.nll(x.long(), plan, generator=generator)
-                      for x in spread(chunks, n).split(nets.rows_at_once(model))])
-    bits = bits_per_dim(nats.cpu(), model.D)
-    return dict(measured=bits.mean().item(), stderr=standard_error(bits), chunks=n)
+    generator = torch.Generator(x.device).manual_seed(1)
+    nats = [model.nll(part.long(), plan, generator=generator)
+            for part in x.split(nets.rows_at_once(model))]
+    return mean_and_error(torch.cat(nats), model.D) | dict(chunks=len(x))
 
 
 def evaluate(model, data, passes=None):
     """All that a run reports, put into words by `describe`. L, for plans, is from validation.
 
-    Without passes it takes about a minute, by fewer datapoints where there are many.
+    Without passes it takes about a minute, by fewer datapoints if there are many.
     """
     S, D = model.S, model.D
-    (valid, rest), (chunks, test_rest) = data.chunks("valid"), data.chunks("test")
-    if passes is None and chunks.device.type == "cpu":
+    valid, chunks = data.chunks("valid"), data.chunks("test")
+    if passes is None and not chunks.is_cuda:
         valid, chunks = spread(valid, max(64, MOST // 4 // D)), spread(chunks, max(64, MOST // D))
-    found = bound(model, valid, rest, passes)
-    if not np.isfinite(found["bits"]):
+    found, test = bound(model, valid, passes), bound(model, chunks, passes)
+    if not np.isfinite(test["bits"]):
         raise ValueError("the network gives no numbers: its weights are damaged")
-    begin = time.perf_counter()
-    test = bound(model, chunks, test_rest, passes)
-    speed = test["passes"] * chunks.numel() / (time.perf_counter() - begin)
     L, L_test = (planner.smooth(part["L"], part["counts"]) for part in (found, test))
     budgets = (5, 10, 20, 50) if len(data.shape) == 1 else (20, 50, 100, 200)
     plans = [planner.plan(L, n) for n in budgets if S <= n < S * D] + [planner.full_plan(S, D)]
-    most = int(20 * speed / len(plans))                    # 20 seconds for all of them
+    calls = [dict(calls=len(plan), predicted=planner.plan_cost(L_test, plan) / D)
+             | measure_plan(model, chunks, plan) for plan in plans]
     symbols = data.splits["test"].cpu().numpy().reshape(-1)
     return dict(data=data.name, kind=data.kind, shape=list(data.shape), bits_per_dim=test["bits"],
-                stderr=test["stderr"], passes=test["passes"], chunks=len(chunks),
-                rest=len(test_rest), L=found["L"], counts=found["counts"], L_smooth=L.tolist(),
-                calls=[dict(calls=len(plan), predicted=planner.plan_cost(L_test, plan) / D,
-                            **measure_plan(model, chunks, plan, most)) for plan in plans],
+                stderr=test["stderr"], passes=test["passes"], chunks=len(chunks), L=found["L"],
+                counts=found["counts"], L_smooth=L.tolist(), calls=calls,
                 references=datasets.references(symbols, data.kind, data.K, data.shape))
 
 
@@ -395,21 +373,21 @@ def describe(r):
     others = ", ".join(f"{name} {bits:.2f}" for name, bits in r["references"].items())
     lines = [f"test: {r['bits_per_dim']:.3f} bits/{unit}, standard error {r['stderr']:.3f}, on "
              f"{r['data']}",
-             f"  the bound of Eq. 2 with averaged weights, on {r['chunks']:,} datapoints of "
-             f"{' x '.join(map(str, r['shape']))} and a rest of {r['rest']}, without context,",
+             "  the bound of Eq. 2 with averaged weights, without context, on "
+             f"{r['chunks']:,} datapoints of {' x '.join(map(str, r['shape']))},",
              f"  in {r['passes']} passes; in each, every datapoint has a random order and one step "
              "t, stratified over the pass",
              f"for comparison, bits/{unit}: {others}",
              f"loss components L_t in bits, t = 1..{len(r['L_smooth'][0])}:"]
     for row in r["L_smooth"]:
         heights = [part.mean() / row[0] for part in np.array_split(row, min(48, len(row)))]
-        bars = "".join(" ▁▂▃▄▅▆▇█"[round(8 * min(max(one, 0), 1))] for one in heights)
+        bars = "".join(" ▁▂▃▄▅▆▇█"[round(8 * min(max(part, 0), 1))] for part in heights)
         lines.append(f"  {row[0]:.2f} {bars} {row[-1]:.2f}")
     lines.append(f"network calls   bits/{unit} predicted from L_t   measured (exact)")
     for row in r["calls"]:
         measured = "too many calls for this evaluation"
-        if "measured" in row:
-            measured = f"{row['measured']:.3f} +- {row['stderr']:.3f}, {row['chunks']} datapoints"
+        if "bits" in row:
+            measured = f"{row['bits']:.3f} +- {row['stderr']:.3f}, {row['chunks']} datapoints"
         lines.append(f"  {row['calls']:>11}   {row['predicted']:>27.3f}   {measured}")
     return "\n".join(lines)
 
@@ -419,14 +397,14 @@ def plot(folder, results, log):
     from matplotlib import pyplot
     L = np.array(results["L_smooth"])
     budgets = np.unique(np.geomspace(len(L), L.size, 30).round().astype(int)).tolist()
-    costs = [cost / L.shape[1] for cost in planner.costs(L, budgets).values()]
-    exact = [(row["calls"], row["measured"]) for row in results["calls"] if "measured" in row]
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(15, 4))
     for name, column in (("training", 2), ("validation", 3)):
         left.plot([row[1] for row in log], [row[column] for row in log], label=name)
     for s, row in enumerate(L, start=1):
         middle.plot(range(1, len(row) + 1), row, label=f"stage {s}")
-    right.plot(budgets, costs, label="predicted from $L_t$")
+    costs = planner.costs(L, budgets).values()
+    right.plot(budgets, [cost / L.shape[1] for cost in costs], label="predicted from $L_t$")
+    exact = [(row["calls"], row["bits"]) for row in results["calls"] if "bits" in row]
     right.plot(*zip(*exact), "o", label="measured")
     left.set(xlabel="seconds", ylabel="bits per dimension")
     middle.set(xlabel="t", ylabel="loss component $L_t$, bits", ylim=0)
@@ -456,69 +434,53 @@ def parse():
     return given, given.pop("resume"), given.pop("evaluate"), given.pop("plot")
 
 
-def load_data(given):
-    """The data of these flags, on the device; the size of the run decides the length of chunks."""
-    device = nets.pick_device(given.get("device"))
-    given.setdefault("size", "small" if device.type == "cuda" else "tiny")
-    length = given.get("length") or SIZES["text"][given["size"]]["length"]
-    data = datasets.load(given.get("data", "pydoc"), length, given.get("bits", 8), device)
-    data.turns = data.flips and given.get("recipe") == "paper"
+def load_data(c):
+    """The data of these settings, on the device; --size decides the length of chunks of text."""
+    length = c.length or SIZES["text"][c.size]["length"]
+    data = datasets.load(c.data, length, c.bits, c.device)
+    data.turns = data.flips and c.recipe == "paper"
     return data
 
 
-def complete(given, data):
-    """Settings from the flags that were given: what they leave open comes from the size."""
+def complete(c, data):
+    """Settings in which what was not given comes from the size."""
     image = data.kind == "image"
-    preset = dict(SIZES["image" if image else "text"][given["size"]])
-    if image and given["size"] == "tiny" and data.D < 1024:
+    preset = dict(SIZES["image" if image else "text"][c.size])
+    if image and c.size == "tiny" and data.D < 1024:
         preset["batch"] *= 4                               # of small images more
-    if "minutes" in given:
-        preset.pop("steps", None)
-    c = Settings(**preset | given)
-    c.device = str(nets.pick_device(c.device))
-    c.out = c.out or default_folder(c.data)
-    if c.compile is None:
-        c.compile = c.device.startswith("cuda") and importlib.util.find_spec("triton") is not None
-    if c.parametrization is None:
-        c.parametrization = "direct" if image and c.recipe == "ours" else "data"
+    if c.steps or c.minutes:
+        preset = preset | dict(steps=None, minutes=None)
+    preset["parametrization"] = "direct" if image and c.recipe == "ours" else "data"
+    missing = {name: value for name, value in preset.items() if getattr(c, name) is None}
+    c = dataclasses.replace(c, **missing)
     if c.heads < 0 or c.dim % (2 * (c.heads or 1)) or c.dim < 4 or c.heads == 0 and not image:
         raise ValueError(f"--dim {c.dim} must be 4 or more, and a multiple of 2 * --heads = "
                          f"{2 * c.heads}; --heads may be 0 for images alone")
-    if not (c.steps or (c.minutes or 0) > 0):
-        raise ValueError("--minutes must be positive")
     return c
 
 
-def default_folder(data):
-    return f"out/{Path(data).name.split('.')[0] or 'run'}"
-
-
 def reopen(path, given, changeable):
-    """A model, its checkpoint, the run's settings as flags with what is given, and the data;
-    ValueError for a flag that may not change, and for data of another form."""
+    """A model, its checkpoint, the settings of its run with what is given, and the data; ValueError
+    for a flag that may not change, and for data of another form."""
     foreign = given.keys() - changeable
     if foreign:
         raise ValueError(f"the settings come from the checkpoint: leave out --{foreign.pop()}")
     model, checkpoint = nets.load(path, given.get("device"))
-    settings = checkpoint["settings"]
-    flags = {field.name: settings[field.name] for field in dataclasses.fields(Settings)}
-    flags |= dict(device=None, compile=None)               # where a run happens is not what it is
-    if "minutes" in given:
-        flags["steps"] = None
-    flags |= given
-    flags = {name: value for name, value in flags.items() if value is not None}
-    data = load_data(flags)
+    old = checkpoint["settings"]
+    anew = dict.fromkeys(["device", "compile"] + ["steps"] * ("minutes" in given))
+    c = Settings(**{field.name: old[field.name] for field in dataclasses.fields(Settings)}
+                 | anew | given)
+    data = load_data(c)
     found = (data.kind, data.K, list(data.shape))
-    wanted = (settings["kind"], settings["K"], list(settings["shape"]))
+    wanted = (old["kind"], old["K"], list(old["shape"]))
     if found != wanted:
         raise ValueError(f"{data.name} has kind, K and shape {found}, the checkpoint was trained "
                          f"on {wanted}")
-    return model, checkpoint, flags, data
+    return model, checkpoint, c, data
 
 
 def prepare_folder(c, going_on):
-    """Keeps what a finished run left in the way; ValueError where a run would overwrite its data.
-    """
+    """Sets aside what a finished run left; ValueError if a run would overwrite its own data."""
     folder = Path(c.out)
     if os.path.isfile(c.data) and Path(c.data).resolve().parent == folder.resolve():
         raise ValueError(f"--data {c.data}: a run in {c.out} might write over it; choose another "
@@ -526,9 +488,7 @@ def prepare_folder(c, going_on):
     folder.mkdir(parents=True, exist_ok=True)
     finished = (folder / "results.json").exists()
     if (folder / "ckpt.pt").exists() and (finished or not going_on):
-        number = 1
-        while (folder / f"ckpt.{number}.pt").exists():
-            number += 1
+        number = 1 + len(list(folder.glob("ckpt.*.pt")))
         for path in (folder / "ckpt.pt", folder / "log.csv", folder / "results.json"):
             if path.exists():
                 os.replace(path, path.with_suffix(f".{number}{path.suffix}"))
@@ -544,26 +504,24 @@ def finish(run, data, folder, with_plot):
     if with_plot:
         plot(folder, results, run.log)
     print(describe(results))
+    L, image = np.array(results["L_smooth"]), data.kind == "image"
+    n, few, blanks = (16, 100, "--inpaint top") if image else (2, 20, '--prompt "the ____ of"')
+    few = min(few, L.size)
+    x = run.ema.sample(n, planner.plan(L, few), generator=run.generator).cpu()
     results |= dict(seed=run.c.seed, steps=run.step, seconds=run.seconds, device=run.c.device,
                     params=sum(p.numel() for p in run.model.parameters()), settings=run.settings,
                     versions=dict(python=platform.python_version(), torch=torch.__version__,
                                   numpy=np.__version__))
-    piece, blanks = folder / datasets.PIECES[data.kind], '--prompt "the ____ of"'
-    L, n, few = np.array(results["L_smooth"]), 2, 20
-    if data.kind == "image":
-        n, few, blanks = 16, 100, "--inpaint top"
-    few = min(few, L.size)
-    x = run.ema.sample(n, planner.plan(L, few), generator=run.generator).cpu()
-    for path, content in datasets.exhibits(data, x, folder).items():
-        with datasets.write(path) as file:
+    files = datasets.exhibits(data, x) | {"results.json": json.dumps(results, indent=1).encode()}
+    for name, content in files.items():
+        with datasets.write(folder / name) as file:
             file.write(content)
-    with datasets.write(folder / "results.json", "w") as file:
-        json.dump(results, file, indent=1)
-    ckpt, source, packed = (shlex.quote(path.as_posix()) for path in (
-        folder / "ckpt.pt", piece, folder / "test.ardm"))
-    print("what to run next:", f"python sample.py --ckpt {ckpt} --calls {few} --frames",
+    ckpt, piece, packed = (shlex.quote((folder / name).as_posix()) for name in (
+        "ckpt.pt", datasets.PIECES[data.kind], "test.ardm"))
+    print(f"{', '.join(files)} written to {folder}; what to run next:",
+          f"python sample.py --ckpt {ckpt} --calls {few} --frames",
           f"python sample.py --ckpt {ckpt} {blanks}",
-          f"python compress.py encode --ckpt {ckpt} {source} {packed}",
+          f"python compress.py encode --ckpt {ckpt} {piece} {packed}",
           f"python compress.py bench --ckpt {ckpt}", sep="\n  ")
 
 
@@ -573,33 +531,29 @@ def main():
     if with_plot and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib: pip install matplotlib")
     if path:                                               # nothing is written but the picture
-        model, checkpoint, _, data = reopen(path, given, {"data", "device", "passes"})
+        model, checkpoint, c, data = reopen(path, given, {"data", "device", "passes"})
         results = evaluate(model, data, given.get("passes"))
         if with_plot:
             plot(Path(path).parent, results, checkpoint.get("log", []))
         return print(f"{path} on {data.name}", describe(results), sep="\n")
+    c = Settings(**given)
     if going_on:
-        out = given.get("out") or default_folder(given.get("data", "pydoc"))
-        _, checkpoint, given, data = reopen(f"{out}/ckpt.pt", given, RESUMABLE)
-        given["out"] = out
+        _, checkpoint, c, data = reopen(f"{c.out}/ckpt.pt", given | dict(out=c.out), RESUMABLE)
     else:
-        data = load_data(given)
-    c = complete(given, data)
+        data = load_data(c)
+        c = complete(c, data)
     run = Run(c, data)
     if going_on:
         run.restore(checkpoint)
     folder = prepare_folder(c, going_on)
-    print(f"{data.name}: K = {data.K}, D = {data.D}; "
-          + ", ".join(f"{name} {len(part):,}" for name, part in data.splits.items())
-          + f"; {sum(p.numel() for p in run.model.parameters()):,} weights on {c.device}; results "
-          f"go to {folder}")
-    again = f"go on with: python train.py --resume --out {shlex.quote(folder.as_posix())}"
-    try:
-        if train(run, data, folder):
-            return finish(run, data, folder, with_plot)
-        print(f"stopped at step {run.step} and saved; {again}")
-    except KeyboardInterrupt:
-        print(f"stopped; what was saved is in {folder}; {again}")
+    sizes = ", ".join(f"{name} {len(part):,}" for name, part in data.splits.items())
+    weights = sum(p.numel() for p in run.model.parameters())
+    print(f"{data.name}: K = {data.K}, D = {data.D}; {sizes}; {weights:,} weights on {c.device}; "
+          f"results go to {folder}")
+    if train(run, data, folder):
+        return finish(run, data, folder, with_plot)
+    print(f"stopped at step {run.step} and saved; go on with: python train.py --resume --out "
+          f"{shlex.quote(folder.as_posix())}")
     sys.exit(130)
 
 

@@ -55,16 +55,15 @@ def machine():
 def trained(name=None, patches=(), data=None, **given):
     """(run, data) after a training with these settings; patches take parts of the recipe away.
     name: the checkpoint stays in that folder of RUNS."""
-    given = dict(given, device="cpu") if not torch.cuda.is_available() else given
     with contextlib.ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
         for patch in (*patches, mock.patch.object(train, "REPORT", 10 ** 9)):
             stack.enter_context(patch)
-        data = data or train.load_data(given)
-        given.setdefault("size", "tiny")
-        run = train.Run(train.complete(given, data), data)
+        c = train.Settings(**dict(size="tiny") | given)
+        data = data or train.load_data(c)
+        run = train.Run(train.complete(c, data), data)
         train.train(run, data, Path(folder))
     if name:
-        found = train.bound(run.ema, train.spread(data.chunks("valid")[0], 700))
+        found = train.bound(run.ema, train.spread(data.chunks("valid"), 700))
         run.L, run.counts = found["L"], found["counts"]
         (RUNS / name).mkdir(parents=True, exist_ok=True)
         run.save(RUNS / name)
@@ -107,37 +106,54 @@ WITHOUT_IMAGES = WITHOUT | {
         nets, "local_means", lambda v, seen: torch.zeros(2, 4, *v.shape))}
 
 
-def without(ingredients, args, **given):
+def steps_in(minutes, variants, data):
+    """Training steps that each variant does in these minutes; a step is timed in turns."""
+    def stepper(patch):
+        with patch:
+            run = train.Run(train.complete(train.Settings(size="tiny", steps=1), data), data)
+
+        def step():
+            with patch:
+                train.train_step(run, data.batch(run.c.batch))
+        return step
+
+    seconds = median_seconds(*map(stepper, variants.values()), repeats=100)
+    return {name: int(60 * minutes / each) for name, each in zip(variants, seconds)}
+
+
+def without(ingredients, args, data, minutes):
     """Bits of validation data with the recipe, and without each of its ingredients."""
-    bits, rows = collections.defaultdict(list), []
+    variants = {"nothing": contextlib.nullcontext(), **ingredients}
+    steps, bits = steps_in(minutes, variants, data), collections.defaultdict(list)
     for seed in range(args.seeds):
-        for name, patch in {"nothing": None, **ingredients}.items():
-            run, data = trained(patches=[patch] if patch else [], seed=seed, **given)
-            found = train.bound(run.ema, *data.chunks("valid"), passes=args.passes)
+        for name, patch in variants.items():
+            run, _ = trained(patches=[patch], seed=seed, data=data, steps=steps[name])
+            found = train.bound(run.ema, data.chunks("valid"), passes=args.passes)
             bits[name].append(found["bits"])
-            print(f"  seed {seed} without {name}: {found['bits']:.4f}, {run.step} steps")
+            print(f"  seed {seed} without {name}: {found['bits']:.4f}", flush=True)
+    rows = []
     for name, each in bits.items():
         gains = [a - b for a, b in zip(each, bits["nothing"])]
-        spread = statistics.stdev(gains) if len(gains) > 1 and any(gains) else 0.0
-        rows.append({"without": name, "bits": statistics.mean(each), "seeds": len(each),
-                     "it gains": statistics.mean(gains), "+-": spread})
+        rows.append({"without": name, "steps": steps[name], "seeds": len(each),
+                     "bits": statistics.mean(each), "it gains": statistics.mean(gains),
+                     "+-": statistics.stdev(gains) if len(gains) > 1 else 0.0})
     return rows
 
 
 def bench_text(args):
     """Default text run, in equal time, bits/char of its validation split."""
-    return without(WITHOUT_TEXT, args, minutes=args.minutes or 2.75)
+    return without(WITHOUT_TEXT, args, datasets.load("pydoc"), args.minutes or 2.75)
 
 
 def bench_images(args):
     """CIFAR-10 (20,000 images), in equal time, bits/dim of the last tenth of them."""
-    return without(WITHOUT_IMAGES, args, data=datasets.load(str(CIFAR)), minutes=args.minutes or 5)
+    return without(WITHOUT_IMAGES, args, datasets.load(str(CIFAR)), args.minutes or 5)
 
 
 # -- Runs: the test split, looked at once ----------------------------------------------------------
 
 def result(name, run, data, **more):
-    found = train.bound(run.ema, *data.chunks("test"))
+    found = train.bound(run.ema, data.chunks("test"))
     row = dict(run=name, **more, bits=found["bits"], stderr=found["stderr"], steps=run.step,
                weights=sum(p.numel() for p in run.model.parameters()), minutes=run.seconds / 60)
     print(" ", row)
@@ -211,7 +227,7 @@ def bench_orders(args):
         model, checkpoint = nets.load(RUNS / name / "ckpt.pt")
         shape = checkpoint["settings"]["shape"]
         data = datasets.load("mnist" if name == "mnist" else str(CIFAR))
-        x = train.spread(data.chunks("valid")[0], count).long()
+        x = train.spread(data.chunks("valid"), count).long()
         plan = planner.uniform_plan(model.S, model.D, 100)
         orders = {rule: planner.order(rule, shape) for rule in (
             "random:1", "random:2", "random:3", "forward", f"spaced:{-(-model.D // 100)}")}
@@ -233,18 +249,20 @@ def bench_compress(args):
     model, checkpoint = nets.load(path.with_name("ckpt.pt"))
     rows = []
     for calls in (16, 32, 63, 125, 250):
-        rule, plan = f"spaced:{-(-250 // calls)}", planner.uniform_plan(1, 250, calls)
-        source, file = compress.Source(path, checkpoint["settings"]), io.BytesIO()
+        order = f"spaced:{-(-250 // calls)}"
+        ks = [k for _, _, k in planner.uniform_plan(1, 250, calls)]
+        codec = compress.Codec(model, checkpoint["settings"], order, [ks], 65)
+        source, file = datasets.Source(path, checkpoint["settings"]), io.BytesIO()
         begin = time.perf_counter()
-        bits = compress.encode_file(file, model, source, rule, plan, 65, verify=False)
+        bits = compress.encode_file(file, model, codec, source)
         middle = time.perf_counter()
         file.seek(0)
-        header = compress.read_header(file, "archive")
-        list(compress.decode_file(file, model, header, plan))
+        compress.read_header(file, "archive")
+        list(compress.decode_file(file, codec, source.n))
         end = time.perf_counter()
-        rows.append({"": f"{calls} calls, {rule}", "exact nll": bits / 20000,
-                     "archive": 8 * len(file.getvalue()) / 20000, "encode, s": middle - begin,
-                     "decode, s": end - middle})
+        rows.append({"": f"{calls} calls, {order}", "exact nll": bits / 20000,
+                     "archive": 8 * len(file.getvalue()) / 20000,
+                     "encode with its proof, s": middle - begin, "decode, s": end - middle})
         print(" ", rows[-1])
     return rows + [{"": name, "archive": 8 * len(pack(path.read_bytes())) / 20000}
                    for name, pack in datasets.packers().items()]
@@ -280,8 +298,9 @@ def bench_fuzz(args):
     path = RUNS / "text8-ours" / "test.txt"
     model, checkpoint = nets.load(path.with_name("ckpt.pt"))
     path.write_bytes(datasets.to_bytes(text8_prefix().splits["test"][:300], 27))
-    source, file = compress.Source(path, checkpoint["settings"]), io.BytesIO()
-    compress.encode_file(file, model, source, "spaced:63", planner.uniform_plan(1, 250, 4), 1)
+    source, file = datasets.Source(path, checkpoint["settings"]), io.BytesIO()
+    codec = compress.Codec(model, checkpoint["settings"], "spaced:63", [[63, 63, 62, 62]], 1)
+    compress.encode_file(file, model, codec, source)
     archive, found = file.getvalue(), collections.Counter()
     rng = np.random.default_rng(0)
     for _ in range(args.count):
@@ -292,9 +311,11 @@ def bench_fuzz(args):
         file = io.BytesIO(bad)
         try:
             header = compress.read_header(file, "a")
-            plan = compress.read_plan(header, model, checkpoint["settings"], "a")
-            back = b"".join(datasets.to_bytes(part, 27) for part in compress.decode_file(
-                file, model, header, plan))
+            codec = compress.open_codec(header, model, checkpoint["settings"], "a")
+            parts = [part for _, part in compress.decode_file(file, codec, header["length"])]
+            if any(part is None for part in parts):
+                raise ValueError
+            back = b"".join(datasets.to_bytes(part, 27) for part in parts)
             found["decoded right" if back == path.read_bytes() else "decoded wrong"] += 1
         except ValueError:
             found["refused"] += 1
@@ -320,14 +341,14 @@ def bench_coder(args):
         n = 102_400
         logits = 2 * np.random.default_rng(0).normal(size=(n, K))
         log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-        symbols, row = np.random.default_rng(1).integers(K, size=n), np.arange(1024)
+        symbols = np.random.default_rng(1).integers(K, size=n)
 
         def encode():
             starts, freqs = [], []
             for part, a in zip(np.split(log_p, 100), np.split(symbols, 100)):
-                cdf = coder.quantize(part)
-                starts.append(cdf[row, a])
-                freqs.append(cdf[row, a + 1] - starts[-1])
+                start, f = coder.intervals(coder.quantize(part), a)
+                starts.append(start)
+                freqs.append(f)
             return coder.encode(np.concatenate(starts), np.concatenate(freqs))
 
         def decode(data=encode()):
@@ -351,8 +372,8 @@ def bench_speed(args):
     for name, data, given in (("text, 4 blocks of 256", datasets.load("pydoc", 250), text),
                               ("images, 4 + 4 blocks of 64", datasets.load(str(CIFAR)), image)):
         for recipe in ("ours", "paper"):
-            flags = dict(given, size="tiny", recipe=recipe, steps=10 ** 6)
-            run = train.Run(train.complete(flags, data), data)
+            c = train.Settings(**given, size="tiny", recipe=recipe, steps=1)
+            run = train.Run(train.complete(c, data), data)
             x = data.batch(given["batch"])
             seconds, = median_seconds(lambda: train.train_step(run, x).item(), repeats=7)
             rows.append({"training step": name, "recipe": recipe, "seconds": seconds,
