@@ -8,7 +8,6 @@
 
 encode and bench read text (or bytes), or a .npy file of images. An archive, numbers big-endian:
 
-    bytes   what
     4, 1    "ARDM", and the format version, 8
     4, 4    h, the length of the header, and its CRC-32
     h       header: JSON, deflated; see `encode_file`
@@ -17,7 +16,7 @@ encode and bench read text (or bytes), or a .npy file of images. An archive, num
     1       shift: the grid of coder.py moved by shift/256 of a step
             the stream: what each call of the plan generates in this block, call by call
 
-A block is decoded and checked as a whole: 2^14 symbols in whole datapoints. A last, shorter
+A block, 2^14 symbols in whole datapoints, is decoded and checked as a whole; a last, shorter
 datapoint is a block of its own. A stream starts from the CRC-32 of the block's number and symbols,
 so a decoder that ends elsewhere has damaged bytes, or a block in a wrong place.
 
@@ -276,11 +275,10 @@ def settle(args, block=None):
     model, checkpoint = nets.load(args.ckpt, args.device)
     settings = checkpoint["settings"]
     S, D, image = model.S, model.D, settings["kind"] == "image"
-    source = datasets.Source(args.input or Path(args.ckpt).parent / datasets.PIECES[
-        settings["kind"]], settings)
-    calls = args.calls
-    if calls is None:
-        calls = min(S * D, IMAGE_CALLS) if image else -(-S * D // 4)
+    piece = Path(args.ckpt).parent / datasets.PIECES[settings["kind"]]
+    source = datasets.Source(args.input or piece, settings)
+    usual = min(S * D, IMAGE_CALLS) if image else -(-S * D // 4)
+    calls = usual if args.calls is None else args.calls
     plan = planner.uniform_plan(S, D, calls)
     spaced = f"spaced:{-(-S * D // calls)}"
     order = args.order or ("random:1" if image else spaced)
@@ -299,9 +297,8 @@ def settle(args, block=None):
 
 def run_encode(args):
     """a file to an archive"""
-    check_output(args)
     model, codec, source = settle(args, args.block)
-    with datasets.write(args.output) as file:
+    with datasets.write(args.output, (args.input, args.ckpt)) as file:
         encode_file(file, model, codec, source)
         size = file.tell()
     print(f"{args.input}: {source.n:,} symbols -> {size:,} bytes, {8 * size / max(1, source.n):.3f}"
@@ -312,7 +309,6 @@ def run_encode(args):
 
 def run_decode(args):
     """an archive back to text or images"""
-    check_output(args)
     damaged = []
 
     def intact(parts):
@@ -332,7 +328,7 @@ def run_decode(args):
         model, checkpoint = nets.load(args.ckpt, args.device)
         codec = open_codec(header, model, checkpoint["settings"], args.input)
         parts = intact(decode_file(file, codec, header["length"], args.item))
-        with datasets.write(args.output) as out:
+        with datasets.write(args.output, (args.input, args.ckpt)) as out:
             n = datasets.write_back(out, header, checkpoint["settings"], parts)
     print(f"{args.output}: {n:,} symbols, their checksums match")
     if damaged:
@@ -366,13 +362,6 @@ def run_bench(args):
         print(f"  {name:34} {value:.4f}")
     print("decoded and identical; the weights, "
           f"{sum(4 * p.numel() for p in model.parameters()):,} bytes, are not counted")
-
-
-def check_output(args):
-    """ValueError where writing OUT would destroy what is read."""
-    for name, path in (("IN", args.input), ("--ckpt", args.ckpt)):
-        if all(map(os.path.exists, (path, args.output))) and os.path.samefile(path, args.output):
-            raise ValueError(f"{name} and OUT are the same file")
 
 
 def main():

@@ -3,14 +3,10 @@
     pydoc          the help texts inside Python, reduced to a-z and space: English without a
                    download; it changes with the Python version
     glyphs         small grey pictures of digits, drawn here: images without a download
-    text8, enwik8, mnist, cifar10    in the folder ARDM_DATA, or data/; downloaded where missing
+    text8, enwik8, mnist, cifar10    in the folder ARDM_DATA, or data/; downloaded if missing
     any file       what its first bytes say: .npy of uint8 images (N, H, W) or (N, H, W, C), a
-                   tarball of CIFAR-10 in its binary version, or text: 27 symbols where it holds
+                   tarball of CIFAR-10 in its binary version, or text: 27 symbols if it holds
                    nothing but a-z and space, else bytes. A zip file with one member is read through
-
-    data = load("pydoc", length=64)    data.batch(32) -> (32, 64) int64: random training windows
-    data = load("glyphs")              data.batch(32) -> (32, 256) int64: random training images
-                                       data.chunks("test") -> (N, D) uint8, and a shorter rest
 
 Text is split by position: 90% for training, 5% for validation, 5% for the test. Of images the
 last tenth of what is to train on is for validation; the first tenth of a .npy file is for the test.
@@ -22,14 +18,14 @@ import hashlib
 import http.client
 import io
 import lzma
+import mmap
 import os
 import platform
 import re
-import shutil
+import socket
 import struct
 import sys
 import tarfile
-import urllib.request
 import zipfile
 import zlib
 from contextlib import contextmanager, suppress
@@ -38,7 +34,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 NAMES = ("pydoc", "glyphs", "text8", "enwik8", "mnist", "cifar10")
 UNITS = {"text": "char", "bytes": "char", "image": "dim"}  # what bits are counted per
@@ -85,10 +80,13 @@ def run(main):
 
 
 @contextmanager
-def write(path, mode="w+b"):
+def write(path, others=(), mode="w+b"):
     """A file that gets its name only when it is complete and on the disk. Until then, and after
-    an error, what was there before stays as it was."""
+    an error, what was there before stays as it was. others: files that it must not replace."""
     path = Path(os.path.realpath(path))
+    for other in others:
+        if path.exists() and os.path.exists(other) and path.samefile(other):
+            raise ValueError(f"{other} and {path} are the same file: choose another name")
     if path.exists() and not path.is_file():
         raise ValueError(f"cannot write {path}: it is {'a folder' if path.is_dir() else 'no file'}")
     part = path.with_name(f"{path.name}.{os.getpid()}.part")             # a name of its own
@@ -121,36 +119,28 @@ def unzip(content, name):
 
 def fetch(name):
     """The content of an upstream file, unzipped: from ARDM_DATA or data/, or a folder in there;
-    downloaded where it is missing. ValueError where it is not the whole upstream file."""
+    downloaded if it is missing. ValueError if it is not the whole upstream file."""
     folder = Path(os.environ.get("ARDM_DATA", "data"))
     url, md5 = SOURCES[name]
     names = (name, name.removesuffix(".zip"))              # a zip file may lie there unpacked
     paths = [place / file for file in names for place in (folder, *folder.glob("*/"))]
     found = [path for path in paths if path.is_file()]
-    packed = found[0].read_bytes() if found else download(url + name)
-    content = unzip(packed, name)
-    if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
-        where = f"{found[0]}: remove it, or name it by --data {found[0]}" if found else url
-        raise ValueError(f"this is not the whole upstream file {name} (by its md5): {where}")
-    if not found:
-        folder.mkdir(parents=True, exist_ok=True)
-        with write(folder / name) as file:
-            file.write(packed)
-    return content
-
-
-def download(url):
-    """The bytes at an address, with a progress bar."""
-    file = io.BytesIO()
+    path = found[0] if found else folder / name
     try:
-        with urllib.request.urlopen(url, timeout=30) as reply:
-            size = int(reply.headers.get("Content-Length", 0)) or None
-            with tqdm.wrapattr(reply, "read", total=size, desc=url) as body:
-                shutil.copyfileobj(body, file)
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        raise ValueError(f"cannot download {url} ({error}): fetch it elsewhere and put it into "
-                         f"{os.environ.get('ARDM_DATA', 'data')}/")
-    return file.getvalue()
+        if not found:
+            folder.mkdir(parents=True, exist_ok=True)
+            socket.setdefaulttimeout(30)
+            torch.hub.download_url_to_file(url + name, str(path))
+    except (OSError, http.client.HTTPException) as error:
+        raise ValueError(f"cannot download {url}{name} ({error}): fetch it elsewhere and put it "
+                         f"into {folder}/")
+    content = unzip(path.read_bytes(), name)
+    if hashlib.md5(content, usedforsecurity=False).hexdigest() == md5:
+        return content
+    if not found:
+        path.unlink()
+    raise ValueError(f"this is not the whole upstream file {name}, by its md5: "
+                     + (f"{path}: remove it, or name it by --data {path}" if found else url))
 
 
 # -- Data sets -------------------------------------------------------------------------------------
@@ -163,9 +153,7 @@ class Text:
     flips = False
 
     def __init__(self, name, stream, length, device="cpu"):
-        self.name = name
-        self.D = length
-        self.shape = (length,)
+        self.name, self.D, self.shape = name, length, (length,)
         self.kind, self.K = ("text", 27) if is_text(stream) else ("bytes", 256)
         n = len(stream)
         if n < 20 * length:
@@ -198,18 +186,16 @@ class Images:
 
     def __init__(self, name, train, test, bits=8, device="cpu"):
         self.name = name if bits == 8 else f"{name}, {bits} of 8 bits"
-        self.shape = train.shape[1:]
+        self.shape, self.K = train.shape[1:], 2 ** bits
         self.D = int(np.prod(self.shape))
-        self.K = 2 ** bits
-        self.flips = "cifar" in name
-        self.turns = False
+        self.flips, self.turns = "cifar" in name, False
         n = len(train) - -(-len(train) // 10)
         if min(self.D, n, len(test)) == 0:
             raise ValueError(f"{name}: {len(train)} and {len(test)} images are too few to train on "
                              "and to test")
-        parts = zip(("train", "valid", "test"), (train[:n], train[n:], test))
+        parts = dict(train=train[:n], valid=train[n:], test=test)
         self.splits = {part: torch.from_numpy(pixels.reshape(-1, self.D) >> 8 - bits).to(device)
-                       for part, pixels in parts}
+                       for part, pixels in parts.items()}
 
     def batch(self, B, generator=None):
         """(B, D) int64: random training images."""
@@ -237,8 +223,8 @@ def load(name, length=64, bits=8, device="cpu"):
         images = glyphs(12000, seed=0)
         return Images(name, images[:11000], images[11000:], bits, device)
     if name == "mnist":
-        parts = [fetch(f"{part}-images-idx3-ubyte.gz") for part in ("train", "t10k")]
-        return Images(name, *map(idx, parts), bits, device)
+        parts = [idx(fetch(f"{part}-images-idx3-ubyte.gz")) for part in ("train", "t10k")]
+        return Images(name, *parts, bits, device)
     if name == "cifar10":
         return Images(name, *cifar10(fetch("cifar-10-binary.tar.gz"), name), bits, device)
     if not Path(name).exists():
@@ -279,8 +265,8 @@ def open_npy(path):
 def idx(content):
     """The images of one of MNIST's gzipped files: (N, 1, H, W)."""
     content = gzip.decompress(content)
-    _, n, H, W = struct.unpack(">4I", content[:16])
-    return np.frombuffer(content, np.uint8, offset=16).reshape(n, 1, H, W).copy()
+    shape = struct.unpack(">3I", content[4:16])
+    return np.frombuffer(content, np.uint8, offset=16).reshape(-1, 1, *shape[1:]).copy()
 
 
 def cifar10(content, name):
@@ -393,38 +379,38 @@ def grid(images, columns):
     N, _, W, C = images.shape
     n = -(-64 // W)
     images = images.repeat(n, axis=1).repeat(n, axis=2)
-    blank = np.zeros((-N % columns, *images.shape[1:]), np.uint8)
-    images = np.pad(np.concatenate((images, blank)), ((0, 0), (0, n), (0, n), (0, 0)),
-                    constant_values=255)
-    rows = images.reshape(-1, columns, *images.shape[1:])
-    picture = rows.transpose(0, 2, 1, 3, 4).reshape(len(rows) * images.shape[1], -1, C)
+    images = np.pad(images, ((0, 0), (0, n), (0, n), (0, 0)), constant_values=255)   # gaps
+    images = np.pad(images, ((0, -N % columns), (0, 0), (0, 0), (0, 0)))
+    rows = images.reshape(-1, columns, *images.shape[1:]).transpose(0, 2, 1, 3, 4)
+    picture = rows.reshape(len(rows) * images.shape[1], -1, C)
     return picture[..., :3] if C > 2 else picture[..., 0]
 
 
 def png(*frames, seconds=0.2):
     """uint8 (H, W) or (H, W, 3) -> the bytes of a PNG file; an animated one for several frames,
     which shows the last frame longest."""
-    def chunk(kind, content):
-        checksum = struct.pack(">I", zlib.crc32(kind + content))
-        return struct.pack(">I", len(content)) + kind + content + checksum
+    def chunk(kind, *values, layout=">", content=b""):
+        content = struct.pack(layout, *values) + content
+        checksum = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
 
     H, W = frames[0].shape[:2]
-    head = struct.pack(">IIBBBBB", W, H, 8, 2 if frames[0].ndim == 3 else 0, 0, 0, 0)
-    parts = [b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", head)]
+    colour = 2 if frames[0].ndim == 3 else 0
+    parts = [chunk(b"IHDR", W, H, 8, colour, 0, 0, 0, layout=">IIBBBBB")]
     if len(frames) > 1:
-        parts.append(chunk(b"acTL", struct.pack(">II", len(frames), 0)))
+        parts.append(chunk(b"acTL", len(frames), 0, layout=">II"))
     for i, frame in enumerate(frames):
-        pixels = np.pad(frame.reshape(H, -1), ((0, 0), (1, 0)))          # filter 0: as they are
-        pixels = zlib.compress(pixels.tobytes(), 9)
+        rows = np.pad(frame.reshape(H, -1), ((0, 0), (1, 0)))            # filter 0: as they are
+        pixels = zlib.compress(rows.tobytes(), 9)
         if len(frames) > 1:
             pause = round(1000 * seconds) * (10 if i == len(frames) - 1 else 1)
-            parts.append(chunk(b"fcTL", struct.pack(">IIIIIHHBB", max(0, 2 * i - 1), W, H, 0, 0,
-                                                    pause, 1000, 0, 0)))
+            parts.append(chunk(b"fcTL", max(0, 2 * i - 1), W, H, 0, 0, pause, 1000, 0, 0,
+                               layout=">IIIIIHHBB"))
         if i == 0:
-            parts.append(chunk(b"IDAT", pixels))
+            parts.append(chunk(b"IDAT", content=pixels))
         else:
-            parts.append(chunk(b"fdAT", struct.pack(">I", 2 * i) + pixels))
-    return b"".join(parts + [chunk(b"IEND", b"")])
+            parts.append(chunk(b"fdAT", 2 * i, layout=">I", content=pixels))
+    return b"".join([b"\x89PNG\r\n\x1a\n", *parts, chunk(b"IEND")])
 
 
 def exhibits(data, x):
@@ -443,35 +429,33 @@ def exhibits(data, x):
 # -- Files to be packed ----------------------------------------------------------------------------
 
 class Source:
-    """A file of n symbols, read piece by piece: its size is no matter of memory.
+    """The n symbols of a file, read piece by piece: its size is no matter of memory.
 
     settings: of the model that reads it. head: the bytes before the first symbol.
     """
 
     def __init__(self, path, settings):
         self.path, self.kind, self.K = path, settings["kind"], settings["K"]
-        self.shape = settings["shape"]
-        self.file = open(path, "rb")
-        if not self.file.seekable():
-            self.file = io.BytesIO(self.file.read())
-        self.n = self.file.seek(0, os.SEEK_END)
-        self.file.seek(0)
-        self.head = b""
+        self.shape, self.head = settings["shape"], b""
+        with open(path, "rb") as file:
+            try:
+                self.content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            except (ValueError, OSError):                  # nothing in it, or a pipe
+                self.content = file.read()
         if self.kind == "image":
             images, (C, H, W) = open_npy(path), self.shape
             if images.shape[1:] != (H, W, C):
                 raise ValueError(f"{path} holds images of (H, W, C) = {images.shape[1:]}, the "
                                  f"model codes {(H, W, C)}")
-            self.head = self.file.read(images.offset)
-            self.n -= len(self.head)
-            if not images.flags.c_contiguous or images.size != self.n:
+            self.head = self.content[:images.offset]
+            if not images.flags.c_contiguous or len(self.content) != images.offset + images.size:
                 raise ValueError(f"{path} is in Fortran order, or has bytes behind its array: save "
                                  "the array again, by numpy.save")
+        self.n = len(self.content) - len(self.head)
 
     def read(self, i, j):
         """Symbols i..j, (j - i,) uint8; of images whole ones, colour by colour."""
-        self.file.seek(len(self.head) + i)
-        content = self.file.read(j - i)
+        content = self.content[len(self.head) + i:len(self.head) + j]
         if self.kind != "image":
             return torch.from_numpy(to_symbols(content, self.K, i))
         C, H, W = self.shape
@@ -504,36 +488,31 @@ def write_back(file, header, settings, parts):
 
 # -- What others reach -----------------------------------------------------------------------------
 
-def packers(image=False):
-    """{name: bytes or (H, W, C) uint8 -> bytes}: general compressors, and where Pillow is
-    installed those for images."""
-    if not image:
+def packers(kind, shape):
+    """{name: bytes or (H, W, C) uint8 -> bytes}: general compressors; those for images, if Pillow
+    is installed."""
+    if kind != "image":
         return {"bz2": bz2.compress, "xz": lzma.compress, "zlib": zlib.compress}
     found = {}
     with suppress(ImportError):
         from PIL import Image
-        for kind, how in (("PNG", dict(optimize=True)), ("WebP", dict(lossless=True, method=6))):
-            def save(pixels, kind=kind, how=how):
+        for name, how in (("PNG", dict(optimize=True)), ("WebP", dict(lossless=True, method=6))):
+            def save(pixels, name=name, how=how):
                 file = io.BytesIO()
-                pixels = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
-                Image.fromarray(pixels).save(file, kind, **how)
+                Image.fromarray(pixels.squeeze(2) if shape[0] == 1 else pixels).save(
+                    file, name, **how)
                 return file.getvalue()
-            found[kind] = save
-    return found
+            found[name] = save
+    return found if shape[0] in (1, 3) else {}
 
 
 def references(symbols, kind, K, shape):
     """What others need for these symbols (n,): {name: bits per dimension}. Compressors see a text
     as a whole, and each of the first 1,000 images by itself."""
-    n = len(symbols)
-    share = np.bincount(symbols) / n
+    share = np.bincount(symbols) / len(symbols)
     share = share[share > 0]
     found = {"uniform": float(np.log2(K)), "single symbols": float(-(share * np.log2(share)).sum())}
-    parts = [to_bytes(symbols, K)]
-    if kind == "image":
-        parts = to_images(symbols, shape)[:1000]
-        n = parts.size
-        if shape[0] not in (1, 3):
-            return found
+    parts = to_images(symbols, shape)[:1000] if kind == "image" else [to_bytes(symbols, K)]
+    n = parts.size if kind == "image" else len(symbols)
     return found | {name: 8 * sum(len(pack(part)) for part in parts) / n
-                    for name, pack in packers(kind == "image").items()}
+                    for name, pack in packers(kind, shape).items()}

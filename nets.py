@@ -39,9 +39,7 @@ class Transformer(nn.Module):
 
     def __init__(self, K, D, num_outputs=None, dim=128, depth=4, heads=2, stages=1, extras=True):
         super().__init__()
-        assert dim % (2 * heads) == 0, f"dim {dim} must be a multiple of 2 * heads = {2 * heads}"
-        self.absorbed = K
-        self.extras = extras
+        self.absorbed, self.extras = K, extras
         self.embed = nn.Embedding(K + 1, dim)
         self.stage = nn.Embedding(2 * stages, dim) if stages > 1 else None
         self.blocks = nn.ModuleList()
@@ -101,8 +99,7 @@ class Attention(nn.Module):
 
     def __init__(self, dim, heads, rotary):
         super().__init__()
-        self.heads = heads
-        self.rotary = rotary
+        self.heads, self.rotary = heads, rotary
         self.norm = nn.LayerNorm(dim)
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
@@ -114,8 +111,7 @@ class Attention(nn.Module):
         qkv = self.qkv(self.norm(x)).view(B, D, 3, self.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)               # (B, heads, D, d) each
         if self.rotary:
-            q = rotate(q, cos, sin)
-            k = rotate(k, cos, sin)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         return self.out(attention(q, k, v).transpose(1, 2).reshape(B, D, dim))
 
 
@@ -181,16 +177,10 @@ class UNet(nn.Module):
     def __init__(self, K, shape, num_outputs=None, dim=32, depth=2, heads=0, stages=1, b=None,
                  values=True, extras=True):
         super().__init__()
-        self.K = K
-        self.shape = tuple(shape)
-        self.stages = stages
-        self.b = b
-        self.extras = extras
-        C = shape[0]
-        inputs = 2 * C + (stages if stages > 1 else 0)
-        if extras:
-            inputs += 2 * len(WINDOWS) * C
-        time = 0 if extras else 4 * dim
+        self.K, self.shape, self.stages, self.b, self.extras = K, tuple(shape), stages, b, extras
+        C, time = shape[0], 0 if extras else 4 * dim
+        means = 2 * len(WINDOWS) * C if extras else 0
+        inputs = 2 * C + means + (stages if stages > 1 else 0)
         self.first = nn.Conv2d(inputs, dim - dim // 4, 3, padding=1)
         self.embed = nn.Embedding(K, dim // 4)
         self.mix = nn.Conv2d(C * (dim // 4), dim // 4, 1)
@@ -205,18 +195,13 @@ class UNet(nn.Module):
         self.head = nn.Parameter(torch.randn(C, dim, num_outputs or K) * dim ** -0.5)
         self.bias = nn.Parameter(torch.zeros(C, 1, num_outputs or K))
         self.place = None
-        if extras:
-            self.add_extras(dim, values)
-        self.to(memory_format=torch.channels_last)         # several times as fast on a CPU
-
-    def add_extras(self, dim, values):
-        """Not in the paper: the softmax begins as uniform; logits of values are those of a logistic
-        distribution, moved and scaled by the network, plus the softmax: near values are alike."""
-        nn.init.zeros_(self.head)
-        if values:
-            self.place = nn.Conv2d(dim, 2 * self.shape[0], 1)
+        if extras:                                         # not in the paper, like all below
+            nn.init.zeros_(self.head)                      # the softmax begins as uniform
+        if extras and values:                              # and shares the work with `logistic`
+            self.place = nn.Conv2d(dim, 2 * C, 1)
             nn.init.zeros_(self.place.weight)
             nn.init.zeros_(self.place.bias)
+        self.to(memory_format=torch.channels_last)         # several times as fast on a CPU
 
     def forward(self, x, m, t, s):
         """(B, D) values and mask, (B,) step and stage -> (B, D, num_outputs) logits."""
@@ -257,8 +242,7 @@ class UNet(nn.Module):
         return h
 
     def time_features(self, t, s, D):
-        """The paper shows the network how far the generation is: (B, 4 * dim). With extras None,
-        as the mask tells it."""
+        """How far the generation is, (B, 4 * dim); None with extras, as the mask tells it."""
         if self.time is None:
             return None
         part = 1000 * (t + (s - 1) * D).to(self.head.dtype) / (self.stages * D)
@@ -343,7 +327,8 @@ def local_means(v, seen, prior=0.3):
 
 
 def logistic(location, width, K):
-    """Log-density of the logistic distribution at the K values, but for a constant.
+    """Not in the paper: logits of values are those of a logistic distribution, moved and scaled by
+    the network, plus a softmax's, for near values are alike. Its log-density but for a constant.
 
     location (..., 1) on the scale of value/K - 0.5; its scale is e^(2 width - 3), 1/(2K) or more.
     """
@@ -364,16 +349,19 @@ def build(c):
     """An untrained ARDM from plain settings c: a dict with kind, K, shape, recipe, branch,
     parametrization, dim, depth and heads."""
     keep_freed_memory()
+    dim, heads, image = c["dim"], c["heads"], c["kind"] == "image"
+    if dim < 4 or heads < 1 - image or dim % (2 * max(1, heads)):
+        raise ValueError(f"--dim {dim} must be 4 or more, and a multiple of 2 * --heads = "
+                         f"{2 * heads}; --heads may be 0 for images alone")
     K, shape, b = c["K"], tuple(c["shape"]), c["branch"]
-    S = 1 if b is None else num_stages(K, b)
+    S, D = 1 if b is None else num_stages(K, b), math.prod(shape)
     values = b is None or c["parametrization"] == "data"
-    same = dict(num_outputs=K if values else S * b, dim=c["dim"], depth=c["depth"],
-                heads=c["heads"], stages=S, extras=c["recipe"] == "ours")
-    if c["kind"] == "image":
+    same = dict(num_outputs=K if values else S * b, dim=dim, depth=c["depth"], heads=heads,
+                stages=S, extras=c["recipe"] == "ours")
+    if image:
         net = UNet(K, shape, b=b, values=values, **same)
     else:
-        net = Transformer(K, shape[0], **same)
-    D = math.prod(shape)
+        net = Transformer(K, D, **same)
     return ARDM(net, D, K) if b is None else UpscaleARDM(net, D, K, b, c["parametrization"])
 
 
@@ -394,16 +382,23 @@ def load(path, device=None):
 
 def pick_device(name=None):
     """The device of that name; without one the fastest kind there is."""
-    if name is None:
-        name = ("cuda" if torch.cuda.is_available() else
-                "mps" if torch.backends.mps.is_available() else "cpu")
+    best = ("cuda" if torch.cuda.is_available() else
+            "mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        device = torch.empty(0, device=name).device
+        device = torch.empty(0, device=name or best).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}")
     if device.type not in ("cuda", "mps", "cpu"):
         raise ValueError(f"--device {name}: choose cuda, mps or cpu")
     return device
+
+
+def has_bf16(device):
+    """True if the processor multiplies bfloat16 itself: elsewhere it is slower than float32."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    found = getattr(torch.cpu, "get_capabilities", dict)()
+    return device == "cpu" and bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
 def rows_at_once(model):

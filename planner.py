@@ -6,20 +6,14 @@ way to D variables in n calls is the cheapest path with n edges from 0 to D, whe
 
     E_n[j] = min over i < j of  E_{n-1}[i] + (j - i) L_{i+1}
 
-The plain dynamic programme takes O(D^2) per call. Two facts, both true because L does not increase
-(Eq. 4), make it fast and let the stages share one budget:
-
-- The best i does not fall as j grows: going to j + 1 instead of j costs L_{i+1} more, and that
-  does not rise with i. So one more call takes O(D log D): see `one_more_call`.
-- The cheapest cost is convex in the number of calls. So calls can be given one at a time to the
-  stage where they save most, and the split is still exact.
+Since L does not increase (Eq. 4), the best i does not fall as j grows: one more call takes
+O(D log D), not O(D^2). And the cheapest cost is convex in the number of calls: calls can be given
+one at a time to the stage where they save most, and the split is still exact.
 
 L is (S, D), or (D,) for one stage, in any unit; L[s-1, t-1] is the component of step t in stage s.
 This file needs NumPy alone.
 """
 import hashlib
-import heapq
-import itertools
 
 import numpy as np
 
@@ -84,12 +78,11 @@ def isotonic(L, weights):
 def plan(L, budget):
     """The cheapest plan with exactly `budget` network calls, S..S*D, split over the stages.
 
-    L must not increase: see `smooth`. ValueError where it does, and for any other budget.
+    L must not increase: see `smooth`. ValueError if it does, and for any other budget.
     """
-    L = check(L, [budget])
-    S, D = L.shape
+    S, D = np.atleast_2d(L).shape
     starts = [[] for _ in range(S)]                        # (D+1,) for each call of each stage
-    for s, _, start in itertools.islice(hand_out(L), budget):
+    for s, _, start in hand_out(L, [budget]):
         starts[s].append(start)
     calls = []
     for s in reversed(range(S)):                           # the best path, back from D to 0
@@ -104,9 +97,8 @@ def plan(L, budget):
 def costs(L, budgets=None):
     """{budget: cost of the cheapest plan}, for the given budgets or for all from S to S*D."""
     budgets = range(len(np.atleast_2d(L)), np.size(L) + 1) if budgets is None else list(budgets)
-    L = check(L, budgets)
-    curve = {n: cost for n, (_, cost, _) in zip(range(1, max(budgets) + 1), hand_out(L))}
-    return {budget: curve[budget] for budget in budgets}
+    curve = [cost for _, cost, _ in hand_out(L, budgets)]
+    return {budget: curve[budget - 1] for budget in budgets}
 
 
 def plan_cost(L, plan):
@@ -117,7 +109,7 @@ def plan_cost(L, plan):
 
 def full_plan(S, D):
     """One variable per call: S * D calls, as in Algorithms 1 and 3."""
-    return [(s, t, 1) for s in range(1, S + 1) for t in range(1, D + 1)]
+    return uniform_plan(S, D, S * D)
 
 
 def uniform_plan(S, D, budget):
@@ -128,31 +120,6 @@ def uniform_plan(S, D, budget):
 def cosine_plan(S, D, budget):
     """Few variables first, as in MaskGIT: after the part u of the calls 1 - cos(pi u / 2) known."""
     return by_curve(S, D, budget, lambda u: 1 - np.cos(np.pi / 2 * u))
-
-
-def cut(plan, first, last):
-    """Of a plan, what generates the steps first..last of each stage: for data of which some
-    variables are known, or that is shorter than the plan."""
-    for s, t, k in plan:
-        begin = max(t, first)
-        end = min(t + k - 1, last)
-        if begin <= end:
-            yield s, begin, end - begin + 1
-
-
-def check(L, budgets):
-    """L as (S, D); ValueError where it increases or is not a number, and for impossible budgets."""
-    L = np.atleast_2d(np.asarray(L, dtype=np.float64))
-    if not (np.diff(L, axis=1) <= 0).all() or not np.isfinite(L).all():
-        raise ValueError("L must be finite and must not increase: see planner.smooth")
-    for budget in budgets:
-        check_budget(budget, *L.shape)
-    return L
-
-
-def check_budget(budget, S, D):
-    if not S <= budget <= S * D:
-        raise ValueError(f"{budget} network calls: choose {S} to {S * D}")
 
 
 def by_curve(S, D, budget, curve):
@@ -169,21 +136,40 @@ def by_curve(S, D, budget, curve):
     return calls
 
 
+def cut(plan, first, last):
+    """Of a plan, what generates the steps first..last of each stage: for data of which some
+    variables are known, or that is shorter than the plan."""
+    for s, t, k in plan:
+        begin = max(t, first)
+        end = min(t + k - 1, last)
+        if begin <= end:
+            yield s, begin, end - begin + 1
+
+
+def check_budget(budget, S, D):
+    """ValueError for a number of network calls that no plan has."""
+    if not S <= budget <= S * D:
+        raise ValueError(f"{budget} network calls: choose {S} to {S * D}")
+
+
 # -- The dynamic programme -------------------------------------------------------------------------
 
-def hand_out(L):
-    """Yields (stage, total cost, starts) for every call: one per stage, then always the one that
-    saves most. starts: (D+1,), see `one_more_call`."""
+def hand_out(L, budgets):
+    """Yields (stage, total cost, starts) for every call up to the largest of the budgets: first
+    one per stage, then always the one that saves most. starts: see `one_more_call`."""
+    L = np.atleast_2d(np.asarray(L, dtype=np.float64))
+    if not (np.diff(L, axis=1) <= 0).all() or not np.isfinite(L).all():
+        raise ValueError("L must be finite and must not increase: see planner.smooth")
+    for budget in budgets:
+        check_budget(budget, *L.shape)
     stages = [best_paths(row) for row in L]
-    now = [0.0] * len(L)
-    offers = [(-np.inf, s, *next(stage)) for s, stage in enumerate(stages)]
-    while offers:
-        _, s, cost, start = heapq.heappop(offers)
-        now[s] = cost
-        yield s, float(sum(now)), start
-        offer = next(stages[s], None)
-        if offer is not None:
-            heapq.heappush(offers, (offer[0] - cost, s, *offer))
+    now = np.full(len(L), np.inf)                          # what each stage costs with its calls
+    offers = [next(stage) for stage in stages]             # and with one more
+    for _ in range(max(budgets)):
+        s = int(np.argmin([cost for cost, _ in offers] - now))
+        now[s], start = offers[s]
+        yield s, float(now.sum()), start
+        offers[s] = next(stages[s], (np.inf, None))
 
 
 def best_paths(L):
@@ -191,19 +177,16 @@ def best_paths(L):
     E = np.append(0.0, np.full(len(L), np.inf))
     for n in range(1, len(L) + 1):
         E, start = one_more_call(E, L, n)
-        yield float(E[-1]), start
+        yield E[-1], start
 
 
 def one_more_call(E, L, n):
     """E_{n-1} -> E_n and start, (D+1,) each: start[j] is the best i from which call n reaches j.
 
-        E_n[j] = min(E[i] + (j - i) * L[i] for i in range(j))          L[i] is L_{i+1}
-
     First the middle j, then those halfway, and so on: the best i of j lies between those of
     j - h and j + h, so the candidates of one level are about D numbers, laid out in one array.
     """
     D = len(L)
-    line = E[:-1] - np.arange(D) * L                       # E[i] + (j - i) L[i] = line[i] + j L[i]
     ends = D - n + 1                                       # j = n..D; row q = j - n + 1 = 1..ends
     h = 1 << ends.bit_length() - 1
     start = np.full(ends + h + 1, D - 1)                   # rows beyond the last bound from above
@@ -211,20 +194,19 @@ def one_more_call(E, L, n):
     cost = np.empty(ends + 1)
     while h:
         q = np.arange(h, ends + 1, 2 * h)
-        j = q + n - 1
         low = start[q - h]
-        width = np.minimum(start[q + h], j - 1) - low + 1  # candidates i = low..low + width - 1
+        width = np.minimum(start[q + h], q + n - 2) - low + 1            # i = low..low + width - 1
         stop = np.cumsum(width)
         first = stop - width
         i = np.arange(stop[-1]) + np.repeat(low - first, width)
-        value = line[i] + np.repeat(j, width) * L[i]
-        cost[q] = np.minimum.reduceat(value, first)
+        j = np.repeat(q + n - 1, width)
+        value = E[i] + (j - i) * L[i]                      # L[i] is L_{i+1}
+        cost[q] = np.minimum.reduceat(value, first)        # E_n[j] = the minimum over i
         best = np.flatnonzero(value == np.repeat(cost[q], width))
-        start[q] = i[best[np.searchsorted(best, first)]]   # the first best candidate of each row
+        start[q] = i[best[np.searchsorted(best, first)]]   # the first best i of each j
         h >>= 1
-    fewer = np.full(n, np.inf)                             # n calls generate at least n variables
-    return (np.append(fewer, cost[1:]),
-            np.append(np.zeros(n, np.int32), start[1:ends + 1].astype(np.int32)))
+    fewer = np.arange(n)                                   # n calls generate at least n variables
+    return np.append(fewer + np.inf, cost[1:]), np.append(fewer, start[1:ends + 1])
 
 
 # -- Orders ----------------------------------------------------------------------------------------
@@ -239,11 +221,10 @@ def order(rule, shape):
     name, _, number = rule.partition(":")
     C, D = shape[0] if np.size(shape) == 3 else 1, int(np.prod(shape))
     turn = np.arange(D).reshape(C, -1).T.reshape(-1)       # turn[i]: the variable at step i + 1
-    if name == "random" and number.isdecimal() and len(number) < 20:            # sorted by hashes: as good as drawn
+    if name == "random" and number.isdecimal() and len(number) < 20:     # sorted by hashes
         turn = sorted(range(D), key=lambda i: hashlib.sha256(f"{number}:{i}".encode()).digest())
     elif name == "spaced" and number.isdecimal() and int(number) > 0:
-        part = -(-D // int(number))
-        turn = turn[np.argsort(np.arange(D) % part, kind="stable")]
+        turn = turn[np.argsort(np.arange(D) % -(-D // int(number)), kind="stable")]
     elif rule == "backward":
         turn = turn[::-1]
     elif rule != "forward":

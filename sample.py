@@ -30,26 +30,23 @@ def read_prompt(prompt, model):
         raise ValueError(f"the prompt has {len(stream)} characters, the model takes {model.D}")
     if b"_" not in stream:
         raise ValueError("the prompt has no blank: write _ for each character to be filled in")
-    known = torch.tensor([byte != ord("_") for byte in stream])
-    symbols = datasets.to_symbols(stream.replace(b"_", b" "), model.K)
-    return torch.from_numpy(symbols).long(), known
+    x = datasets.to_symbols(stream.replace(b"_", b" "), model.K)
+    return torch.from_numpy(x).long(), torch.tensor([byte != ord("_") for byte in stream])
 
 
 def read_inpaint(rule, n, settings):
     """--inpaint -> x (n * COMPLETIONS, D), n test images, and what is known of them, (D,)."""
     C, H, W = settings["shape"]
-    if rule == "top":
-        known = (torch.arange(H)[:, None] < H // 2).expand(C, H, W)
-    elif rule == "left":
-        known = (torch.arange(W) < W // 2).expand(C, H, W)
-    else:
+    row, column = torch.arange(H)[:, None], torch.arange(W)
+    known = {"top": row < H // 2, "left": column < W // 2}.get(rule)
+    if known is None:
         raise ValueError(f"--inpaint {rule}: choose top or left, which says what is known")
     data = datasets.load(settings["data"], bits=settings["bits"])
     if list(data.shape) != list(settings["shape"]):
         raise ValueError(f"--inpaint: {data.name} is not what this model was trained on")
     images = data.chunks("test")
     x = images[torch.arange(n) * len(images) // n].long()
-    return x.repeat_interleave(COMPLETIONS, dim=0), known.flatten()
+    return x.repeat_interleave(COMPLETIONS, dim=0), known.expand(C, H, W).flatten()
 
 
 def make_plan(model, checkpoint, calls, n_known, D):
@@ -65,15 +62,6 @@ def make_plan(model, checkpoint, calls, n_known, D):
         L = planner.smooth(checkpoint["L"], checkpoint["counts"])
         plan = planner.plan(L[:, n_known:D], calls)
     return [(s, t + n_known, k) for s, t, k in plan]
-
-
-def make_sigma(rule, x, shape, S, generator):
-    """(S, B, D): a random order for each sample and stage, or the same for all by its name."""
-    B, D = x.shape
-    if rule == "random":
-        return sample_sigma(S * B, D, x.device, generator).view(S, B, D)
-    sigma = planner.order(rule, shape if len(shape) == 3 else D)
-    return torch.from_numpy(sigma).to(x.device).expand(S, B, D)
 
 
 def frames(model, x, sigma, plan, most=12):
@@ -103,11 +91,9 @@ def texts(x, steps, model):
 def pictures(given, known, x, steps, settings):
     """The files to write, {name: bytes}. Samples: a grid. Completions: a row for each image, with
     what was known of it, grey elsewhere. Frames: a row for each sample, and the same as a film."""
-    K = settings["K"]
-
     def images(x, known=True):
-        x = torch.where(torch.as_tensor(known), x, K // 2)
-        return datasets.to_images(x, settings["shape"], K)
+        x = torch.where(torch.as_tensor(known), x, settings["K"] // 2)
+        return datasets.to_images(x, settings["shape"], settings["K"])
 
     def side_by_side(columns):
         rows = np.stack(columns, axis=1)                   # (N, columns, H, W, C)
@@ -130,20 +116,21 @@ def pictures(given, known, x, steps, settings):
 def parse():
     """The command line, checked as far as can be without the model."""
     parser = datasets.Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("--ckpt", required=True, help="a checkpoint of train.py")
-    parser.add_argument("--n", type=int, default=8, help="how many samples (default 8)")
-    parser.add_argument("--calls", type=int, help="network calls (default: one a variable)")
-    parser.add_argument("--order", default="random", help="random (default: a new one for each "
-                        "sample), forward, backward, random:SEED, spaced:G")
-    parser.add_argument("--prompt", help="text to keep, with _ for every blank")
-    parser.add_argument("--inpaint", metavar="top|left", help="that part of test images is known")
-    parser.add_argument("--temperature", type=float, default=1.0,
-                        help="below 1: likelier and less varied; 0: the most probable (default 1)")
-    parser.add_argument("--frames", action="store_true", help="also show what is known at up to 12 "
-                        "points of the process, _ or grey for the rest")
-    parser.add_argument("--seed", type=int, default=0, help="of every draw (default 0)")
-    parser.add_argument("--device", help="cuda, mps or cpu")
-    parser.add_argument("--out", help="folder for the files; the default is the checkpoint's")
+    add = parser.add_argument
+    add("--ckpt", required=True, help="a checkpoint of train.py")
+    add("--n", type=int, default=8, help="how many samples (default 8)")
+    add("--calls", type=int, help="network calls (default: one a variable)")
+    add("--order", default="random", help="random (default: a new one for each sample), forward, "
+        "backward, random:SEED, spaced:G")
+    add("--prompt", help="text to keep, with _ for every blank")
+    add("--inpaint", metavar="top|left", help="that part of test images is known")
+    add("--temperature", type=float, default=1.0, help="below 1: likelier and less varied; 0: the "
+        "most probable (default 1)")
+    add("--frames", action="store_true", help="also show what is known at up to 12 points of the "
+        "process, _ or grey for the rest")
+    add("--seed", type=int, default=0, help="of every draw (default 0)")
+    add("--device", help="cuda, mps or cpu")
+    add("--out", help="folder for the files; the default is the checkpoint's")
     args = parser.parse_args()
     if args.n < 1 or not 0 <= args.temperature < float("inf") or not 0 <= args.seed < 1 << 63:
         raise ValueError("--n must be at least 1, --temperature 0 or more, --seed 0 to 2^63 - 1")
@@ -159,22 +146,26 @@ def main():
     if args.prompt is not None and image or args.inpaint and not image:
         raise ValueError("--prompt is for text and --inpaint for images: this is a model of "
                          f"{settings['kind']}")
-    known = None
-    x = torch.zeros(args.n, model.D, dtype=torch.long)
+    x, known, n_known = torch.zeros(args.n, model.D, dtype=torch.long), None, 0
     if args.prompt is not None:
         x, known = read_prompt(args.prompt, model)
         x = x.expand(args.n, -1)
     elif args.inpaint:
         x, known = read_inpaint(args.inpaint, args.n, settings)
-    n_known = 0 if known is None else int(known.sum())
-    plan = make_plan(model, checkpoint, args.calls, n_known, x.shape[1])
+    B, D = x.shape
     generator = torch.Generator(device).manual_seed(args.seed)
-    given, x = x, x.to(device)
-    sigma = make_sigma(args.order, x, settings["shape"], model.S, generator)
+    if args.order == "random":                             # one for each sample and stage
+        sigma = sample_sigma(model.S * B, D, device, generator).view(model.S, B, D)
+    else:
+        sigma = planner.order(args.order, settings["shape"] if image else D)
+        sigma = torch.from_numpy(sigma).to(device).expand(model.S, B, D)
     if known is not None:
+        n_known = int(known.sum())
         sigma = known_first(sigma, known.to(device))
+    plan = make_plan(model, checkpoint, args.calls, n_known, D)
+    given = x
     with tqdm(plan, desc="sampling", unit="call", leave=False) as calls:
-        x = model.sample(len(x), calls, sigma, x, generator=generator,
+        x = model.sample(B, calls, sigma, x.to(device), generator=generator,
                          temperature=args.temperature).cpu()
     steps = frames(model, x, sigma.cpu(), plan) if args.frames else []
     files = pictures(given, known, x, steps, settings) if image else texts(x, steps, model)
@@ -183,7 +174,7 @@ def main():
     for name, content in files.items():
         with datasets.write(folder / name) as file:
             file.write(content)
-    print(f"{len(x)} samples, {len(plan)} network calls; {', '.join(files)} written to {folder}")
+    print(f"{B} samples, {len(plan)} network calls; {', '.join(files)} written to {folder}")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,12 @@
 """Training, evaluation and checkpoints.
 
     python train.py                                     about three minutes, no download
-    python train.py --data text8                        the paper's text
     python train.py --data FILE --minutes 10            any text, any bytes, or a .npy of images
     python train.py --data cifar10 --branch 4           an upscale model of images
-    python train.py --resume                            goes on where an interrupted run stopped
+    python train.py --resume                            goes on with an interrupted run
     python train.py --evaluate out/pydoc/ckpt.pt        the number, its standard error, the protocol
 
-A run writes OUT/ckpt.pt, log.csv, a piece of the test split (for compress.py), samples.png of
-images, results.png if --plot asks for it and, last, results.json.
+A run writes ckpt.pt, log.csv, a piece of the test split, samples.png of images and results.json.
 """
 import argparse
 import collections
@@ -21,6 +19,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import signal
 import sys
@@ -57,9 +56,7 @@ OURS = {                             # muon_lr and muon_decay are for the matric
                   warmup=200, clip=1.0, ema=0.998)}
 OURS["paper"] = OURS["small"]
 REPORT = 100                         # steps between rows of log.csv
-COLUMNS = ("step", "seconds", "train_bits_per_dim", "valid_bits_per_dim")
 PLAIN = ("settings", "step", "seconds", "L", "counts", "log")          # kept as it is
-RESUMABLE = {"data", "steps", "minutes", "passes", "out", "compile", "device"}
 MOST = 1 << 22                       # variables of the test split that a CPU evaluates by default
 
 
@@ -72,13 +69,12 @@ class Settings:
     """All that decides a run; every field is a flag. None: `complete` fills it in, by --size."""
     data: str = setting("pydoc", f"{', '.join(datasets.NAMES)}, or a file (default pydoc)")
     size: str = setting(None, "default: small on CUDA, else tiny", choices=list(SIZES["text"]))
-    recipe: str = setting("ours", "the paper's network and optimiser, or what learns more in "
-                          "minutes (default ours)", choices=["paper", "ours"])
+    recipe: str = setting("ours", "the paper's, or what learns more in minutes (default ours)",
+                          choices=["paper", "ours"])
     branch: int = setting(None, "b of an upscale model (without it: order-agnostic)")
-    parametrization: str = setting(None, "of an upscale model; default: direct for images in our "
-                                   "recipe, else data", choices=["data", "direct"])
-    bits: int = setting(8, "kept of the 8 of each value in an image, the highest ones",
-                        choices=range(1, 9))
+    parametrization: str = setting(None, "default: direct for images in our recipe, else data",
+                                   choices=["data", "direct"])
+    bits: int = setting(8, "kept of the 8 of each value in an image", choices=range(1, 9))
     length: int = setting(None, "D of text: characters in a datapoint")
     dim: int = setting(None, "width of the network")
     depth: int = setting(None, "blocks of the network; of images: on each side")
@@ -180,8 +176,9 @@ def train(run, data, folder):
         if run.step % REPORT == 0:
             valid = bound(run.ema, spread(data.chunks("valid"), 64), passes=1)["bits"]
             run.log.append([run.step, round(run.seconds, 3), round(loss, 6), round(valid, 6)])
-            with datasets.write(folder / "log.csv", "w") as file:
-                csv.writer(file).writerows([COLUMNS, *run.log])
+            with datasets.write(folder / "log.csv", mode="w") as file:
+                csv.writer(file).writerows([
+                    ("step", "seconds", "train_bits_per_dim", "valid_bits_per_dim"), *run.log])
         if time.perf_counter() - saved > 120:
             run.save(folder)
             saved = time.perf_counter()
@@ -203,7 +200,7 @@ def train_step(run, x):
     draw = dict(device=x.device, generator=run.generator)  # here: a compiled loss cannot draw
     t, s = stratified_steps(B, run.model.S, D, **draw)
     sigma = sample_sigma(B, D, **draw)
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=has_bf16(run.c.device)):
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=nets.has_bf16(run.c.device)):
         loss = bits_per_dim(run.loss(x, t, s, sigma), D).mean()
     loss.backward()
     nn.utils.clip_grad_norm_(run.model.parameters(), run.hyper["clip"])
@@ -224,16 +221,15 @@ def learning_rate(c, hyper, step, progress):
 
 def make_optimizers(net, c, hyper):
     """Adam for everything; in our recipe Muon for the matrices of the blocks."""
-    blocks = ("blocks", "down", "middle", "up")
-    matrices = {p: None for name, p in net.named_parameters()
-                if c.recipe == "ours" and name.split(".")[0] in blocks and p.ndim in (2, 4)}
+    matrices = {p: None for name, p in net.named_parameters() if p.ndim in (2, 4)
+                and c.recipe == "ours" and re.match("blocks|down|middle|up", name)}
     rest = [p for p in net.parameters() if p not in matrices]
     optimizers = [torch.optim.AdamW(rest, lr=hyper["lr"] if c.lr is None else c.lr,
                                     betas=hyper["betas"], weight_decay=hyper["weight_decay"],
                                     fused=not c.device.startswith("mps"))]
     if matrices:
         optimizers.append(Muon(matrices, hyper["muon_lr"], hyper["muon_decay"],
-                               torch.bfloat16 if has_bf16(c.device) else torch.float32))
+                               torch.bfloat16 if nets.has_bf16(c.device) else torch.float32))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["full_lr"] = group["lr"]
@@ -243,10 +239,7 @@ def make_optimizers(net, c, hyper):
 class Muon(torch.optim.Optimizer):
     """Not in the paper: momentum whose steps are made orthogonal, so that every direction of a
     matrix is learnt at one rate. A convolution is the matrix of its outputs and all its inputs.
-
-    torch.optim.Muon takes only matrices and always rounds to bfloat16, which is slow on a CPU
-    without it; here all matrices of one shape go through one product.
-    """
+    torch.optim.Muon takes matrices alone, one by one, and rounds to bfloat16 on any machine."""
 
     def __init__(self, matrices, lr, decay, dtype=torch.float32):
         self.dtype = dtype
@@ -254,7 +247,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        """One step on every matrix, by its gradient."""
+        """One step on every matrix, by its gradient; all of one shape in one product."""
         group, by_shape = self.param_groups[0], collections.defaultdict(list)
         for p in group["params"]:
             by_shape[p.shape].append(p)
@@ -280,14 +273,6 @@ def orthogonal(X):
         A = X @ X.mT
         X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=-4.775, alpha=2.0315), X, beta=3.4445)
     return X
-
-
-def has_bf16(device):
-    """True where the processor multiplies bfloat16 itself: elsewhere it is slower than float32."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    found = getattr(torch.cpu, "get_capabilities", dict)()
-    return device == "cpu" and bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
 # -- Evaluation ------------------------------------------------------------------------------------
@@ -318,9 +303,9 @@ def bound(model, chunks, passes=None):
             step = (s[rows] - 1) * D + t[rows] - 1
             L.index_add_(0, step, loss / (S * D))
             counts.index_add_(0, step, torch.ones_like(loss))
-    counts = counts.cpu()                                  # cpu: MPS has no float64
-    L = bits_per_dim(L.cpu().double(), 1) / counts         # NaN where a step was never met
-    return mean_and_error(nats, D) | dict(L=L.view(S, D), counts=counts.view(S, D), passes=passes)
+    counts = counts.cpu().view(S, D)                       # cpu: MPS has no float64
+    L = bits_per_dim(L.cpu().double(), 1).view(S, D) / counts            # NaN if a step was not met
+    return mean_and_error(nats, D) | dict(L=L, counts=counts, passes=passes)
 
 
 def mean_and_error(nats, D):
@@ -348,22 +333,22 @@ def evaluate(model, data, passes=None):
 
     Without passes it takes about a minute, by fewer datapoints if there are many.
     """
-    S, D = model.S, model.D
-    valid, chunks = data.chunks("valid"), data.chunks("test")
-    if passes is None and not chunks.is_cuda:
-        valid, chunks = spread(valid, max(64, MOST // 4 // D)), spread(chunks, max(64, MOST // D))
-    found, test = bound(model, valid, passes), bound(model, chunks, passes)
-    if not np.isfinite(test["bits"]):
+    valid, test, D = data.chunks("valid"), data.chunks("test"), model.D
+    if passes is None and not test.is_cuda:
+        valid, test = spread(valid, max(64, MOST // 4 // D)), spread(test, max(64, MOST // D))
+    found, result = bound(model, valid, passes), bound(model, test, passes)
+    if not np.isfinite(result["bits"]):
         raise ValueError("the network gives no numbers: its weights are damaged")
-    L, L_test = (planner.smooth(part["L"], part["counts"]) for part in (found, test))
+    L, L_test = (planner.smooth(each["L"], each["counts"]) for each in (found, result))
     budgets = (5, 10, 20, 50) if len(data.shape) == 1 else (20, 50, 100, 200)
-    plans = [planner.plan(L, n) for n in budgets if S <= n < S * D] + [planner.full_plan(S, D)]
+    plans = [planner.plan(L, n) for n in budgets if model.S <= n < L.size]
+    plans.append(planner.full_plan(model.S, D))
     calls = [dict(calls=len(plan), predicted=planner.plan_cost(L_test, plan) / D)
-             | measure_plan(model, chunks, plan) for plan in plans]
+             | measure_plan(model, test, plan) for plan in plans]
     symbols = data.splits["test"].cpu().numpy().reshape(-1)
-    return dict(data=data.name, kind=data.kind, shape=list(data.shape), bits_per_dim=test["bits"],
-                stderr=test["stderr"], passes=test["passes"], chunks=len(chunks), L=found["L"],
-                counts=found["counts"], L_smooth=L.tolist(), calls=calls,
+    return dict(data=data.name, kind=data.kind, shape=list(data.shape), chunks=len(test),
+                bits_per_dim=result["bits"], stderr=result["stderr"], passes=result["passes"],
+                L=found["L"], counts=found["counts"], L_smooth=L.tolist(), calls=calls,
                 references=datasets.references(symbols, data.kind, data.K, data.shape))
 
 
@@ -372,11 +357,9 @@ def describe(r):
     unit = datasets.UNITS[r["kind"]]
     others = ", ".join(f"{name} {bits:.2f}" for name, bits in r["references"].items())
     lines = [f"test: {r['bits_per_dim']:.3f} bits/{unit}, standard error {r['stderr']:.3f}, on "
-             f"{r['data']}",
-             "  the bound of Eq. 2 with averaged weights, without context, on "
-             f"{r['chunks']:,} datapoints of {' x '.join(map(str, r['shape']))},",
-             f"  in {r['passes']} passes; in each, every datapoint has a random order and one step "
-             "t, stratified over the pass",
+             f"{r['data']}: the bound of Eq. 2,",
+             f"  {r['chunks']:,} datapoints of {' x '.join(map(str, r['shape']))} without context, "
+             f"{r['passes']} random orders and stratified steps t each",
              f"for comparison, bits/{unit}: {others}",
              f"loss components L_t in bits, t = 1..{len(r['L_smooth'][0])}:"]
     for row in r["L_smooth"]:
@@ -397,17 +380,18 @@ def plot(folder, results, log):
     from matplotlib import pyplot
     L = np.array(results["L_smooth"])
     budgets = np.unique(np.geomspace(len(L), L.size, 30).round().astype(int)).tolist()
+    costs = [cost / L.shape[1] for cost in planner.costs(L, budgets).values()]
+    exact = [(row["calls"], row["bits"]) for row in results["calls"] if "bits" in row]
+    _, seconds, training, validation = zip(*log) if log else [()] * 4
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(15, 4))
-    for name, column in (("training", 2), ("validation", 3)):
-        left.plot([row[1] for row in log], [row[column] for row in log], label=name)
+    left.plot(seconds, training, label="training")
+    left.plot(seconds, validation, label="validation")
+    left.set(xlabel="seconds", ylabel="bits per dimension")
     for s, row in enumerate(L, start=1):
         middle.plot(range(1, len(row) + 1), row, label=f"stage {s}")
-    costs = planner.costs(L, budgets).values()
-    right.plot(budgets, [cost / L.shape[1] for cost in costs], label="predicted from $L_t$")
-    exact = [(row["calls"], row["bits"]) for row in results["calls"] if "bits" in row]
-    right.plot(*zip(*exact), "o", label="measured")
-    left.set(xlabel="seconds", ylabel="bits per dimension")
     middle.set(xlabel="t", ylabel="loss component $L_t$, bits", ylim=0)
+    right.plot(budgets, costs, label="predicted from $L_t$")
+    right.plot(*zip(*exact), "o", label="measured")
     right.set(xlabel="network calls", ylabel="bits per dimension", xscale="log")
     for part in (left, middle, right):
         part.legend()
@@ -424,11 +408,8 @@ def parse():
     parser.add_argument("--evaluate", metavar="CKPT", help="only evaluate this checkpoint")
     parser.add_argument("--plot", action="store_true", help="also draw results.png (matplotlib)")
     for field in dataclasses.fields(Settings):
-        how = dict(field.metadata)
-        if "action" not in how:
-            how["type"] = field.type
-        if not how.keys() & {"action", "choices"}:
-            how["metavar"] = field.name.upper()
+        how = dict(field.metadata) if "action" in field.metadata else dict(
+            field.metadata, type=field.type)
         parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, **how)
     given = vars(parser.parse_args())
     return given, given.pop("resume"), given.pop("evaluate"), given.pop("plot")
@@ -452,11 +433,7 @@ def complete(c, data):
         preset = preset | dict(steps=None, minutes=None)
     preset["parametrization"] = "direct" if image and c.recipe == "ours" else "data"
     missing = {name: value for name, value in preset.items() if getattr(c, name) is None}
-    c = dataclasses.replace(c, **missing)
-    if c.heads < 0 or c.dim % (2 * (c.heads or 1)) or c.dim < 4 or c.heads == 0 and not image:
-        raise ValueError(f"--dim {c.dim} must be 4 or more, and a multiple of 2 * --heads = "
-                         f"{2 * c.heads}; --heads may be 0 for images alone")
-    return c
+    return dataclasses.replace(c, **missing)
 
 
 def reopen(path, given, changeable):
@@ -508,10 +485,10 @@ def finish(run, data, folder, with_plot):
     n, few, blanks = (16, 100, "--inpaint top") if image else (2, 20, '--prompt "the ____ of"')
     few = min(few, L.size)
     x = run.ema.sample(n, planner.plan(L, few), generator=run.generator).cpu()
-    results |= dict(seed=run.c.seed, steps=run.step, seconds=run.seconds, device=run.c.device,
-                    params=sum(p.numel() for p in run.model.parameters()), settings=run.settings,
-                    versions=dict(python=platform.python_version(), torch=torch.__version__,
-                                  numpy=np.__version__))
+    results = run.settings | results | dict(
+        steps=run.step, seconds=run.seconds,
+        params=sum(p.numel() for p in run.model.parameters()),
+        versions=[platform.python_version(), torch.__version__, np.__version__])
     files = datasets.exhibits(data, x) | {"results.json": json.dumps(results, indent=1).encode()}
     for name, content in files.items():
         with datasets.write(folder / name) as file:
@@ -538,7 +515,8 @@ def main():
         return print(f"{path} on {data.name}", describe(results), sep="\n")
     c = Settings(**given)
     if going_on:
-        _, checkpoint, c, data = reopen(f"{c.out}/ckpt.pt", given | dict(out=c.out), RESUMABLE)
+        _, checkpoint, c, data = reopen(f"{c.out}/ckpt.pt", given | dict(out=c.out), {
+            "data", "steps", "minutes", "passes", "out", "compile", "device"})
     else:
         data = load_data(c)
         c = complete(c, data)
