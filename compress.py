@@ -266,11 +266,9 @@ def decode_file(file, codec, n, item=None):
 
 # -- The commands ----------------------------------------------------------------------------------
 
-def settle(args, block=None):
-    """model, codec and source by the command line: what encode and bench need.
-
-    Text is read by `spaced` readers, with which an even plan is the cheapest. Images are read in a
-    random order, and since L_t is measured in such ones, the plan is the cheapest by L_t.
+def settle(args):
+    """model, codec and source by the command line. Text is read by `spaced` readers, with which an
+    even plan is the cheapest; images in a random order, as L_t was measured in, by the best plan.
     """
     model, checkpoint = nets.load(args.ckpt, args.device)
     settings = checkpoint["settings"]
@@ -285,7 +283,7 @@ def settle(args, block=None):
     if order.startswith("random") and checkpoint.get("L") is not None:
         plan = planner.plan(planner.smooth(checkpoint["L"], checkpoint["counts"]), calls)
     ks = [[k for stage, _, k in plan if stage == s] for s in range(1, S + 1)]
-    block = max(1, BLOCK // D) if block is None else block
+    block = max(1, BLOCK // D) if args.block is None else args.block
     if order == "auto":                                    # the smallest nll of the first symbols
         rows = min(source.n // D, max(4, 2048 // D))
         x = source.read(0, rows * D).view(1, rows, D)
@@ -297,7 +295,7 @@ def settle(args, block=None):
 
 def run_encode(args):
     """a file to an archive"""
-    model, codec, source = settle(args, args.block)
+    model, codec, source = settle(args)
     with datasets.write(args.output, (args.input, args.ckpt)) as file:
         encode_file(file, model, codec, source)
         size = file.tell()
@@ -349,13 +347,13 @@ def run_info(args):
 def run_bench(args):
     """what a file costs by every measure; without IN, the piece of test data beside CKPT"""
     model, codec, source = settle(args)
-    n, settings, file = source.n, codec.settings, io.BytesIO()
+    n, file = source.n, io.BytesIO()
     if not n:
         raise ValueError(f"{source.path} is empty")
     bits = encode_file(file, model, codec, source)
     rows = {"exact nll of this order and plan": bits / n,
             f"archive, {file.tell():,} bytes": 8 * file.tell() / n}
-    rows |= datasets.references(source.read(0, n).numpy(), source.kind, model.K, settings["shape"])
+    rows |= datasets.references(source.read(0, n).numpy(), model.K)
     print(f"{source.path}: {n:,} symbols, order {codec.order}, {len(codec.plan)} network calls; "
           "bits each:")
     for name, value in rows.items():
@@ -384,7 +382,6 @@ def main():
                 f"variables of a text, {IMAGE_CALLS} for images)")
             add("--order", help="forward, backward, random:SEED, spaced:G, or auto: the best of "
                 "several on this file")
-        if name == "encode":
             add("--block", type=int, help="datapoints that are decoded together (default: as many "
                 f"as have {BLOCK} symbols)")
         if name == "decode":

@@ -28,7 +28,7 @@ import sys
 import tarfile
 import zipfile
 import zlib
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -122,12 +122,11 @@ def fetch(name):
     downloaded if it is missing. ValueError if it is not the whole upstream file."""
     folder = Path(os.environ.get("ARDM_DATA", "data"))
     url, md5 = SOURCES[name]
-    names = (name, name.removesuffix(".zip"))              # a zip file may lie there unpacked
-    paths = [place / file for file in names for place in (folder, *folder.glob("*/"))]
-    found = [path for path in paths if path.is_file()]
-    path = found[0] if found else folder / name
+    there = [place / file for file in (name, name.removesuffix(".zip"))  # a zip may be unpacked
+             for place in (folder, *folder.glob("*/")) if (place / file).is_file()]
+    path = there[0] if there else folder / name
     try:
-        if not found:
+        if not there:
             folder.mkdir(parents=True, exist_ok=True)
             socket.setdefaulttimeout(30)
             torch.hub.download_url_to_file(url + name, str(path))
@@ -137,10 +136,10 @@ def fetch(name):
     content = unzip(path.read_bytes(), name)
     if hashlib.md5(content, usedforsecurity=False).hexdigest() == md5:
         return content
-    if not found:
+    if not there:
         path.unlink()
     raise ValueError(f"this is not the whole upstream file {name}, by its md5: "
-                     + (f"{path}: remove it, or name it by --data {path}" if found else url))
+                     + (f"{path}: remove it, or name it by --data {path}" if there else url))
 
 
 # -- Data sets -------------------------------------------------------------------------------------
@@ -426,8 +425,6 @@ def exhibits(data, x):
             "samples.png": png(grid(to_images(x, data.shape, data.K), columns=8))}
 
 
-# -- Files to be packed ----------------------------------------------------------------------------
-
 class Source:
     """The n symbols of a file, read piece by piece: its size is no matter of memory.
 
@@ -486,33 +483,13 @@ def write_back(file, header, settings, parts):
     return n
 
 
-# -- What others reach -----------------------------------------------------------------------------
-
-def packers(kind, shape):
-    """{name: bytes or (H, W, C) uint8 -> bytes}: general compressors; those for images, if Pillow
-    is installed."""
-    if kind != "image":
-        return {"bz2": bz2.compress, "xz": lzma.compress, "zlib": zlib.compress}
-    found = {}
-    with suppress(ImportError):
-        from PIL import Image
-        for name, how in (("PNG", dict(optimize=True)), ("WebP", dict(lossless=True, method=6))):
-            def save(pixels, name=name, how=how):
-                file = io.BytesIO()
-                Image.fromarray(pixels.squeeze(2) if shape[0] == 1 else pixels).save(
-                    file, name, **how)
-                return file.getvalue()
-            found[name] = save
-    return found if shape[0] in (1, 3) else {}
+PACKERS = {"bz2": bz2.compress, "xz": lzma.compress, "zlib": zlib.compress}
 
 
-def references(symbols, kind, K, shape):
-    """What others need for these symbols (n,): {name: bits per dimension}. Compressors see a text
-    as a whole, and each of the first 1,000 images by itself."""
+def references(symbols, K):
+    """What others need for symbols (n,), taken as one file: {name: bits per dimension}."""
     share = np.bincount(symbols) / len(symbols)
     share = share[share > 0]
     found = {"uniform": float(np.log2(K)), "single symbols": float(-(share * np.log2(share)).sum())}
-    parts = to_images(symbols, shape)[:1000] if kind == "image" else [to_bytes(symbols, K)]
-    n = parts.size if kind == "image" else len(symbols)
-    return found | {name: 8 * sum(len(pack(part)) for part in parts) / n
-                    for name, pack in packers(kind, shape).items()}
+    stream = to_bytes(symbols, K)
+    return found | {name: 8 * len(pack(stream)) / len(stream) for name, pack in PACKERS.items()}

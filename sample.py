@@ -163,12 +163,11 @@ def main():
         n_known = int(known.sum())
         sigma = known_first(sigma, known.to(device))
     plan = make_plan(model, checkpoint, args.calls, n_known, D)
-    given = x
     with tqdm(plan, desc="sampling", unit="call", leave=False) as calls:
-        x = model.sample(B, calls, sigma, x.to(device), generator=generator,
-                         temperature=args.temperature).cpu()
-    steps = frames(model, x, sigma.cpu(), plan) if args.frames else []
-    files = pictures(given, known, x, steps, settings) if image else texts(x, steps, model)
+        drawn = model.sample(B, calls, sigma, x.to(device), generator=generator,
+                             temperature=args.temperature).cpu()
+    steps = frames(model, drawn, sigma.cpu(), plan) if args.frames else []
+    files = pictures(x, known, drawn, steps, settings) if image else texts(drawn, steps, model)
     folder = Path(args.out or Path(args.ckpt).parent)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():

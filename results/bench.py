@@ -266,7 +266,7 @@ def bench_compress(args):
                      "encode with its proof, s": middle - begin, "decode, s": end - middle})
         print(" ", rows[-1])
     return rows + [{"": name, "archive": 8 * len(pack(path.read_bytes())) / 20000}
-                   for name, pack in datasets.packers("text", (250,)).items()]
+                   for name, pack in datasets.PACKERS.items()]
 
 
 def bench_portable(args):
