@@ -39,6 +39,7 @@ from ardm import (ARDM, UpscaleARDM, bits_per_dim, known_first, num_stages, pick
 
 HERE = Path(__file__).parent
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+ONE = torch.ones(1, dtype=torch.long)
 
 
 class Table(nn.Module):
@@ -56,28 +57,20 @@ class Table(nn.Module):
         return self.logits[s - 1, index]
 
 
-class Spy(nn.Module):
-    """Uniform predictions; remembers what it was shown."""
-
-    def __init__(self, K):
-        super().__init__()
-        self.K, self.seen = K, []
-        self.weight = nn.Parameter(torch.zeros(1))
-
-    def forward(self, x, m, t, s):
-        self.seen.append((x.clone(), m.clone(), t.clone()))
-        return torch.zeros(*x.shape, self.K) + self.weight
-
-
 class Fixed(nn.Module):
-    """The same logits whatever it is shown."""
+    """The same logits whatever it is shown; remembers that."""
 
     def __init__(self, logits):
         super().__init__()
-        self.logits = nn.Parameter(logits)
+        self.logits, self.seen = nn.Parameter(logits), []
 
     def forward(self, x, m, t, s):
+        self.seen.append((x.clone(), m.clone(), t.clone()))
         return self.logits.expand(*x.shape, -1)
+
+
+def uniform(D, K):
+    return ARDM(Fixed(torch.zeros(K)), D, K)
 
 
 def all_x(D, K):
@@ -88,20 +81,32 @@ def all_sigma(D):
     return torch.tensor(list(itertools.permutations(range(1, D + 1))))
 
 
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
 def by_hand(net, x, sigma, plan):
     """-log p(x | sigma) in nats, one datapoint, with plain loops: the chain rule over a plan."""
     nats = 0.0
     for _, t, k in plan:
         m = torch.tensor([[step < t for step in sigma]])
-        log_p = torch.log_softmax(net(torch.tensor([x]) * m, m, None, torch.ones(1).long())[0], -1)
+        log_p = torch.log_softmax(net(torch.tensor([x]) * m, m, None, ONE)[0], dim=-1)
         nats -= sum(log_p[i, x[i]].item() for i, step in enumerate(sigma) if t <= step < t + k)
     return nats
+
+
+def assert_drawn_with(model, plan, p):
+    """Samples (40,000) have the probabilities p of all x, in the order of `all_x`."""
+    drawn = model.sample(40000, plan, generator=seeded())
+    place = model.K ** torch.arange(model.D - 1, -1, -1)
+    share = (drawn * place).sum(dim=1).bincount(minlength=len(p)) / 40000
+    assert (share - p).abs().max() < 5 * math.sqrt(0.25 / 40000)
 
 
 # -- ardm.py: the order-agnostic model -------------------------------------------------------------
 
 def test_sigma_is_a_uniform_permutation():
-    sigma = sample_sigma(6000, 3, generator=torch.Generator().manual_seed(0))
+    sigma = sample_sigma(6000, 3, generator=seeded())
     orders, counts = sigma.unique(dim=0, return_counts=True)
     assert len(orders) == 6 and (sigma.sort(dim=1).values == torch.arange(1, 4)).all()
     assert counts.min() > 850 and counts.max() < 1150      # +- 5 standard deviations
@@ -120,7 +125,7 @@ def test_125_classes_in_digits_of_5_are_3_stages_not_4(K, b, S):
 
 def test_t_reaches_1_and_D_and_every_batch_covers_all_steps():
     for seed in range(20):
-        t, s = stratified_steps(24, 2, 6, generator=torch.Generator().manual_seed(seed))
+        t, s = stratified_steps(24, 2, 6, generator=seeded(seed))
         pairs = sorted(zip(s.tolist(), t.tolist()))
         assert pairs == sorted(2 * list(itertools.product(range(1, 3), range(1, 7))))
     first = torch.stack([stratified_steps(3, 1, 5)[0] for _ in range(2000)])
@@ -129,7 +134,7 @@ def test_t_reaches_1_and_D_and_every_batch_covers_all_steps():
 
 
 def test_exactly_D_minus_t_plus_1_variables_are_masked():
-    model = ARDM(Spy(5), D=7, K=5)
+    model = uniform(7, 5)
     model.loss(torch.randint(5, (100, 7)))
     _, m, t = model.net.seen[0]
     assert ((~m).sum(dim=1) == 7 - t + 1).all() and set(t.tolist()) == set(range(1, 8))
@@ -137,17 +142,16 @@ def test_exactly_D_minus_t_plus_1_variables_are_masked():
 
 @pytest.mark.parametrize("D, K", [(1, 2), (7, 5), (64, 27)])
 def test_uniform_network_costs_exactly_D_log_K_on_every_draw(D, K):
-    loss = ARDM(Spy(K), D, K).loss(torch.randint(K, (50, D)))
+    loss = uniform(D, K).loss(torch.randint(K, (50, D)))
     assert torch.allclose(loss, torch.full((50,), D * math.log(K)), rtol=1e-6)
     assert math.isclose(bits_per_dim(loss[0].item(), D), math.log2(K), rel_tol=1e-6)
 
 
 def test_masked_values_never_reach_the_network():
-    model, x = ARDM(Spy(4), 6, 4), torch.randint(1, 4, (8, 6))
-    m = torch.rand(8, 6) < 0.5
-    t = s = torch.ones(8, dtype=torch.long)
-    model.log_probs(x, m, t, s)
-    model.log_probs(torch.where(m, x, 4 - x), m, t, s)
+    model, x = uniform(6, 4), torch.randint(1, 4, (8, 6))
+    m, t = torch.rand(8, 6) < 0.5, ONE.expand(8)
+    model.log_probs(x, m, t, t)
+    model.log_probs(torch.where(m, x, 4 - x), m, t, t)
     (one, _, _), (two, _, _) = model.net.seen
     assert torch.equal(one, two) and (one[~m] == 0).all() and torch.equal(one[m], x[m])
 
@@ -161,17 +165,16 @@ def test_mean_loss_over_all_orders_and_steps_is_the_bound_of_eq_2():
         chain = [by_hand(model.net, x.tolist(), sigma.tolist(), planner.full_plan(1, D))
                  for sigma in all_sigma(D)]
         assert math.isclose(np.mean(losses), np.mean(chain), rel_tol=1e-12)
-    draws = model.loss(x.expand(40000, 3), generator=torch.Generator().manual_seed(0))
+    draws = model.loss(x.expand(40000, 3), generator=seeded())
     assert abs(draws.mean().item() - np.mean(chain)) < 5 * draws.std().item() / 200
 
 
 @pytest.mark.parametrize("plan", [
     [(1, 1, 1), (1, 2, 1), (1, 3, 1)], [(1, 1, 1), (1, 2, 2)], [(1, 1, 3)]])
 def test_nll_is_the_chain_rule_and_sums_to_one(plan):
-    D, K = 3, 3
-    model, x = ARDM(Table(D, K), D, K), all_x(3, 3)
-    for sigma in all_sigma(D):
-        nll = model.nll(x, plan, sigma.expand(len(x), D))
+    model, x = ARDM(Table(3, 3), 3, 3), all_x(3, 3)
+    for sigma in all_sigma(3):
+        nll = model.nll(x, plan, sigma.expand(len(x), 3))
         assert math.isclose((-nll).exp().sum().item(), 1.0, rel_tol=1e-12)
         hand = [by_hand(model.net, row.tolist(), sigma.tolist(), plan) for row in x]
         assert torch.allclose(nll, torch.tensor(hand, dtype=torch.float64))
@@ -179,28 +182,23 @@ def test_nll_is_the_chain_rule_and_sums_to_one(plan):
 
 @pytest.mark.parametrize("plan", [None, [(1, 1, 2), (1, 3, 1)]])
 def test_samples_have_the_probabilities_that_nll_says(plan):
-    D, n = 3, 40000
-    model, x = ARDM(Table(D, 2), D, 2), all_x(3, 2)
-    p = torch.stack([(-model.nll(x, plan, order.expand(len(x), D))).exp()
-                     for order in all_sigma(D)]).mean(dim=0)
-    drawn = model.sample(n, plan, generator=torch.Generator().manual_seed(0))
-    share = (drawn * torch.tensor([4, 2, 1])).sum(dim=1).bincount(minlength=8) / n
-    assert (share - p).abs().max() < 5 * math.sqrt(0.25 / n)
+    model, x = ARDM(Table(3, 2), 3, 2), all_x(3, 2)
+    p = [(-model.nll(x, plan, order.expand(len(x), 3))).exp() for order in all_sigma(3)]
+    assert_drawn_with(model, plan, torch.stack(p).mean(dim=0))
 
 
 def test_expected_nll_under_a_plan_is_its_cost_by_L():
     """Eq. 3: over random orders, k variables generated together at step t cost k L_t."""
-    D, K = 4, 2
-    model, x, sigma = ARDM(Table(D, K), D, K), torch.tensor([[1, 0, 0, 1]]), all_sigma(4)
-    L = [np.mean([model.loss(x, t=torch.tensor([t]), sigma=order[None]).item() / D
-                  for order in sigma]) for t in range(1, D + 1)]
-    for plan in ([(1, 1, 1), (1, 2, 3)], [(1, 1, 2), (1, 3, 2)], planner.full_plan(1, D)):
-        nll = model.nll(x.expand(len(sigma), D), plan, sigma).mean().item()
+    model, x, sigma = ARDM(Table(4, 2), 4, 2), torch.tensor([[1, 0, 0, 1]]), all_sigma(4)
+    L = [np.mean([model.loss(x, t=torch.tensor([t]), sigma=order[None]).item() / 4
+                  for order in sigma]) for t in range(1, 5)]
+    for plan in ([(1, 1, 1), (1, 2, 3)], [(1, 1, 2), (1, 3, 2)], planner.full_plan(1, 4)):
+        nll = model.nll(x.expand(len(sigma), 4), plan, sigma).mean().item()
         assert math.isclose(nll, planner.plan_cost(L, plan), rel_tol=1e-12)
 
 
 def test_generate_writes_every_variable_once_with_one_call_an_entry():
-    model, written = ARDM(Spy(3), 10, 3), torch.zeros(5, 10)
+    model, written = uniform(10, 3), torch.zeros(5, 10)
     plan = [(1, 1, 4), (1, 5, 1), (1, 6, 5)]
 
     def choose(log_p, where, s):
@@ -221,7 +219,7 @@ def test_known_variables_stay_and_are_seen_by_every_call():
     known = torch.tensor([[True, False, False, True, False, False], [True] * 5 + [False]])
     sigma = known_first(sample_sigma(2, 6), known)
     assert (sigma[known] == 0).all() and sorted(sigma[0].tolist()) == [0, 0, 3, 4, 5, 6]
-    model = ARDM(Spy(2), 6, 2)
+    model = uniform(6, 2)
     drawn = model.sample(2, x=x, known=known)
     assert (drawn[known] == x[known]).all() and len(model.net.seen) == 4
     for i, (_, m, t) in enumerate(model.net.seen):         # the first row knows least
@@ -230,36 +228,28 @@ def test_known_variables_stay_and_are_seen_by_every_call():
     assert order.tolist() == [[5, 0, 2, 4, 3]]
 
 
-def test_nll_of_the_unknown_given_the_known_is_conditional():
+def test_nll_and_samples_of_the_unknown_given_the_known_are_conditional():
     model, x = ARDM(Table(3, 2), 3, 2), all_x(3, 2)
-    nll = model.nll(x, sigma=torch.tensor([[0, 2, 3]]).expand(8, 3))     # x_1 is given
     forward = torch.tensor([[1, 2, 3]]).expand(8, 3)
-    first = model.nll(x, [(1, 1, 1)], forward)
-    assert torch.allclose(nll, model.nll(x, sigma=forward) - first)
-
-
-def test_infilling_has_the_conditional_distribution_of_the_model():
-    model, n = ARDM(Table(2, 2), 2, 2), 20000
-    known = torch.tensor([False, True]).expand(n, 2)
-    drawn = model.sample(n, x=torch.ones(n, 2, dtype=torch.long), known=known)
-    m, one = torch.tensor([[False, True]]), torch.ones(1, dtype=torch.long)
-    p = model.log_probs(torch.tensor([[0, 1]]), m, one, one)[0, 0].exp()
-    assert abs(drawn[:, 0].float().mean() - p[1]) < 5 * math.sqrt(0.25 / n)
+    given = model.nll(x, sigma=torch.tensor([[0, 2, 3]]).expand(8, 3))   # x_1 is given
+    assert torch.allclose(given, model.nll(x, sigma=forward) - model.nll(x, [(1, 1, 1)], forward))
+    known = torch.tensor([True, True, False]).expand(20000, 3)
+    drawn = model.sample(20000, x=x[6:7].expand(20000, 3), known=known)
+    p = model.log_probs(x[6:7], known[:1], 3 * ONE, ONE)[0, 2].exp()
+    assert abs(drawn[:, 2].float().mean() - p[1]) < 5 * math.sqrt(0.25 / 20000)
 
 
 def test_temperature_zero_takes_the_most_probable_symbol():
     model, plan, sigma = ARDM(Table(3, 4), 3, 4), [(1, 1, 3)], sample_sigma(5, 3)
-    one = torch.ones(1, dtype=torch.long)
-    best = model.log_probs(torch.zeros(1, 3).long(), torch.zeros(1, 3).bool(), one, one)
+    best = model.log_probs(torch.zeros(1, 3).long(), torch.zeros(1, 3).bool(), ONE, ONE)
     for temperature in (0, 1e-45, 1e-4):
         drawn = model.sample(5, plan, sigma, temperature=temperature)
         assert (drawn == best.argmax(dim=-1)).all()
 
 
 def test_bfloat16_logits_still_give_probabilities_that_sum_to_one():
-    model = ARDM(Spy(256).to(torch.bfloat16), 3, 256)
-    x = torch.zeros(2, 3, dtype=torch.long)
-    log_p = model.log_probs(x, x == 0, *torch.ones(2, 2).long())
+    model, x = uniform(3, 256).to(torch.bfloat16), torch.zeros(2, 3, dtype=torch.long)
+    log_p = model.log_probs(x, x == 0, ONE.expand(2), ONE.expand(2))
     assert log_p.dtype == torch.float32
     assert torch.allclose(log_p.exp().sum(dim=-1), torch.ones(2, 3), atol=1e-6)
 
@@ -286,19 +276,18 @@ def test_stages_lead_from_nothing_to_x_and_symbols_are_its_digits(K, b):
 
 @pytest.mark.parametrize("K, b", BASES)
 def test_with_one_fixed_output_the_stages_multiply_to_its_softmax(K, b):
-    logits = 3 * torch.randn(1, K, dtype=torch.float64)
-    model, x = UpscaleARDM(Fixed(logits), 1, K, b), torch.arange(K)[:, None]
-    log_p, t = 0, torch.ones(K, dtype=torch.long)
-    for s in range(1, model.S + 1):
-        log_p = log_p + pick(model.log_probs(x, x < 0, t, s * t), model.symbol(x, s))
-    assert torch.allclose(log_p[:, 0], torch.log_softmax(logits[0], dim=-1))
+    logits = 3 * torch.randn(K, dtype=torch.float64)
+    model, x, t = UpscaleARDM(Fixed(logits), 1, K, b), torch.arange(K)[:, None], ONE.expand(K)
+    log_p = sum(pick(model.log_probs(x, x < 0, t, s * t), model.symbol(x, s))
+                for s in range(1, model.S + 1))
+    assert torch.allclose(log_p[:, 0], torch.log_softmax(logits, dim=-1))
 
 
 def test_data_parametrisation_is_the_papers_matrices_written_out():
     """P^(s) (K x K) takes a distribution over values to one over what stage s knows of them."""
     K, b, S = 8, 2, 3
-    logits = torch.randn(1, K, dtype=torch.float64)
-    theta = torch.softmax(logits[0], dim=-1).numpy()
+    logits = torch.randn(K, dtype=torch.float64)
+    theta = torch.softmax(logits, dim=-1).numpy()
     model, values = UpscaleARDM(Fixed(logits), 1, K, b), np.arange(K)
     for s in range(1, S + 1):
         unit = b ** (S - s)
@@ -306,8 +295,7 @@ def test_data_parametrisation_is_the_papers_matrices_written_out():
         parent = values // (unit * b) * unit * b           # x^(s-1) of x^(s)
         for x in values:
             p = (theta @ P) * (parent == parent[x])
-            t = torch.ones(1, dtype=torch.long)
-            log_p = model.log_probs(torch.tensor([[x]]), torch.zeros(1, 1) > 0, t, s * t)
+            log_p = model.log_probs(torch.tensor([[x]]), torch.zeros(1, 1) > 0, ONE, s * ONE)
             digits = p[parent[x] + unit * np.arange(b)] / p.sum()
             assert np.allclose(log_p[0, 0].exp().detach().numpy(), digits)
 
@@ -316,8 +304,8 @@ def test_data_parametrisation_is_the_papers_matrices_written_out():
 def test_digits_that_lead_nowhere_have_probability_zero(parametrization):
     K, b, S = 5, 3, 2                                      # 4 is 11 in base 3; 12 and 2x are none
     outputs = K if parametrization == "data" else S * b
-    model = UpscaleARDM(Fixed(torch.randn(1, outputs)), 1, K, b, parametrization)
-    x, t = torch.arange(K)[:, None], torch.ones(K, dtype=torch.long)
+    model = UpscaleARDM(Fixed(torch.randn(outputs)), 1, K, b, parametrization)
+    x, t = torch.arange(K)[:, None], ONE.expand(K)
     first, second = (model.log_probs(x, x < 0, t, s * t).exp()[:, 0] for s in (1, 2))
     assert (first[:, 2] == 0).all() and (second[3:, 2] == 0).all()
     assert (first[:, :2] > 0).all() and (second[:3] > 0).all() and (second[3:, :2] > 0).all()
@@ -326,19 +314,14 @@ def test_digits_that_lead_nowhere_have_probability_zero(parametrization):
     assert torch.isfinite(model.net.logits.grad).all()
 
 
-def with_tables(K, b, parametrization, D=2):
-    S = num_stages(K, b)
-    outputs = K if parametrization == "data" else S * b
-    return UpscaleARDM(Table(D, K, outputs, S), D, K, b, parametrization)
-
-
 @pytest.mark.parametrize("parametrization", ["data", "direct"])
 @pytest.mark.parametrize("K, b", [(3, 2), (4, 2), (5, 3)])
 def test_upscale_loss_over_all_orders_steps_and_stages_is_the_bound(K, b, parametrization):
-    model, x = with_tables(K, b, parametrization), all_x(2, K)
-    S = model.S
-    losses = [model.loss(x, torch.full((len(x),), t), torch.full((len(x),), s),
-                         sigma.expand(len(x), 2))
+    S, x = num_stages(K, b), all_x(2, K)
+    outputs = K if parametrization == "data" else S * b
+    model = UpscaleARDM(Table(2, K, outputs, S), 2, K, b, parametrization)
+    same = ONE.expand(len(x))
+    losses = [model.loss(x, t * same, s * same, sigma.expand(len(x), 2))
               for s in range(1, S + 1) for t in (1, 2) for sigma in all_sigma(2)]
     chains = [model.nll(x, sigma=torch.stack(orders)[:, None].expand(S, len(x), 2))
               for orders in itertools.product(all_sigma(2), repeat=S)]
@@ -346,18 +329,16 @@ def test_upscale_loss_over_all_orders_steps_and_stages_is_the_bound(K, b, parame
     assert torch.allclose(torch.stack(losses).mean(dim=0), exact)
     for nll in chains:
         assert math.isclose((-nll).exp().sum().item(), 1.0, rel_tol=1e-9)
-    drawn = model.loss(x[-1:].expand(40000, 2), generator=torch.Generator().manual_seed(0))
+    drawn = model.loss(x[-1:].expand(40000, 2), generator=seeded())
     assert abs(drawn.mean().item() - exact[-1]) < 5 * drawn.std().item() / 200
 
 
 @pytest.mark.parametrize("plan", [None, [(1, 1, 2), (2, 1, 1), (2, 2, 1)]])
 def test_upscale_samples_have_the_probabilities_that_nll_says(plan):
-    model, x, n = with_tables(3, 2, "data"), all_x(2, 3), 40000
-    p = torch.stack([(-model.nll(x, plan, torch.stack(orders)[:, None].expand(2, 9, 2))).exp()
-                     for orders in itertools.product(all_sigma(2), repeat=2)]).mean(dim=0)
-    drawn = model.sample(n, plan, generator=torch.Generator().manual_seed(0))
-    share = (drawn * torch.tensor([3, 1])).sum(dim=1).bincount(minlength=9) / n
-    assert (share - p).abs().max() < 5 * math.sqrt(0.25 / n)
+    model, x = UpscaleARDM(Table(2, 3, 3, 2), 2, 3, 2), all_x(2, 3)
+    p = [(-model.nll(x, plan, torch.stack(orders)[:, None].expand(2, 9, 2))).exp()
+         for orders in itertools.product(all_sigma(2), repeat=2)]
+    assert_drawn_with(model, plan, torch.stack(p).mean(dim=0))
 
 
 def test_one_stage_of_base_K_is_the_order_agnostic_model():
@@ -368,12 +349,10 @@ def test_one_stage_of_base_K_is_the_order_agnostic_model():
 
 
 def test_finer_digits_never_reach_the_network_before_their_stage():
-    K, b = 27, 3
-    model, x = UpscaleARDM(Spy(K), 6, K, b), torch.randint(K, (9, 6))
+    model, x = UpscaleARDM(Fixed(torch.zeros(27)), 6, 27, 3), torch.randint(27, (9, 6))
     m, s = torch.rand(9, 6) < 0.5, torch.arange(9) % 3 + 1
-    fine = torch.randint(1, 3, (9, 6))
-    unit = b ** (3 - torch.where(m, s[:, None], s[:, None] - 1))
-    other = x // unit * unit + (x + fine) % unit           # other digits below
+    unit = 3 ** (3 - torch.where(m, s[:, None], s[:, None] - 1))
+    other = x // unit * unit + (x + torch.randint(1, 3, (9, 6))) % unit  # other digits below
     model.log_probs(x, m, s, s)
     model.log_probs(other, m, s, s)
     (one, _, _), (two, _, _) = model.net.seen
@@ -1146,7 +1125,7 @@ def test_muon_goes_where_torchs_muon_goes(dtype):
 
 
 def test_bound_and_L_agree_with_enumeration_and_count_every_character():
-    model = ARDM(Spy(27), 10, 27)
+    model = uniform(10, 27)
     x = torch.zeros(7, 10, dtype=torch.uint8)
     found = train.bound(model, x, passes=20)
     assert math.isclose(found["bits"], math.log2(27), rel_tol=1e-6)
