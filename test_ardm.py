@@ -370,15 +370,22 @@ def text_net(**options):
     return net
 
 
-def picture_net(extras, K=6, shape=(2, 5, 6), stages=1, outputs=None, heads=1):
+def picture_net(extras, K=6, shape=(2, 5, 6), stages=1, outputs=None):
     """A U-Net whose zero-initialised layers say something."""
     torch.manual_seed(0)
-    net = nets.UNet(K, shape, outputs, dim=8, depth=1, heads=heads, stages=stages, b=2,
+    net = nets.UNet(K, shape, outputs, dim=8, depth=1, heads=1, stages=stages, b=2,
                     values=outputs is None, extras=extras)
     for p in net.parameters():
         if not p.any():
             nn.init.normal_(p, std=0.3)
     return net
+
+
+def moved(net, x, i, m):
+    """(D,) bool: where the output changes if variable i of x (1, D) does."""
+    other = x.clone()
+    other[0, i] = (other[0, i] + 1) % 6
+    return ((net(other, m, ONE, ONE) - net(x, m, ONE, ONE)).abs().amax(dim=2) > 1e-9)[0]
 
 
 def test_a_new_network_costs_exactly_D_log_K():
@@ -388,26 +395,20 @@ def test_a_new_network_costs_exactly_D_log_K():
 
 @pytest.mark.parametrize("extras", [True, False])
 def test_transformer_sees_all_that_is_known_in_both_directions_and_no_more(extras):
-    net, x = text_net(extras=extras), torch.randint(7, (2, 12))
-    m = torch.arange(12).expand(2, 12) % 3 == 0
-    t, s = m.sum(dim=1) + 1, torch.ones(2, dtype=torch.long)
-    logits = net(x, m, t, s)
-    assert torch.equal(net(torch.where(m, x, 6 - x), m, t, s), logits)
-    for i in (0, 9):
-        other = x.clone()
-        other[:, i] = (other[:, i] + 1) % 7
-        assert ((net(other, m, t, s) - logits).abs().amax(dim=2) > 1e-9).all()
-    hidden = m.clone()
-    hidden[:, 0] = False
-    assert ((net(x, hidden, t, s) - logits).abs().amax(dim=2) > 1e-9).all()
-    assert net(x[:, :5], m[:, :5], t, s).shape == (2, 5, 7)              # shorter data will do
+    net, x = text_net(extras=extras), torch.randint(6, (1, 12))
+    m = torch.arange(12)[None] % 3 == 0
+    logits = net(x, m, ONE, ONE)
+    assert torch.equal(net(torch.where(m, x, 6 - x), m, ONE, ONE), logits)
+    assert moved(net, x, 0, m).all() and moved(net, x, 9, m).all()
+    hidden = m & (torch.arange(12) > 0)
+    assert ((net(x, hidden, ONE, ONE) - logits).abs().amax(dim=2) > 1e-9).all()
+    assert net(x[:, :5], m[:, :5], ONE, ONE).shape == (1, 5, 7)          # shorter data will do
 
 
 def test_absorbed_is_a_class_of_its_own():
     """The released code's embedding had no row for it: "unknown" looked like the letter z."""
-    net, x = text_net(), torch.full((1, 12), 6)
-    m, s = torch.ones(1, 12, dtype=torch.bool), torch.ones(1, dtype=torch.long)
-    assert (net(x, m, s, s) - net(x, ~m, s, s)).abs().max() > 1e-3
+    net, x, m = text_net(), torch.full((1, 12), 6), torch.ones(1, 12, dtype=torch.bool)
+    assert (net(x, m, ONE, ONE) - net(x, ~m, ONE, ONE)).abs().max() > 1e-3
 
 
 def test_blocks_of_neighbours_see_two_positions_on_either_side():
@@ -415,13 +416,10 @@ def test_blocks_of_neighbours_see_two_positions_on_either_side():
     net, m = text_net(), torch.ones(1, 12, dtype=torch.bool)
     nn.init.zeros_(net.blocks[1].attention.out.weight)
     nn.init.zeros_(net.blocks[1].down.weight)
-    x, s = torch.randint(7, (1, 12)), torch.ones(1, dtype=torch.long)
     assert [block.attention is not None for block in net.blocks] == [False, True]
     for j in range(12):
-        other = x.clone()
-        other[0, j] = (other[0, j] + 1) % 7
-        moved = ((net(other, m, s, s) - net(x, m, s, s)).abs().amax(dim=2) > 1e-9)[0].tolist()
-        assert moved == [abs(i - j) <= 2 for i in range(12)]
+        near = [abs(i - j) <= 2 for i in range(12)]
+        assert moved(net, torch.randint(6, (1, 12)), j, m).tolist() == near
 
 
 def test_rotary_network_cannot_tell_where_a_window_begins():
@@ -452,14 +450,12 @@ def settings(data, **given):
 
 
 def test_paper_size_and_recipe_are_the_papers():
-    text = datasets.load("pydoc", 250)
-    c = settings(text, size="paper", recipe="paper")
+    c = settings(datasets.load("pydoc", 250), size="paper", recipe="paper")
     assert (c.dim, c.depth, c.heads, c.batch) == (768, 12, 12, 512)
-    assert train.SIZES["text"]["paper"]["steps"] == 3_000_000
-    described = vars(c) | dict(kind="text", K=27, shape=[250])
     with torch.device("meta"):
-        net = nets.build(described).net
+        net = nets.build(vars(c) | dict(kind="text", K=27, shape=[250])).net
     assert abs(sum(p.numel() for p in net.parameters()) - 85.1e6) < 0.2e6
+    assert train.SIZES["text"]["paper"]["steps"] == 3_000_000
     paper = train.PAPER["text"]
     assert [paper[k] for k in ("lr", "warmup", "clip", "ema")] == [5e-4, 5000, 0.25, 0.995]
     c = settings(datasets.load("glyphs"), size="paper", recipe="paper", branch=4)
@@ -478,43 +474,37 @@ def test_paper_size_and_recipe_are_the_papers():
 def test_unet_sees_what_is_known_and_nothing_else(extras, branch):
     net = picture_net(extras, stages=3 if branch else 1)
     model = UpscaleARDM(net, 60, 6, branch) if branch else ARDM(net, 60, 6)
-    x, m = torch.randint(6, (1, 60)), torch.rand(1, 60) < 0.5
-    t, s = torch.tensor([30]), torch.tensor([1])
-    before = model.log_probs(x, m, t, s)
+    x, m, t = torch.randint(6, (1, 60)), torch.rand(1, 60) < 0.5, 30 * ONE
+    before = model.log_probs(x, m, t, ONE)
     hidden = torch.where(m, x, (x + 3) % 6)
-    assert torch.equal(before, model.log_probs(hidden, m, t, s))
+    assert torch.equal(before, model.log_probs(hidden, m, t, ONE))
     if branch is None:                                     # whatever stands where nothing is known
-        assert torch.equal(net(x, m, t, s), net(hidden, m, t, s))
+        assert torch.equal(net(x, m, t, ONE), net(hidden, m, t, ONE))
     i = int(m[0].nonzero()[0])
     shown = x.clone()
     shown[0, i] = (x[0, i] + 4) % 8 if branch else (x[0, i] + 1) % 6     # another first digit
-    assert not torch.allclose(before, model.log_probs(shown.clamp(max=5), m, t, s))
+    assert not torch.allclose(before, model.log_probs(shown.clamp(max=5), m, t, ONE))
 
 
 @pytest.mark.parametrize("extras", [True, False])
-def test_unet_keeps_pixels_where_they_are(extras, monkeypatch):
+def test_unet_keeps_pixels_and_colours_where_they_are(extras, monkeypatch):
     """Without its body, a value is seen in the 3 x 3 pixels around it alone (and in the windows of
     the means), and each colour of each pixel gets its own logits."""
     net = picture_net(extras)
     monkeypatch.setattr(net, "body", lambda h, time: h)
     monkeypatch.setattr(net, "norm", nn.Identity())
     monkeypatch.setattr(nets, "local_means", lambda v, seen: (torch.zeros(4, *v.shape),) * 2)
-    x, m, t = torch.zeros(1, 60).long(), torch.ones(1, 60).bool(), torch.tensor([5])
-    before = net(x, m, t, t // t)
+    x, m = torch.zeros(1, 60).long(), torch.ones(1, 60).bool()
     for c, i, j in [(0, 0, 5), (1, 4, 0), (1, 2, 3)]:
-        other = x.view(1, 2, 5, 6).clone()
-        other[0, c, i, j] = 3
-        changed = (net(other.view(1, 60), m, t, t // t) != before).any(dim=2).view(2, 5, 6)
         around = torch.zeros(5, 6, dtype=torch.bool)
         around[max(0, i - 1):i + 2, max(0, j - 1):j + 2] = True
+        changed = moved(net, x, 30 * c + 6 * i + j, m).view(2, 5, 6)
         assert torch.equal(changed, around.expand(2, 5, 6))
-    for bias in (net.bias, net.head):
-        nn.init.zeros_(bias)
+    before = net(x, m, ONE, ONE).view(2, 30, 6)
     with torch.no_grad():
         net.bias[1] += torch.arange(6)
-    logits = net(x, m, t, t // t) - net(x, m, t, t // t)[:, :1]
-    assert logits.view(2, 30, 6)[0].abs().max() < 1e-5 or extras
-    assert (net(x, m, t, t // t).view(2, 30, 6)[1].argmax(dim=-1) == 5).all() or extras
+    after = net(x, m, ONE, ONE).view(2, 30, 6) - before
+    assert not after[0].any() and torch.allclose(after[1], torch.arange(6.0), atol=1e-4)
 
 
 def test_local_means_are_means_of_what_is_seen():
@@ -543,11 +533,10 @@ def test_later_stages_see_the_middle_of_what_is_not_yet_refined():
 
 def test_logistic_is_the_density_of_the_logistic_distribution():
     location, width = torch.tensor([[0.1], [-0.4]]), torch.tensor([[0.3], [-0.2]])
-    got = nets.logistic(location, width, 16)
     scale = torch.exp(2 * width - 3)
     z = (torch.arange(16) / 16 - 0.5 - location) / scale
-    density = torch.exp(-z) / (scale * (1 + torch.exp(-z)) ** 2)
-    assert torch.allclose(got - torch.log(density), torch.log(scale).expand(2, 16), atol=1e-4)
+    density = torch.exp(-z) / (1 + torch.exp(-z)) ** 2
+    assert torch.allclose(nets.logistic(location, width, 16), torch.log(density), atol=1e-4)
 
 
 # -- planner.py ------------------------------------------------------------------------------------
