@@ -75,7 +75,7 @@ class Codec:
             raise ValueError("a plan must generate each variable once in every stage")
         self.plan = [(s, end - k + 1, k) for s, ks in enumerate(plan, start=1)
                      for k, end in zip(ks, itertools.accumulate(ks))]
-        self.together = max(1, nets.rows_at_once(self.model) // block)
+        self.together = max(1, model.rows // block)
         self.tick = lambda n: None                         # called with the symbols of every call
 
     def groups(self, n):

@@ -114,6 +114,7 @@ class Run:
         self.settings = vars(c) | dict(kind=data.kind, K=data.K, shape=list(data.shape))
         self.model = nets.build(self.settings).to(c.device)
         self.ema = copy.deepcopy(self.model).eval()
+        self.ema.rows = nets.rows_at_once(self.ema)
         kind = "image" if data.kind == "image" else "text"
         self.hyper = PAPER[kind] if c.recipe == "paper" else OURS[c.size]
         self.optimizers = make_optimizers(self.model.net, c, self.hyper)
@@ -297,7 +298,7 @@ def bound(model, chunks, passes=None):
     L, counts = torch.zeros(2, S * D, device=device)
     for _ in range(passes):
         t, s = stratified_steps(N, S, D, device, generator)
-        for rows in torch.arange(N, device=device).split(nets.rows_at_once(model)):
+        for rows in torch.arange(N, device=device).split(model.rows):
             loss = model.loss(chunks[rows].long(), t[rows], s[rows], generator=generator)
             nats[rows] += loss / passes
             step = (s[rows] - 1) * D + t[rows] - 1
@@ -323,9 +324,8 @@ def measure_plan(model, chunks, plan):
     if len(x) < min(3, len(chunks)):
         return {}
     generator = torch.Generator(x.device).manual_seed(1)
-    nats = [model.nll(part.long(), plan, generator=generator)
-            for part in x.split(nets.rows_at_once(model))]
-    return mean_and_error(torch.cat(nats), model.D) | dict(chunks=len(x))
+    nats = model.nll(x.long(), plan, generator=generator)
+    return mean_and_error(nats, model.D) | dict(chunks=len(x))
 
 
 def evaluate(model, data, passes=None):

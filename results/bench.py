@@ -2,7 +2,7 @@
 
     text images             our recipe without each of its ingredients, in equal time
     text8 paper mnist cifar10 glyphs    as a reader would run them, test data looked at once
-    orders compress         orders of images; bits and seconds of text against network calls
+    orders compress packers    orders of images; archives of text; PNG and WebP of images
     planner coder speed     seconds
     portable fuzz           what archives survive
 
@@ -233,8 +233,7 @@ def bench_orders(args):
         orders = {rule: planner.order(rule, shape) for rule in (
             "random:1", "random:2", "random:3", "forward", f"spaced:{-(-model.D // 100)}")}
         for rule, sigma in (orders | {"lattice": lattice(shape)}).items():
-            nats = torch.cat([model.nll(part, plan, torch.from_numpy(sigma).expand(part.shape))
-                              for part in x.split(nets.rows_at_once(model))])
+            nats = model.nll(x, plan, torch.from_numpy(sigma).expand(x.shape))
             bits = bits_per_dim(nats, model.D)
             rows.append(dict(model=name, order=rule, bits=bits.mean().item(),
                              stderr=(bits.std() / len(bits) ** 0.5).item()))
@@ -267,6 +266,23 @@ def bench_compress(args):
         print(" ", rows[-1])
     return rows + [{"": name, "archive": 8 * len(pack(path.read_bytes())) / 20000}
                    for name, pack in datasets.PACKERS.items()]
+
+
+def bench_packers(args):
+    """PNG and WebP (by Pillow) of the first 1,000 test images, each by itself, bits/dim."""
+    from PIL import Image
+    rows = []
+    for name in ("mnist", str(CIFAR)):
+        data = datasets.load(name)
+        images = datasets.to_images(data.chunks("test")[:1000], data.shape)
+        row = dict(data=data.name)
+        for kind, how in (("PNG", dict(optimize=True)), ("WebP", dict(lossless=True, method=6))):
+            file = io.BytesIO()
+            for image in images:
+                Image.fromarray(image.squeeze()).save(file, kind, **how)
+            row[kind] = 8 * file.tell() / images.size
+        rows.append(row)
+    return rows
 
 
 def bench_portable(args):
