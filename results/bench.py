@@ -420,9 +420,9 @@ def write(kept):
     for name in SECTIONS:
         if name in kept:
             section = kept[name]
-            parts.append(f"## {name}\n\n{SECTIONS[name].__doc__}\n\n{markdown(section['rows'])}\n\n"
-                         f"*`python -m results.bench {name}`; {section['machine']}; "
-                         f"{section['day']}*\n")
+            words = " ".join(SECTIONS[name].__doc__.split())
+            parts.append(f"## {name}\n\n{words}\n\n{markdown(section['rows'])}\n\n*`python -m "
+                         f"results.bench {name}`; {section['machine']}; {section['day']}*\n")
     with datasets.write(HERE / "README.md", mode="w") as file:
         file.write("\n".join(parts))
 
