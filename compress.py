@@ -170,9 +170,13 @@ def digest(model):
 def encode_file(file, model, codec, source):
     """A source -> an archive in an open file, every block decoded before it is written. Returns
     -log2 p under this order and plan."""
-    header = dict(kind=source.kind, length=source.n, order=codec.order, plan=codec.ks,
-                  block=codec.block, weights=digest(model), head=source.head.decode("latin-1"))
-    text = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
+    head, tail = (part.tobytes().decode("latin-1") for part in (source.head, source.tail))
+    header = dict(kind=source.kind, length=source.n, order=codec.order, plan=codec.ks, tail=tail,
+                  block=codec.block, weights=digest(model), head=head)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    if len(text) > LONGEST_HEADER:
+        raise ValueError(f"{source.path} holds {len(tail):,} bytes behind its images: too many")
+    text = zlib.compress(text, 9)
     file.write(struct.pack(">4sBII", MAGIC, VERSION, len(text), zlib.crc32(text)) + text)
     first = done = total = 0
     with tqdm(desc="encoding", unit="symbol", unit_scale=True, leave=False,
@@ -217,11 +221,14 @@ def open_codec(header, model, settings, name):
     if header.get("weights") != digest(model):
         raise ValueError(f"{name} was written with another checkpoint")
     try:
-        length = header["length"]
-        header["head"].encode("latin-1")
-        if type(length) is not int or not 0 <= length < 1 << 60 or (
-                settings["kind"] == "image" and length % model.D):
+        length, head = header["length"], header["head"].encode("latin-1")
+        header["tail"].encode("latin-1")
+        if type(length) is not int or not 0 <= length < 1 << 60:
             raise ValueError
+        if settings["kind"] == "image":
+            _, shape, axes = datasets.layout(np.frombuffer(head, np.uint8), name, whole=False)
+            if [length // model.D, *settings["shape"]] != [shape[axis] for axis in axes]:
+                raise ValueError
         return Codec(model, settings, header["order"], header["plan"], header["block"])
     except (ValueError, TypeError, KeyError, AttributeError):
         raise ValueError(f"{name} is damaged: its header makes no sense")

@@ -4,12 +4,12 @@
                    download; it changes with the Python version
     glyphs         small grey pictures of digits, drawn here: images without a download
     text8, enwik8, mnist, cifar10    in the folder ARDM_DATA, or data/; downloaded if missing
-    any file       what its first bytes say: .npy of uint8 images (N, H, W) or (N, H, W, C), a
-                   tarball of CIFAR-10 in its binary version, or text: 27 symbols if it holds
-                   nothing but a-z and space, else bytes. A zip file with one member is read through
+    any file       what its first bytes say, also if gzip, bz2, xz or a zip packs it: images (.npy,
+                   .npz, idx, CIFAR-10 in its binary version), or text: 27 symbols if it holds
+                   nothing but a-z and space, else bytes
 
 Text is split by position: 90% for training, 5% for validation, 5% for the test. Of images the
-last tenth of what is to train on is for validation; the first tenth of a .npy file is for the test.
+last tenth of what is to train on is for validation; the first tenth of a file is for the test.
 """
 import argparse
 import bz2
@@ -18,17 +18,19 @@ import hashlib
 import http.client
 import io
 import lzma
-import mmap
+import math
 import os
 import platform
 import re
 import socket
+import stat
 import struct
 import sys
 import tarfile
+import tempfile
 import zipfile
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +40,6 @@ from torch import nn
 NAMES = ("pydoc", "glyphs", "text8", "enwik8", "mnist", "cifar10")
 UNITS = {"text": "char", "bytes": "char", "image": "dim"}  # what bits are counted per
 PIECES = {"text": "test.txt", "bytes": "test.bin", "image": "test.npy"}  # beside a checkpoint
-LARGEST = 1 << 31                    # bytes that an archive may unpack to
 MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 SOURCES = {                          # file -> where it comes from, md5 (of a zip: of its member)
     "text8.zip": ("http://mattmahoney.net/dc/", "3bea1919949baf155f99411df5fada7e"),
@@ -47,9 +48,20 @@ SOURCES = {                          # file -> where it comes from, md5 (of a zi
                                "c32a1d4ab5d03f1284b67883e8d87530"),
     "train-images-idx3-ubyte.gz": (MNIST, "f68b3c2dcbeaaa9fbdd348bbdeb94873"),
     "t10k-images-idx3-ubyte.gz": (MNIST, "9fb629c4189551a2d022fa330f9573f3")}
+LARGEST = 1 << 31                    # bytes that a file may unpack to
+PACKED = {b"\x1f\x8b": gzip, b"BZh": bz2, b"\xfd7zXZ": lzma}        # first bytes -> what opens it
+FOREIGN = {                          # first bytes of what is neither text nor images
+    b"\x89PNG": "a PNG picture", b"\xff\xd8\xff": "a JPEG picture", b"GIF8": "a GIF picture",
+    b"%PDF": "a PDF document", b"RIFF": "a WAV or another RIFF file", b"fLaC": "FLAC audio",
+    b"\x28\xb5\x2f\xfd": "packed by zstd", b"PAR1": "a Parquet table", b"\x89HDF": "an HDF5 file",
+    b"SQLite format 3": "an SQLite database", b"\x80\x02": "a pickle", b"\x80\x03": "a pickle",
+    b"\x80\x04": "a pickle", b"\x80\x05": "a pickle"}
+SYMBOLS = np.full(256, 255, np.uint8)                      # byte -> symbol of K = 27
+SYMBOLS[list(b" abcdefghijklmnopqrstuvwxyz")] = range(27)
+PACKERS = {"bz2": bz2.compress, "xz": lzma.compress, "zlib": zlib.compress}
 
 
-# -- Errors, the reader and the writer -------------------------------------------------------------
+# -- Errors, the writer and the reader -------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
     """argparse whose mistakes are one line, as all others are."""
@@ -58,14 +70,30 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (--help lists everything)\n")
 
 
+class Patient:
+    """A stream that may be closed, or full: what is shown never stops what is computed."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self):
+        with suppress(OSError):
+            self.stream.flush()
+
+
 def run(main):
     """Runs a script: what a user can mend is one line on stderr and exit code 2."""
     sys.stdout.reconfigure(errors="replace")               # a terminal that lacks a character
+    sys.stdout, sys.stderr = Patient(sys.stdout), Patient(sys.stderr)
     try:
         return main()
-    except BrokenPipeError:                                # as in: python sample.py ... | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return None
     except KeyboardInterrupt:
         code, words = 130, "stopped"
     except (ValueError, OSError) as error:
@@ -83,42 +111,135 @@ def run(main):
 def write(path, others=(), mode="w+b"):
     """A file that gets its name only when it is complete and on the disk. Until then, and after
     an error, what was there before stays as it was. others: files that it must not replace."""
-    path = Path(os.path.realpath(path))
+    path = Path(os.path.realpath(path))                    # a link stays a link
     for other in others:
         if path.exists() and os.path.exists(other) and path.samefile(other):
             raise ValueError(f"{other} and {path} are the same file: choose another name")
     if path.exists() and not path.is_file():
         raise ValueError(f"cannot write {path}: it is {'a folder' if path.is_dir() else 'no file'}")
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")             # a name of its own
+    part = None
     try:
-        with open(part, mode) as file:
+        rights = stat.S_IMODE(path.stat().st_mode) if path.exists() else 0o666 & ~umask()
+        with tempfile.NamedTemporaryFile(mode, dir=path.parent, prefix=f"{path.name}.",
+                                         suffix=".part", delete=False) as file:
+            part = file.name
             yield file
             file.flush()
             os.fsync(file.fileno())
+        os.chmod(part, rights)
         os.replace(part, path)
+        with suppress(OSError):                            # not every file system can
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror or error}")
     finally:
-        part.unlink(missing_ok=True)
+        if part and os.path.exists(part):
+            os.unlink(part)
 
 
-def unzip(content, name):
-    """The only member of a zip file; anything else as it is."""
-    if not content.startswith(b"PK\x03\x04"):
-        return content
+def umask():
+    """The rights that new files are not given."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def read(path):
+    """A file, or a pipe, as (n,) uint8."""
+    if os.path.isdir(path):
+        raise ValueError(f"{path} is a folder: name a file in it")
+    if os.path.isfile(path):
+        return np.fromfile(path, np.uint8)
+    with open(path, "rb") as file:
+        return np.frombuffer(bytearray(file.read()), np.uint8)
+
+
+def unpack(content, name, member=""):
+    """(n,) uint8 without what packs it, layer by layer: gzip, bz2, xz, or a zip file with one
+    member (or one of that name). ValueError for what is damaged, or too large."""
+    start = content[:8].tobytes()
+    opener = next((opener for magic, opener in PACKED.items() if start.startswith(magic)), None)
     try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            members = [member for member in archive.infolist() if not member.is_dir()]
-            if len(members) == 1 and members[0].file_size < LARGEST:
-                return archive.read(members[0])
-            reason = f"it holds {len(members)} files, or too large a one"
-    except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError) as error:
-        reason = error
-    raise ValueError(f"{name} is a zip file that cannot be read: {reason}")
+        if start.startswith(b"PK\x03\x04"):
+            with zipfile.ZipFile(io.BytesIO(content)) as archive:
+                found = [one for one in archive.namelist()
+                         if not re.search(r"/$|^__MACOSX/|\.DS_Store$", one)
+                         and member in ("", one.removesuffix(".npy"))]
+                if len(found) != 1:
+                    raise ValueError(f"it holds {', '.join(found) or 'no ' + member}: of a .npz "
+                                     "name one, as in FILE.npz:NAME")
+                inner = archive.open(*found).read(LARGEST)
+        elif opener:
+            inner = opener.open(io.BytesIO(content)).read(LARGEST)
+        else:
+            return content
+        if len(inner) == LARGEST:
+            raise ValueError(f"it unpacks to more than {LARGEST:,} bytes")
+    except (zipfile.BadZipFile, lzma.LZMAError, zlib.error, RuntimeError, EOFError, OSError,
+            ValueError) as error:
+        raise ValueError(f"{name} is packed and cannot be read: {error}")
+    return unpack(np.frombuffer(bytearray(inner), np.uint8), name)
+
+
+def layout(content, name, whole=True):
+    """Where images lie in the bytes of a .npy or idx file: offset, shape, and the axes that make it
+    (N, C, H, W); None for other files. ValueError for an array that is not images, or cut off."""
+    start, offset, fortran, kind = content[:1 << 16].tobytes(), 16, False, np.dtype(np.uint8)
+    if start.startswith(b"\x93NUMPY"):
+        file = io.BytesIO(start)
+        try:
+            first = np.lib.format.read_magic(file) == (1, 0)
+            shape, fortran, kind = (np.lib.format.read_array_header_1_0 if first else
+                                    np.lib.format.read_array_header_2_0)(file)
+        except Exception as error:                         # whatever a damaged header brings up
+            raise ValueError(f"{name} cannot be read as .npy ({str(error)[:80]})")
+        offset = file.tell()
+    elif start.startswith(b"\0\0\x08\x03") and len(start) >= 16:
+        shape = struct.unpack(">3I", start[4:16])
+    else:
+        return None
+    if kind not in (np.uint8, bool):
+        raise ValueError(f"{name} holds {kind} of shape {shape}, images are uint8: convert 0..1 by "
+                         "(255 * array).round().astype(np.uint8), 0..255 by astype(np.uint8)")
+    colours = [axis for axis, known in ((1, (1, 3)), (3, (1, 3, 4)))
+               if len(shape) == 4 and shape[axis] in known]
+    grey = len(shape) == 3 and shape[2] not in (3, 4)
+    if not grey and len(colours) != 1 or 0 in shape:
+        raise ValueError(f"{name} holds an array of shape {shape}, images are (N, H, W), (N, H, W, "
+                         "C) or (N, C, H, W): one picture is (1, H, W, C), grey ones (N, H, W, 1)")
+    if whole and len(content) < offset + math.prod(shape):
+        raise ValueError(f"{name} is cut off: its header promises more pixels")
+    axes = [0, 1, 2, 3] if colours == [1] else [0, 3, 1, 2]
+    shape = (*shape, 1) if grey else shape
+    if fortran:                                            # the same bytes seen the other way
+        shape, axes = shape[::-1], [3 - axis for axis in axes]
+    return offset, shape, axes
+
+
+def images_in(content, name):
+    """The images of a file as (N, C, H, W), a view of its bytes (n,); None if it has none."""
+    found = layout(content, name)
+    if found is None:
+        return None
+    offset, shape, axes = found
+    return content[offset:offset + math.prod(shape)].reshape(shape).transpose(axes)
+
+
+def refuse_foreign(content, name):
+    """ValueError for bytes that nobody would want to be learnt as text."""
+    start = content[:512].tobytes()
+    found = [words for magic, words in FOREIGN.items() if start.startswith(magic)]
+    if start[257:262] == b"ustar":
+        found = ["a tar file"]
+    if found:
+        raise ValueError(f"{name} is {found[0]}, which is not read: make it a text, or a .npy of "
+                         "uint8 images")
 
 
 def fetch(name):
-    """The content of an upstream file, unzipped: from ARDM_DATA or data/, or a folder in there;
+    """The content of an upstream file, unpacked: from ARDM_DATA or data/, or a folder in there;
     downloaded if it is missing. ValueError if it is not the whole upstream file."""
     folder = Path(os.environ.get("ARDM_DATA", "data"))
     url, md5 = SOURCES[name]
@@ -133,9 +254,10 @@ def fetch(name):
     except (OSError, http.client.HTTPException) as error:
         raise ValueError(f"cannot download {url}{name} ({error}): fetch it elsewhere and put it "
                          f"into {folder}/")
-    content = unzip(path.read_bytes(), name)
+    packed = read(path)
+    content = unpack(packed, name) if name.endswith(".zip") else packed
     if hashlib.md5(content, usedforsecurity=False).hexdigest() == md5:
-        return content
+        return unpack(content, name)
     if not there:
         path.unlink()
     raise ValueError(f"this is not the whole upstream file {name}, by its md5: "
@@ -154,12 +276,14 @@ class Text:
     def __init__(self, name, stream, length, device="cpu"):
         self.name, self.D, self.shape = name, length, (length,)
         self.kind, self.K = ("text", 27) if is_text(stream) else ("bytes", 256)
+        self.digest = hashlib.sha256(stream).hexdigest()
         n = len(stream)
         if n < 20 * length:
             raise ValueError(f"{name}: {n} characters are too few for chunks of {length}, it takes "
                              f"{20 * length}: use a longer text or a smaller --length")
-        symbols = torch.from_numpy(to_symbols(stream, self.K)).to(device)
-        parts = symbols.tensor_split((n * 90 // 100, n * 95 // 100))
+        for part in pieces(stream) if self.K == 27 else ():
+            part[:] = SYMBOLS[part]                        # in place, as a text may be large
+        parts = torch.from_numpy(stream).to(device).tensor_split((n * 90 // 100, n * 95 // 100))
         self.splits = dict(zip(("train", "valid", "test"), parts))
 
     def batch(self, B, generator=None):
@@ -178,23 +302,29 @@ class Text:
 class Images:
     """Images, kept flat as uint8 on one device: (N, D) with D = C * H * W, colour by colour.
 
-    train, test: (N, C, H, W). bits: how many of the 8 are kept, from the most significant on.
+    train, test: (N, C, H, W). bits: how many of the 8 are kept, from the most significant on; what
+    is smaller than 2^bits is taken as it is, and 0 and 1 alone are K = 2.
     flips: training images are mirrored at random; turns: and turned by quarters.
     """
     kind = "image"
 
     def __init__(self, name, train, test, bits=8, device="cpu"):
-        self.name = name if bits == 8 else f"{name}, {bits} of 8 bits"
-        self.shape, self.K = train.shape[1:], 2 ** bits
-        self.D = int(np.prod(self.shape))
+        self.shape = train.shape[1:]
+        self.D = math.prod(self.shape)
         self.flips, self.turns = "cifar" in name, False
         n = len(train) - -(-len(train) // 10)
         if min(self.D, n, len(test)) == 0:
             raise ValueError(f"{name}: {len(train)} and {len(test)} images are too few to train on "
                              "and to test")
+        top = max(train.max(), test.max())
+        dropped = 8 - bits if top >= 2 ** bits else 0
+        self.K = 2 if bits == 8 and top < 2 else 2 ** bits
+        self.name = f"{name}, {bits} of 8 bits" if dropped else name
         parts = dict(train=train[:n], valid=train[n:], test=test)
-        self.splits = {part: torch.from_numpy(pixels.reshape(-1, self.D) >> 8 - bits).to(device)
+        self.splits = {part: torch.from_numpy(pixels.reshape(-1, self.D) >> dropped).to(device)
                        for part, pixels in parts.items()}
+        digests = [hashlib.sha256(part.cpu().numpy()).digest() for part in self.splits.values()]
+        self.digest = hashlib.sha256(b"".join(digests)).hexdigest()
 
     def batch(self, B, generator=None):
         """(B, D) int64: random training images."""
@@ -216,56 +346,40 @@ def load(name, length=64, bits=8, device="cpu"):
     """The data set of that name, or the file at that path; length is for text, bits for images."""
     if name == "pydoc":
         return Text(f"pydoc of Python {platform.python_version()}", pydoc(), length, device)
-    if name in ("text8", "enwik8"):
-        return Text(name, fetch(f"{name}.zip"), length, device)
     if name == "glyphs":
         images = glyphs(12000, seed=0)
         return Images(name, images[:11000], images[11000:], bits, device)
     if name == "mnist":
-        parts = [idx(fetch(f"{part}-images-idx3-ubyte.gz")) for part in ("train", "t10k")]
+        parts = [images_in(fetch(f"{part}-images-idx3-ubyte.gz"), name)
+                 for part in ("train", "t10k")]
         return Images(name, *parts, bits, device)
     if name == "cifar10":
         return Images(name, *cifar10(fetch("cifar-10-binary.tar.gz"), name), bits, device)
-    if not Path(name).exists():
+    if name in NAMES:
+        return Text(name, fetch(f"{name}.zip"), length, device)
+    path, _, member = (name, "", "") if os.path.exists(name) else name.partition(".npz:")
+    path += ".npz" if member else ""
+    if not os.path.lexists(path):
         raise ValueError(f"--data {name}: no such file, and none of the names {', '.join(NAMES)}")
-    content = Path(name).read_bytes()
-    if content.startswith(b"\x93NUMPY"):
-        images = np.ascontiguousarray(open_npy(name).transpose(0, 3, 1, 2))
+    content = unpack(read(path), path, member)
+    images = images_in(content, name)
+    if images is not None:
         n = len(images) // 10
         return Images(name, images[n:], images[:n], bits, device)
-    if content.startswith(b"\x1f\x8b"):
+    if b"_batch" in content[:512].tobytes() or b"cifar" in content[:512].tobytes():
         return Images(f"a part of cifar10, {name}", *cifar10(content, name), bits, device)
-    if not content:
+    refuse_foreign(content, name)
+    if len(content) == 0:
         raise ValueError(f"{name} is empty")
-    return Text(name, unzip(content, name), length, device)
+    return Text(name, content, length, device)
 
 
 def pydoc():
     """Topics of Python's help() in lower case, every run of other characters than a-z one space."""
     from pydoc_data.topics import topics
     text = " ".join(topics[key] for key in topics).lower()
-    return re.sub("[^a-z]+", " ", text).strip().encode()
-
-
-def open_npy(path):
-    """uint8 (N, H, W) or (N, H, W, C) in a .npy file -> (N, H, W, C), read as it is used."""
-    try:
-        images = np.load(path, mmap_mode="r", allow_pickle=False)
-        dtype, shape = images.dtype, images.shape
-    except Exception as error:                             # whatever a damaged header brings up
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} cannot be read as .npy ({reason[:80]})")
-    if dtype != np.uint8 or len(shape) not in (3, 4) or images.size == 0:
-        raise ValueError(f"{path} holds {dtype} of shape {shape}: images are uint8 of shape "
-                         "(N, H, W) or (N, H, W, C)")
-    return images.reshape(*shape, 1) if len(shape) == 3 else images
-
-
-def idx(content):
-    """The images of one of MNIST's gzipped files: (N, 1, H, W)."""
-    content = gzip.decompress(content)
-    shape = struct.unpack(">3I", content[4:16])
-    return np.frombuffer(content, np.uint8, offset=16).reshape(-1, 1, *shape[1:]).copy()
+    text = re.sub("[^a-z]+", " ", text).strip().encode()
+    return np.frombuffer(bytearray(text), np.uint8)
 
 
 def cifar10(content, name):
@@ -284,7 +398,7 @@ def cifar10(content, name):
                     parts[base] = pixels.reshape(-1, 3, 32, 32)
         test = parts.pop("test_batch.bin")
         return np.concatenate([parts[part] for part in sorted(parts)]), test
-    except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, KeyError) as error:
+    except (tarfile.TarError, OSError, EOFError, ValueError, KeyError) as error:
         raise ValueError(f"{name} is no tarball of CIFAR-10's binary version with a data_batch and "
                          f"the test_batch, or a damaged one ({error})")
 
@@ -326,9 +440,14 @@ def glyphs(n, seed, size=16):
 
 # -- Symbols, characters and pictures --------------------------------------------------------------
 
+def pieces(stream):
+    """(n,) uint8 -> [views of it, of 2^24 bytes at most]."""
+    return np.array_split(stream, 1 + (len(stream) >> 24))
+
+
 def is_text(stream):
-    """True where bytes hold nothing but a-z and space."""
-    return not stream.translate(None, b" abcdefghijklmnopqrstuvwxyz")
+    """True if (n,) uint8 holds nothing but a-z and space."""
+    return all((SYMBOLS[part] < 27).all() for part in pieces(stream))
 
 
 def to_symbols(stream, K, start=0):
@@ -337,14 +456,13 @@ def to_symbols(stream, K, start=0):
     ValueError names the first character without a symbol; start is the position of the first byte.
     """
     values = np.frombuffer(stream, dtype=np.uint8)
-    if K == 256:
-        return values.copy()
-    if not is_text(stream):
-        bad = re.search(rb"[^a-z ]", stream).start()
-        char = stream[bad:bad + 4].decode("utf-8", errors="replace")[0]
-        raise ValueError(f"character {char!r} at position {start + bad}: this model knows a-z and "
-                         "space alone")
-    return np.where(values == ord(" "), 0, values - 96).astype(np.uint8)
+    symbols = values.copy() if K == 256 else SYMBOLS[values]
+    wrong = np.flatnonzero(symbols >= K)
+    if len(wrong):
+        char = bytes(stream[wrong[0]:wrong[0] + 4]).decode("utf-8", errors="replace")[0]
+        raise ValueError(f"character {char!r} at position {start + wrong[0]}: this model knows a-z "
+                         "and space alone")
+    return symbols
 
 
 def to_bytes(symbols, K):
@@ -428,62 +546,75 @@ def exhibits(data, x):
 class Source:
     """The n symbols of a file, read piece by piece: its size is no matter of memory.
 
-    settings: of the model that reads it. head: the bytes before the first symbol.
+    settings: of the model that reads it. head, tail: the bytes before and behind the symbols.
     """
 
     def __init__(self, path, settings):
         self.path, self.kind, self.K = path, settings["kind"], settings["K"]
-        self.shape, self.head = settings["shape"], b""
-        with open(path, "rb") as file:
-            try:
-                self.content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            except (ValueError, OSError):                  # nothing in it, or a pipe
-                self.content = file.read()
+        self.shape, begin = settings["shape"], 0
+        mapped = os.path.isfile(path) and os.path.getsize(path) > 0
+        self.content = np.memmap(path, mode="r") if mapped else read(path)
+        self.n = len(self.content)
+        if self.kind != "bytes":                           # a model of bytes codes any file
+            if unpack(self.content, path) is not self.content:
+                raise ValueError(f"{path} is packed: unpack it first")
+            refuse_foreign(self.content, path)
         if self.kind == "image":
-            images, (C, H, W) = open_npy(path), self.shape
-            if images.shape[1:] != (H, W, C):
-                raise ValueError(f"{path} holds images of (H, W, C) = {images.shape[1:]}, the "
-                                 f"model codes {(H, W, C)}")
-            self.head = self.content[:images.offset]
-            if not images.flags.c_contiguous or len(self.content) != images.offset + images.size:
-                raise ValueError(f"{path} is in Fortran order, or has bytes behind its array: save "
-                                 "the array again, by numpy.save")
-        self.n = len(self.content) - len(self.head)
+            self.images = images_in(self.content, path)
+            if self.images is None or self.images.shape[1:] != tuple(self.shape):
+                held = "no images" if self.images is None else f"images {self.images.shape[1:]}"
+                raise ValueError(f"{path} holds {held}, the model codes (C, H, W) = "
+                                 f"{tuple(self.shape)}")
+            begin = layout(self.content, path)[0]
+            self.n = self.images.size
+        self.head, self.tail = self.content[:begin], self.content[begin + self.n:]
 
     def read(self, i, j):
         """Symbols i..j, (j - i,) uint8; of images whole ones, colour by colour."""
-        content = self.content[len(self.head) + i:len(self.head) + j]
         if self.kind != "image":
-            return torch.from_numpy(to_symbols(content, self.K, i))
-        C, H, W = self.shape
-        pixels = np.frombuffer(content, np.uint8).reshape(-1, H, W, C).transpose(0, 3, 1, 2)
+            return torch.from_numpy(to_symbols(self.content[i:j], self.K, i))
+        D = math.prod(self.shape)
+        pixels = np.array(self.images[i // D:j // D]).reshape(-1)
         if pixels.max(initial=0) >= self.K:
             raise ValueError(f"{self.path} holds the value {pixels.max()}, the model knows 0 to "
                              f"{self.K - 1}")
-        return torch.from_numpy(pixels.flatten())          # a copy
+        return torch.from_numpy(pixels)
 
 
 def write_back(file, header, settings, parts):
-    """The file that an archive was made of, or what parts (an iterator) hold of it. Returns the
-    number of symbols."""
-    head, n, image = header["head"].encode("latin-1"), 0, settings["kind"] == "image"
-    file.write(head)
+    """The file that an archive was made of, or what parts (an iterator) hold of it, into an open
+    file. Returns the number of symbols."""
+    head, tail = (header[part].encode("latin-1") for part in ("head", "tail"))
+    if settings["kind"] == "image":
+        return write_images(file, head, tail, settings["shape"], header["length"], parts)
+    n = 0
     for part in parts:
-        n += len(part)
-        if image:
-            part = part.view(-1, *settings["shape"]).permute(0, 2, 3, 1).flatten()
         file.write(to_bytes(part, settings["K"]))
-    if image and n < header["length"]:                     # some are left out: another head
-        C, H, W = settings["shape"]
-        file.seek(len(head))
-        pixels = np.frombuffer(file.read(), np.uint8)
-        file.seek(0)
-        np.save(file, pixels.reshape(-1, H, W, C) if C > 1 else pixels.reshape(-1, H, W))
-        file.truncate()
+        n += len(part)
     return n
 
 
-PACKERS = {"bz2": bz2.compress, "xz": lzma.compress, "zlib": zlib.compress}
+def write_images(file, head, tail, shape, length, parts):
+    """`write_back` of images, each put where it was in the file."""
+    offset, stored, axes = layout(np.frombuffer(head, np.uint8), "the archive", whole=False)
+    file.write(head)
+    file.truncate(offset + length)
+    images = np.memmap(file, np.uint8, "r+", offset, stored).transpose(axes)
+    n = 0
+    for part in parts:
+        part = part.view(-1, *shape).numpy()
+        images[n:n + len(part)] = part
+        n += len(part)
+    if n < len(images):                                    # some are left out: an array of its own
+        few = np.array(images[:n]).transpose(0, 2, 3, 1)
+        file.truncate(0)
+        file.seek(0)
+        np.save(file, few.squeeze(3) if shape[0] == 1 else few)
+    else:
+        images.base.flush()
+        file.seek(offset + length)
+        file.write(tail)
+    return n * math.prod(shape)
 
 
 def references(symbols, K):

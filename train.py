@@ -111,7 +111,8 @@ class Run:
     def __init__(self, c, data):
         torch.manual_seed(c.seed)
         self.c = c
-        self.settings = vars(c) | dict(kind=data.kind, K=data.K, shape=list(data.shape))
+        self.settings = vars(c) | dict(kind=data.kind, K=data.K, shape=list(data.shape),
+                                       sha256=data.digest)
         self.model = nets.build(self.settings).to(c.device)
         self.ema = copy.deepcopy(self.model).eval()
         self.ema.rows = nets.rows_at_once(self.ema)
