@@ -163,11 +163,12 @@ class ARDM(nn.Module):
         return x
 
     def sample(self, B, plan=None, sigma=None, x=None, known=None, generator=None,
-               temperature=1.0):
+               temperature=1.0, u=None):
         """Algorithm 1: draws (B, D) datapoints; one variable per call where no plan is given.
 
         x, known: (B, D) values and a bool mask of those that stay as they are (infilling).
         temperature: draws from p^(1/temperature), renormalised; 0 takes the most probable symbol.
+        u: (S, B, D) numbers in [0, 1), which decide the draws; drawn themselves if not given.
         """
         if x is None:
             device = next(self.parameters()).device
@@ -175,12 +176,17 @@ class ARDM(nn.Module):
         plan, sigma = self.defaults(x, plan, sigma, generator)
         if known is not None:
             sigma = known_first(sigma, known)
+        if u is None:
+            u = torch.rand(self.S, *x.shape, device=x.device, generator=generator)
 
         def draw(log_p, where, s):
+            best = log_p.argmax(dim=-1)
             if temperature < 1e-6:
-                return log_p.argmax(dim=-1)
-            p = torch.softmax(log_p / temperature, dim=-1)
-            return torch.multinomial(p, 1, generator=generator)[:, 0]
+                return best
+            cdf = torch.softmax(log_p / temperature, dim=-1).cumsum(dim=-1)
+            target = u[s - 1][where][:, None] * cdf[:, -1:]
+            a = torch.searchsorted(cdf, target, right=True)[:, 0]        # the first cdf above it,
+            return torch.where(a < self.A, a, best)        # so never a symbol of probability 0
 
         return self.generate(x, plan, sigma, draw)
 

@@ -9,6 +9,7 @@ It writes samples.txt and frames.txt, or samples.png, frames.png, inpaint.png an
 moves, beside the checkpoint.
 """
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -18,20 +19,25 @@ from tqdm import tqdm
 import data as datasets
 import nets
 import planner
-from ardm import known_first, sample_sigma
+from ardm import known_first
 
 COMPLETIONS = 4                      # of each image that is filled in
 
 
 def read_prompt(prompt, model):
-    """A prompt -> x and known, (n,): underscores are the blanks."""
-    stream = os.fsencode(prompt)
+    r"""A prompt -> x and known, (n,): _ is a blank, \_ an underscore."""
+    stream, known = b"", []
+    for part in re.split(r"(\\_|_)", prompt):
+        content = b" " if part == "_" else os.fsencode(part.replace("\\_", "_"))
+        stream += content
+        known += [part != "_"] * len(content)
     if len(stream) > model.D:
-        raise ValueError(f"the prompt has {len(stream)} characters, the model takes {model.D}")
-    if b"_" not in stream:
+        typed = len(prompt.replace("\\_", "_"))
+        also = f" ({len(stream)} bytes)" if typed != len(stream) else ""
+        raise ValueError(f"the prompt has {typed} characters{also}, the model takes {model.D}")
+    if all(known):
         raise ValueError("the prompt has no blank: write _ for each character to be filled in")
-    x = datasets.to_symbols(stream.replace(b"_", b" "), model.K)
-    return torch.from_numpy(x).long(), torch.tensor([byte != ord("_") for byte in stream])
+    return torch.from_numpy(datasets.to_symbols(stream, model.K)).long(), torch.tensor(known)
 
 
 def read_inpaint(rule, n, settings):
@@ -76,16 +82,33 @@ def frames(model, x, sigma, plan, most=12):
 
 
 def texts(x, steps, model):
-    """Prints samples of text, or the frames; returns the files to write, {name: bytes}."""
+    """Prints samples of text, or the frames; returns the lines."""
     lines = [datasets.show(row, model.K) for row in x]
-    files = {"samples.txt": b"".join(datasets.to_bytes(row, model.K) + b"\n" for row in x)}
     if steps:
         lines = [(f"s = {s}  " if model.S > 1 else "") + f"t = {t:4d}  "
                  + datasets.show(state[i], model.K, known[i].numpy())
                  for i in range(len(x)) for s, t, state, known in steps]
-        files["frames.txt"] = "\n".join(lines).encode() + b"\n"
     print(*lines, sep="\n")
-    return files
+    return lines
+
+
+def draw(model, x, known, plan, order, args):
+    """Yields (samples, sigma) of the rows of x (n, D), batch by batch. Every sample has random
+    numbers of its own, and all batches have one size: sample i does not depend on --n."""
+    (n, D), S, device = x.shape, model.S, next(model.parameters()).device
+    rows = min(model.rows, 16 if device.type == "cpu" else 256)
+    for first in range(0, n, rows):
+        numbers = np.stack([np.random.default_rng([args.seed, i]).random((2, S, D), np.float32)
+                            for i in range(first, first + rows)], axis=2)
+        u = torch.from_numpy(numbers[1]).to(device)        # (S, rows, D)
+        sigma = torch.from_numpy(numbers[0].argsort(axis=-1) + 1) if order is None else order
+        sigma = sigma.to(device).expand(S, rows, D)
+        if known is not None:
+            sigma = known_first(sigma, known.to(device))
+        batch = x[torch.arange(first, first + rows).clamp(max=n - 1)].to(device)
+        with tqdm(plan, desc=f"sample {first + 1} of {n}", unit="call", leave=False) as calls:
+            batch = model.sample(rows, calls, sigma, batch, temperature=args.temperature, u=u)
+        yield batch[:n - first].cpu(), sigma[:, :n - first].cpu()
 
 
 def pictures(given, known, x, steps, settings):
@@ -142,38 +165,41 @@ def main():
     args = parse()
     model, checkpoint = nets.load(args.ckpt, args.device)
     settings = checkpoint["settings"]
-    image, device = settings["kind"] == "image", next(model.parameters()).device
+    image = settings["kind"] == "image"
     if args.prompt is not None and image or args.inpaint and not image:
         raise ValueError("--prompt is for text and --inpaint for images: this is a model of "
                          f"{settings['kind']}")
-    x, known, n_known = torch.zeros(args.n, model.D, dtype=torch.long), None, 0
+    x, known = torch.zeros(1, model.D, dtype=torch.long), None
     if args.prompt is not None:
         x, known = read_prompt(args.prompt, model)
-        x = x.expand(args.n, -1)
-    elif args.inpaint:
+    x = x.expand(args.n, -1)                               # takes no memory
+    if args.inpaint:
         x, known = read_inpaint(args.inpaint, args.n, settings)
-    B, D = x.shape
-    generator = torch.Generator(device).manual_seed(args.seed)
-    if args.order == "random":                             # one for each sample and stage
-        sigma = sample_sigma(model.S * B, D, device, generator).view(model.S, B, D)
-    else:
-        sigma = planner.order(args.order, settings["shape"] if image else D)
-        sigma = torch.from_numpy(sigma).to(device).expand(model.S, B, D)
-    if known is not None:
-        n_known = int(known.sum())
-        sigma = known_first(sigma, known.to(device))
-    plan = make_plan(model, checkpoint, args.calls, n_known, D)
-    with tqdm(plan, desc="sampling", unit="call", leave=False) as calls:
-        drawn = model.sample(B, calls, sigma, x.to(device), generator=generator,
-                             temperature=args.temperature).cpu()
-    steps = frames(model, drawn, sigma.cpu(), plan) if args.frames else []
-    files = pictures(x, known, drawn, steps, settings) if image else texts(drawn, steps, model)
+    n, D = x.shape
+    order = None
+    if args.order != "random":
+        order = torch.from_numpy(planner.order(args.order, settings["shape"] if image else D))
+    plan = make_plan(model, checkpoint, args.calls, 0 if known is None else int(known.sum()), D)
     folder = Path(args.out or Path(args.ckpt).parent)
     folder.mkdir(parents=True, exist_ok=True)
+    drawn, steps, shown = [], [], []
+    for batch, sigma in draw(model, x, known, plan, order, args):
+        if args.frames and not (image and steps):          # of images the first batch
+            steps = frames(model, batch, sigma, plan)
+        drawn.append(batch.to(torch.uint8))
+        if not image:
+            shown += texts(batch, steps, model)
+    drawn = torch.cat(drawn)
+    if image:
+        files = pictures(x, known, drawn, steps, settings)
+    else:
+        files = {"samples.txt": b"".join(datasets.to_bytes(row, model.K) + b"\n" for row in drawn)}
+    if steps and not image:
+        files["frames.txt"] = "\n".join(shown).encode() + b"\n"
     for name, content in files.items():
         with datasets.write(folder / name) as file:
             file.write(content)
-    print(f"{B} samples, {len(plan)} network calls; {', '.join(files)} written to {folder}")
+    print(f"{n} samples, {len(plan)} network calls; {', '.join(files)} written to {folder}")
 
 
 if __name__ == "__main__":

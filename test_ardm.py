@@ -242,6 +242,14 @@ def test_nll_and_samples_of_the_unknown_given_the_known_are_conditional():
     assert abs(drawn[:, 2].float().mean() - p[1]) < 5 * math.sqrt(0.25 / 20000)
 
 
+def test_a_symbol_of_probability_0_is_never_drawn():
+    model = UpscaleARDM(Fixed(torch.randn(5)), 1, 5, 3)    # 12 and 2x lead nowhere in base 3
+    edges = torch.tensor([0.0, 0.5, 1 - 2 ** -24])
+    u = torch.stack(torch.meshgrid(edges, edges, indexing="ij")).reshape(2, 9, 1)
+    x = model.sample(9, u=u)
+    assert x.max() == 4 and x.min() == 0
+
+
 def test_temperature_zero_takes_the_most_probable_symbol():
     model, plan, sigma = ARDM(Table(3, 4), 3, 4), [(1, 1, 3)], sample_sigma(5, 3)
     best = model.log_probs(torch.zeros(1, 3).long(), torch.zeros(1, 3).bool(), ONE, ONE)
@@ -1170,12 +1178,14 @@ def test_bound_and_L_agree_with_enumeration_and_count_every_character():
 
 
 def test_samples_are_repeatable_and_blanks_are_filled(folder, tmp_path, capsys):
-    for name in ("a", "b"):
-        assert call(sample, "--ckpt", folder / "ckpt.pt", "--n", 3, "--calls", 5, "--seed", 4,
-                    "--out", tmp_path / name) == 0
-    lines = (tmp_path / "a" / "samples.txt").read_text().splitlines()
-    assert lines == (tmp_path / "b" / "samples.txt").read_text().splitlines() and len(lines) == 3
-    assert all(len(line) == 24 and not datasets.to_symbols(line.encode(), 27)[24:].any() for line in lines)
+    found = []
+    for n in (3, 40):
+        assert call(sample, "--ckpt", folder / "ckpt.pt", "--n", n, "--calls", 5, "--seed", 4,
+                    "--out", tmp_path / "a") == 0
+        found.append((tmp_path / "a" / "samples.txt").read_text().splitlines())
+        assert len(found[-1]) == n
+    assert found[0] == found[1][:3]                        # sample i does not depend on --n
+    assert all(re.fullmatch("[a-z ]{24}", line) for line in found[1]) and len(set(found[1])) > 30
     for order in ("random", "forward", "backward", "random:3", "spaced:4"):
         assert call(sample, "--ckpt", folder / "ckpt.pt", "--prompt", "the ____ of", "--frames",
                     "--order", order, "--n", 2, "--out", tmp_path) == 0
@@ -1185,6 +1195,14 @@ def test_samples_are_repeatable_and_blanks_are_filled(folder, tmp_path, capsys):
         frames = [line[-11:] for line in (tmp_path / "frames.txt").read_text().splitlines()]
         assert [frame.count("_") for frame in frames] == [4, 3, 2, 1, 0] * 2
         assert frames[0] == "the ____ of" and (order != "forward" or frames[1][5:] == "___ of")
+
+
+def test_in_a_prompt_an_underscore_is_a_blank_and_an_escaped_one_is_itself():
+    model = ARDM(None, 9, 256)
+    x, known = sample.read_prompt(r"a\_b_\n_", model)
+    assert bytes(x.tolist()) == b"a_b \\n " and known.tolist() == [1, 1, 1, 0, 1, 1, 0]
+    with pytest.raises(ValueError, match=r"8 characters \(11 bytes\), the model takes 9"):
+        sample.read_prompt("_ééé____", model)
 
 
 def test_images_are_sampled_completed_and_shown(gallery, tmp_path, monkeypatch):

@@ -286,28 +286,36 @@ def spread(chunks, most):
 
 
 @torch.no_grad()
-def bound(model, chunks, passes=None):
+def bound(model, chunks, passes=None, seconds=25):
     """The bound of Eq. 2 on chunks (N, D): one step t per chunk and pass, t and s stratified over
-    the whole pass. Without passes: half a million variables a stage at least.
+    all of them. Without passes: half a million variables a stage, or what these seconds allow.
 
-    -> dict: bits (per dim), stderr (over chunks), L and counts (S, D), L in bits, passes.
+    -> dict: bits (per dim), stderr (over chunks), L and counts (S, D), L in bits, passes, chunks,
+    speed (variables a second).
     """
     (N, D), S, device = chunks.shape, model.S, chunks.device
+    end = float("inf") if passes else time.perf_counter() + seconds
     passes = passes or -(-(S << 19) // (N * D))
     generator = torch.Generator(device).manual_seed(1)
-    nats = torch.zeros(N, device=device)
+    row = torch.arange(N, device=device).repeat(passes)
+    t, s = stratified_steps(N * passes, S, D, device, generator)
+    nats, met = torch.zeros(2, N, device=device)
     L, counts = torch.zeros(2, S * D, device=device)
-    for _ in range(passes):
-        t, s = stratified_steps(N, S, D, device, generator)
-        for rows in torch.arange(N, device=device).split(model.rows):
-            loss = model.loss(chunks[rows].long(), t[rows], s[rows], generator=generator)
-            nats[rows] += loss / passes
-            step = (s[rows] - 1) * D + t[rows] - 1
-            L.index_add_(0, step, loss / (S * D))
-            counts.index_add_(0, step, torch.ones_like(loss))
-    counts = counts.cpu().view(S, D)                       # cpu: MPS has no float64
-    L = bits_per_dim(L.cpu().double(), 1).view(S, D) / counts            # NaN if a step was not met
-    return mean_and_error(nats, D) | dict(L=L, counts=counts, passes=passes)
+    begin, done = time.perf_counter(), 0
+    for i, t, s in zip(*(each.split(model.rows) for each in (row, t, s))):
+        loss = model.loss(chunks[i].long(), t, s, generator=generator)
+        step = (s - 1) * D + t - 1
+        for sums, place, value in ((nats, i, loss), (met, i, 1.0), (L, step, loss / (S * D)),
+                                   (counts, step, 1.0)):
+            sums.index_add_(0, place, value * torch.ones_like(loss))
+        done += len(i)
+        if time.perf_counter() > end:
+            break
+    speed = done * D / (time.perf_counter() - begin)
+    L, counts = (each.cpu().double().view(S, D) for each in (L, counts))       # MPS has no float64
+    return mean_and_error((nats / met)[met > 0], D) | dict(
+        L=bits_per_dim(L, 1) / counts, counts=counts, passes=-(-done // N), speed=speed,
+        chunks=int((met > 0).sum()))                       # L is NaN where a step was not met
 
 
 def mean_and_error(nats, D):
@@ -317,10 +325,9 @@ def mean_and_error(nats, D):
     return dict(bits=bits.mean().item(), stderr=stderr)
 
 
-def measure_plan(model, chunks, plan):
-    """Exact bits/dim under a plan, each chunk in a random order, by at most 500 chunks, and by no
-    more than take a few seconds: a dict, empty if that is less than three."""
-    most = MOST if chunks.is_cuda else MOST // 4           # variables that the network predicts
+def measure_plan(model, chunks, plan, most):
+    """Exact bits/dim under a plan, each chunk in a random order, by at most 500 chunks. most: how
+    many variables the network may predict for it. A dict, empty if that is less than 3 chunks."""
     x = spread(chunks, min(500, most // (len(plan) * model.D)))
     if len(x) < min(3, len(chunks)):
         return {}
@@ -345,9 +352,9 @@ def evaluate(model, data, passes=None):
     plans = [planner.plan(L, n) for n in budgets if model.S <= n < L.size]
     plans.append(planner.full_plan(model.S, D))
     calls = [dict(calls=len(plan), predicted=planner.plan_cost(L_test, plan) / D)
-             | measure_plan(model, test, plan) for plan in plans]
+             | measure_plan(model, test, plan, int(3 * result["speed"])) for plan in plans]
     symbols = data.splits["test"].cpu().numpy().reshape(-1)
-    return dict(data=data.name, kind=data.kind, shape=list(data.shape), chunks=len(test),
+    return dict(data=data.name, kind=data.kind, shape=list(data.shape), chunks=result["chunks"],
                 bits_per_dim=result["bits"], stderr=result["stderr"], passes=result["passes"],
                 L=found["L"], counts=found["counts"], L_smooth=L.tolist(), calls=calls,
                 references=datasets.references(symbols, data.K))
@@ -454,6 +461,11 @@ def reopen(path, given, changeable):
     if found != wanted:
         raise ValueError(f"{data.name} has kind, K and shape {found}, the checkpoint was trained "
                          f"on {wanted}")
+    if data.digest != old.get("sha256", data.digest):
+        words = f"{data.name} is not the data that {path} was trained on, by its SHA-256"
+        if "data" not in given or "steps" in changeable:
+            raise ValueError(f"{words}: name that by --data")
+        print(words)
     return model, checkpoint, c, data
 
 
