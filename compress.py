@@ -34,6 +34,7 @@ import shlex
 import struct
 import sys
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -179,7 +180,7 @@ def encode_file(file, model, codec, source):
     text = zlib.compress(text, 9)
     file.write(struct.pack(">4sBII", MAGIC, VERSION, len(text), zlib.crc32(text)) + text)
     first = done = total = 0
-    with tqdm(desc="encoding", unit="symbol", unit_scale=True, leave=False,
+    with tqdm(desc="encoding", unit="symbol", unit_scale=True, leave=False, disable=None,
               total=2 * source.n * model.S) as bar:
         codec.tick = bar.update
         for blocks, rows, D in codec.groups(source.n):
@@ -219,7 +220,7 @@ def open_codec(header, model, settings, name):
     """The codec of an archive; ValueError where header and model do not belong together, or where
     the header claims what would cost time or memory."""
     if header.get("weights") != digest(model):
-        raise ValueError(f"{name} was written with another checkpoint")
+        raise ValueError(f"{name} was written with another checkpoint, {find(header) or 'not here'}")
     try:
         length, head = header["length"], header["head"].encode("latin-1")
         header["tail"].encode("latin-1")
@@ -232,6 +233,16 @@ def open_codec(header, model, settings, name):
         return Codec(model, settings, header["order"], header["plan"], header["block"])
     except (ValueError, TypeError, KeyError, AttributeError):
         raise ValueError(f"{name} is damaged: its header makes no sense")
+
+
+def find(header):
+    """The path of the checkpoint that an archive was written with, in out/*/ or results/; or None.
+    """
+    for path in sorted([*Path("out").glob("*/ckpt*.pt"), *Path("results").glob("*.pt")]):
+        with suppress(ValueError):
+            if digest(nets.load(path, "cpu")[0]) == header.get("weights"):
+                return str(path)
+    return None
 
 
 def read_block(file, n):
@@ -252,7 +263,7 @@ def decode_file(file, codec, n, item=None):
         codec.together = 1
         if not 0 <= item < -(-n // codec.model.D):
             raise ValueError(f"--item {item}: there are {-(-n // codec.model.D)}, counted from 0")
-    with tqdm(desc="decoding", unit="symbol", unit_scale=True, leave=False,
+    with tqdm(desc="decoding", unit="symbol", unit_scale=True, leave=False, disable=None,
               total=n * codec.model.S) as bar:
         codec.tick = bar.update
         for blocks, rows, D in codec.groups(n):
@@ -302,14 +313,14 @@ def settle(args):
 
 def run_encode(args):
     """a file to an archive"""
-    model, codec, source = settle(args)
-    with datasets.write(args.output, (args.input, args.ckpt)) as file:
+    with datasets.write(args.output, (args.input, args.ckpt)) as file:   # before all work
+        model, codec, source = settle(args)
         encode_file(file, model, codec, source)
         size = file.tell()
     print(f"{args.input}: {source.n:,} symbols -> {size:,} bytes, {8 * size / max(1, source.n):.3f}"
-          f" bits each; order {codec.order}, {len(codec.plan)} network calls, decoded and compared")
-    print("back again: python compress.py decode --ckpt",
-          shlex.quote(args.ckpt), shlex.quote(args.output), "FILE")
+          f" bits each; order {codec.order}, {len(codec.plan)} network calls, decoded and compared",
+          "back again: python compress.py decode --ckpt "
+          f"{shlex.quote(args.ckpt)} {shlex.quote(args.output)} FILE", sep="\n", file=words(args))
 
 
 def run_decode(args):
@@ -330,16 +341,25 @@ def run_decode(args):
 
     with open(args.input, "rb") as file:
         header = read_header(file, args.input)
-        model, checkpoint = nets.load(args.ckpt, args.device)
+        ckpt = args.ckpt or find(header)
+        if not ckpt:
+            raise ValueError(f"{args.input}: its checkpoint is not in out/*/ or results/: name it by "
+                             "--ckpt")
+        model, checkpoint = nets.load(ckpt, args.device)
         codec = open_codec(header, model, checkpoint["settings"], args.input)
         parts = intact(decode_file(file, codec, header["length"], args.item))
-        with datasets.write(args.output, (args.input, args.ckpt)) as out:
+        with datasets.write(args.output, (args.input, ckpt)) as out:
             n = datasets.write_back(out, header, checkpoint["settings"], parts)
-    print(f"{args.output}: {n:,} symbols, their checksums match")
+    print(f"{args.output}: {n:,} symbols by {ckpt}, their checksums match", file=words(args))
     if damaged:
         print(*damaged, f"{args.input} is damaged; this is what could be saved", sep="\n",
               file=sys.stderr)
         sys.exit(1)
+
+
+def words(args):
+    """Where words go: not into an archive that goes to stdout."""
+    return sys.stderr if datasets.is_stream(args.output) else sys.stdout
 
 
 def run_info(args):
@@ -380,7 +400,8 @@ def main():
         add = command.add_argument
         add("input", nargs="?" if name == "bench" else None, metavar="IN")
         if name != "info":
-            add("--ckpt", required=True, help="a checkpoint of train.py")
+            add("--ckpt", required=name != "decode", help="a checkpoint of train.py; decode looks "
+                "for it in out/*/ and results/")
             add("--device", help="cuda, mps or cpu")
         if name in ("encode", "decode"):
             add("output", metavar="OUT")

@@ -22,6 +22,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import socket
 import stat
 import struct
@@ -111,12 +112,19 @@ def run(main):
 def write(path, others=(), mode="w+b"):
     """A file that gets its name only when it is complete and on the disk. Until then, and after
     an error, what was there before stays as it was. others: files that it must not replace."""
+    if is_stream(path):
+        with tempfile.TemporaryFile() as file:             # seekable, as a pipe is not
+            yield file
+            file.seek(0)
+            with open(1 if path == "-" else path, "wb", closefd=path != "-") as out:
+                shutil.copyfileobj(file, out)
+        return
     path = Path(os.path.realpath(path))                    # a link stays a link
     for other in others:
         if path.exists() and os.path.exists(other) and path.samefile(other):
             raise ValueError(f"{other} and {path} are the same file: choose another name")
-    if path.exists() and not path.is_file():
-        raise ValueError(f"cannot write {path}: it is {'a folder' if path.is_dir() else 'no file'}")
+    if path.is_dir():
+        raise ValueError(f"cannot write {path}: it is a folder")
     part = None
     try:
         rights = stat.S_IMODE(path.stat().st_mode) if path.exists() else 0o666 & ~umask()
@@ -137,6 +145,12 @@ def write(path, others=(), mode="w+b"):
     finally:
         if part and os.path.exists(part):
             os.unlink(part)
+
+
+def is_stream(path):
+    """True for - (stdout), and for what is there and no file: a pipe, a terminal."""
+    return path == "-" or os.path.exists(path) and not os.path.isfile(path) and (
+        not os.path.isdir(path))
 
 
 def umask():

@@ -106,7 +106,8 @@ def draw(model, x, known, plan, order, args):
         if known is not None:
             sigma = known_first(sigma, known.to(device))
         batch = x[torch.arange(first, first + rows).clamp(max=n - 1)].to(device)
-        with tqdm(plan, desc=f"sample {first + 1} of {n}", unit="call", leave=False) as calls:
+        with tqdm(plan, desc=f"sample {first + 1} of {n}", unit="call", leave=False,
+                  disable=None) as calls:
             batch = model.sample(rows, calls, sigma, batch, temperature=args.temperature, u=u)
         yield batch[:n - first].cpu(), sigma[:, :n - first].cpu()
 

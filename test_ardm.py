@@ -1078,7 +1078,7 @@ def test_evaluating_a_checkpoint_gives_the_same_number(folder, capsys):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("recipe", ["ours", "paper"])
-def test_a_resumed_run_is_the_run_that_was_never_stopped(tmp_path, device, recipe):
+def test_a_resumed_run_is_the_run_that_was_never_stopped(tmp_path, device, recipe, capsys):
     c = train.Settings(length=16, dim=16, depth=1, heads=1, batch=4, steps=8, recipe=recipe,
                        device=device, size="tiny", compile=False)
     data = train.load_data(c)
@@ -1093,23 +1093,26 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(tmp_path, device, recip
     assert go(part, 5) == losses[:5]
     part.L = torch.arange(16.0)[None]
     part.save(tmp_path)
-    again.restore(torch.load(tmp_path / "ckpt.pt", weights_only=True))
+    checkpoint = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    again.restore(checkpoint | dict(generator=torch.zeros(16, dtype=torch.uint8)))    # elsewhere
+    assert "begin anew" in capsys.readouterr().out
+    again.restore(checkpoint)
     assert torch.equal(again.L, part.L) and go(again, 8) == losses[5:]
     for a, b in zip(whole.ema.parameters(), again.ema.parameters()):
         assert torch.equal(a, b)
 
 
-def test_ctrl_c_saves_and_the_run_can_be_resumed(tmp_path):
+def test_hangup_saves_and_the_run_can_be_resumed(tmp_path):
     flags = [*map(str, QUICK), "--steps", "100000", "--out", str(tmp_path), "--device", "cpu"]
     process = subprocess.Popen([sys.executable, HERE / "train.py", *flags], text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                               stdout=open(tmp_path / "words", "w"), stderr=subprocess.PIPE)
+    process.stderr.close()                                 # nobody reads the bar any more
     deadline = time.monotonic() + 60
     while not (tmp_path / "log.csv").exists():
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "--resume --out" in out and "Traceback" not in err
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == 130 and "--resume --out" in (tmp_path / "words").read_text()
     step = torch.load(tmp_path / "ckpt.pt", weights_only=True)["step"]
     assert call(train, "--resume", "--out", tmp_path, "--steps", step + 10, "--passes", 1) == 0
     assert torch.load(tmp_path / "ckpt.pt", weights_only=True)["step"] == step + 10
@@ -1532,8 +1535,64 @@ def test_a_killed_command_and_a_full_disk_leave_the_old_file(folder, tmp_path):
     assert done.returncode == 2 and "cannot write" in done.stderr.splitlines()[-1]
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert (tmp_path / "a").read_text() == "old"
-    with pytest.raises(ValueError, match="no file"), datasets.write(os.devnull):
-        pass
+
+
+def test_the_writer_is_as_polite_as_the_shell_and_serves_pipes(folder, tmp_path):
+    target, link, mask = tmp_path / "target", tmp_path / "link", os.umask(0o027)
+    target.write_text("old")
+    target.chmod(0o604)
+    link.symlink_to(target)
+    for path in (link, tmp_path / "new"):
+        with datasets.write(path) as file:
+            file.write(b"new")
+    os.umask(mask)
+    assert link.is_symlink() and target.read_bytes() == b"new"
+    assert [path.stat().st_mode & 0o777 for path in (target, tmp_path / "new")] == [0o604, 0o640]
+    text, ckpt = folder / "test.txt", folder / "ckpt.pt"
+    line = (f"{{0}} encode --ckpt {ckpt} <(head -c 500 {text}) - | {{0}} decode --ckpt {ckpt} "
+            f"/dev/stdin - | cmp - <(head -c 500 {text})").format(f"{sys.executable} compress.py")
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {line}"], cwd=HERE, capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_second_run_in_one_folder_ends_before_it_begins(tmp_path):
+    c = settings(datasets.load("pydoc", 16), out=str(tmp_path / "run"))
+    folder, lock = train.prepare_folder(c, False)
+    with pytest.raises(ValueError, match="another run is at work"):
+        train.prepare_folder(c, False)
+    lock.close()
+    train.prepare_folder(c, False)
+
+
+def test_decode_finds_the_checkpoint_of_an_archive(folder, gallery, tmp_path, capsys, monkeypatch):
+    for name, place in (("a", gallery), ("b", folder)):
+        (tmp_path / "out" / name).mkdir(parents=True)
+        (tmp_path / "out" / name / "ckpt.pt").symlink_to(place / "ckpt.pt")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").write_text("some text")
+    assert call(compress, "encode", "--ckpt", folder / "ckpt.pt", "in", "archive") == 0
+    assert call(compress, "decode", "archive", "back") == 0
+    assert Path("back").read_text() == "some text" and "b/ckpt.pt" in capsys.readouterr().out
+    assert call(compress, "decode", "--ckpt", gallery / "ckpt.pt", "archive", "back") == 2
+    assert "another checkpoint, out/b/ckpt.pt" in capsys.readouterr().err
+    Path("out/b/ckpt.pt").unlink()
+    assert call(compress, "decode", "archive", "back") == 2
+    assert "name it by --ckpt" in capsys.readouterr().err
+
+
+def test_data_has_an_identity(gallery, refused, tmp_path, capsys):
+    path, ckpt = gallery.parent / "a.npy", gallery / "ckpt.pt"
+    np.save(tmp_path / "other.npy", pictures(200, (6, 5, 3), seed=5))
+    refused(train, "--resume", "--out", gallery, "--data", tmp_path / "other.npy", "--steps", 30,
+            match="is not the data that")
+    assert call(train, "--evaluate", ckpt, "--data", tmp_path / "other.npy", "--passes", 1) == 0
+    assert "is not the data that" in capsys.readouterr().out         # on purpose
+    (tmp_path / "moved").write_bytes(path.read_bytes())
+    assert call(train, "--evaluate", ckpt, "--data", tmp_path / "moved", "--passes", 1) == 0
+    assert "is not the data that" not in capsys.readouterr().out
+    path.write_bytes((tmp_path / "other.npy").read_bytes())
+    refused(train, "--evaluate", ckpt, match="is not the data that")
+    path.write_bytes((tmp_path / "moved").read_bytes())
 
 
 def test_what_does_not_decode_is_not_written(model, folder, tmp_path, monkeypatch):

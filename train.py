@@ -151,7 +151,10 @@ class Run:
             raise ValueError("this checkpoint holds weights alone: it cannot be resumed")
         self.model.load_state_dict(checkpoint["model"])
         self.ema.load_state_dict(checkpoint["ema"])
-        self.generator.set_state(checkpoint["generator"])
+        try:
+            self.generator.set_state(checkpoint["generator"])
+        except (RuntimeError, TypeError):                  # of another kind of device
+            print("the random numbers begin anew: this is not the run that was never stopped")
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer"]):
             optimizer.load_state_dict(state)
         vars(self).update({name: checkpoint[name] for name in PLAIN if name != "settings"})
@@ -160,15 +163,23 @@ class Run:
 def train(run, data, folder):
     """Steps until the run is over, or Ctrl-C. True if it was completed."""
     stop, losses = [], collections.deque(maxlen=50)
-    signals = (signal.SIGINT, signal.SIGTERM)              # Ctrl-C, or the end of a job's time
+    signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
+               if hasattr(signal, name)]                   # Ctrl-C, or the end of a job's time
     old = [signal.signal(number, lambda *_: stop.append(1)) for number in signals]
-    saved = time.perf_counter()
+    saved = said = time.perf_counter()
     begin = saved - run.seconds
-    bar = tqdm(total=1.0, initial=min(run.progress, 1.0), mininterval=0.5,
+    bar = tqdm(total=1.0, initial=min(run.progress, 1.0), mininterval=0.5, disable=None,
                bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}")
     while run.progress < 1 and not stop:
         x = data.batch(run.c.batch, generator=run.generator)
-        losses.append(train_step(run, x))
+        try:
+            losses.append(train_step(run, x))
+        except Exception as error:                         # whatever a missing compiler brings up
+            if run.loss == run.model.loss:
+                raise
+            print(f"going on without torch.compile ({type(error).__name__})", file=sys.stderr)
+            run.loss = run.model.loss
+            continue
         run.seconds = time.perf_counter() - begin
         if run.step % 10 == 0:                             # seldom: reading the loss waits for it
             loss = torch.stack([*losses]).mean().item()
@@ -178,9 +189,10 @@ def train(run, data, folder):
         if run.step % REPORT == 0:
             valid = bound(run.ema, spread(data.chunks("valid"), 64), passes=1)["bits"]
             run.log.append([run.step, round(run.seconds, 3), round(loss, 6), round(valid, 6)])
-            with datasets.write(folder / "log.csv", mode="w") as file:
-                csv.writer(file).writerows([
-                    ("step", "seconds", "train_bits_per_dim", "valid_bits_per_dim"), *run.log])
+            write_log(folder, run.log)
+            if bar.disable and time.perf_counter() - said > 30:          # no terminal
+                said = time.perf_counter()
+                print(f"step {run.step}, {run.progress:.0%}, {loss:.3f} bits", file=sys.stderr)
         if time.perf_counter() - saved > 120:
             run.save(folder)
             saved = time.perf_counter()
@@ -189,6 +201,16 @@ def train(run, data, folder):
     for number, handler in zip(signals, old):
         signal.signal(number, handler)
     return run.progress >= 1
+
+
+def write_log(folder, rows):
+    """log.csv; a disk that is full for it does not stop the run."""
+    try:
+        with datasets.write(folder / "log.csv", mode="w") as file:
+            csv.writer(file).writerows([
+                ("step", "seconds", "train_bits_per_dim", "valid_bits_per_dim"), *rows])
+    except ValueError as error:
+        print(error, file=sys.stderr)
 
 
 def train_step(run, x):
@@ -476,6 +498,14 @@ def prepare_folder(c, going_on):
         raise ValueError(f"--data {c.data}: a run in {c.out} might write over it; choose another "
                          "--out")
     folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / ".lock", "w")
+    try:
+        import fcntl
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another run is at work in {folder}: choose another --out")
+    except (ImportError, OSError) as error:
+        print(f"{folder} cannot be locked ({error}): start no second run in it")
     finished = (folder / "results.json").exists()
     if (folder / "ckpt.pt").exists() and (finished or not going_on):
         number = 1 + len(list(folder.glob("ckpt.*.pt")))
@@ -483,7 +513,7 @@ def prepare_folder(c, going_on):
             if path.exists():
                 os.replace(path, path.with_suffix(f".{number}{path.suffix}"))
         print(f"the run that was in {folder} is kept as ckpt.{number}.pt")
-    return folder
+    return folder, lock                                    # held as long as it is kept
 
 
 def finish(run, data, folder, with_plot):
@@ -536,7 +566,7 @@ def main():
     run = Run(c, data)
     if going_on:
         run.restore(checkpoint)
-    folder = prepare_folder(c, going_on)
+    folder, lock = prepare_folder(c, going_on)
     sizes = ", ".join(f"{name} {len(part):,}" for name, part in data.splits.items())
     weights = sum(p.numel() for p in run.model.parameters())
     print(f"{data.name}: K = {data.K}, D = {data.D}; {sizes}; {weights:,} weights on {c.device}; "
