@@ -220,7 +220,8 @@ def open_codec(header, model, settings, name):
     """The codec of an archive; ValueError where header and model do not belong together, or where
     the header claims what would cost time or memory."""
     if header.get("weights") != digest(model):
-        raise ValueError(f"{name} was written with another checkpoint, {find(header) or 'not here'}")
+        right = find(header) or "which is not in out/*/ or results/"
+        raise ValueError(f"{name} was written with another checkpoint, {right}")
     try:
         length, head = header["length"], header["head"].encode("latin-1")
         header["tail"].encode("latin-1")
@@ -343,8 +344,8 @@ def run_decode(args):
         header = read_header(file, args.input)
         ckpt = args.ckpt or find(header)
         if not ckpt:
-            raise ValueError(f"{args.input}: its checkpoint is not in out/*/ or results/: name it by "
-                             "--ckpt")
+            raise ValueError(f"{args.input}: its checkpoint is not in out/*/ or results/, name it "
+                             "by --ckpt")
         model, checkpoint = nets.load(ckpt, args.device)
         codec = open_codec(header, model, checkpoint["settings"], args.input)
         parts = intact(decode_file(file, codec, header["length"], args.item))

@@ -50,7 +50,6 @@ SOURCES = {                          # file -> where it comes from, md5 (of a zi
     "train-images-idx3-ubyte.gz": (MNIST, "f68b3c2dcbeaaa9fbdd348bbdeb94873"),
     "t10k-images-idx3-ubyte.gz": (MNIST, "9fb629c4189551a2d022fa330f9573f3")}
 LARGEST = 1 << 31                    # bytes that a file may unpack to
-PACKED = {b"\x1f\x8b": gzip, b"BZh": bz2, b"\xfd7zXZ": lzma}        # first bytes -> what opens it
 FOREIGN = {                          # first bytes of what is neither text nor images
     b"\x89PNG": "a PNG picture", b"\xff\xd8\xff": "a JPEG picture", b"GIF8": "a GIF picture",
     b"%PDF": "a PDF document", b"RIFF": "a WAV or another RIFF file", b"fLaC": "FLAC audio",
@@ -173,11 +172,16 @@ def read(path):
 def unpack(content, name, member=""):
     """(n,) uint8 without what packs it, layer by layer: gzip, bz2, xz, or a zip file with one
     member (or one of that name). ValueError for what is damaged, or too large."""
-    start = content[:8].tobytes()
-    opener = next((opener for magic, opener in PACKED.items() if start.startswith(magic)), None)
+    start, packed = content[:8].tobytes(), io.BytesIO(content)
     try:
-        if start.startswith(b"PK\x03\x04"):
-            with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        if start.startswith(b"\x1f\x8b"):
+            inner = gzip.open(packed).read(LARGEST)
+        elif start.startswith(b"BZh"):
+            inner = bz2.open(packed).read(LARGEST)
+        elif start.startswith(b"\xfd7zXZ"):
+            inner = lzma.open(packed).read(LARGEST)
+        elif start.startswith(b"PK\x03\x04"):
+            with zipfile.ZipFile(packed) as archive:
                 found = [one for one in archive.namelist()
                          if not re.search(r"/$|^__MACOSX/|\.DS_Store$", one)
                          and member in ("", one.removesuffix(".npy"))]
@@ -185,8 +189,6 @@ def unpack(content, name, member=""):
                     raise ValueError(f"it holds {', '.join(found) or 'no ' + member}: of a .npz "
                                      "name one, as in FILE.npz:NAME")
                 inner = archive.open(*found).read(LARGEST)
-        elif opener:
-            inner = opener.open(io.BytesIO(content)).read(LARGEST)
         else:
             return content
         if len(inner) == LARGEST:

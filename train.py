@@ -568,9 +568,11 @@ def main():
         run.restore(checkpoint)
     folder, lock = prepare_folder(c, going_on)
     sizes = ", ".join(f"{name} {len(part):,}" for name, part in data.splits.items())
+    shape = " x ".join(map(str, data.shape))
+    top = max(int(part.max()) for part in data.splits.values())
     weights = sum(p.numel() for p in run.model.parameters())
-    print(f"{data.name}: K = {data.K}, D = {data.D}; {sizes}; {weights:,} weights on {c.device}; "
-          f"results go to {folder}")
+    print(f"{data.name}: {data.kind} {shape}, K = {data.K}, values up to {top}; {sizes}; "
+          f"{weights:,} weights on {c.device}; results go to {folder}")
     if train(run, data, folder):
         return finish(run, data, folder, with_plot)
     print(f"stopped at step {run.step} and saved; go on with: python train.py --resume --out "
