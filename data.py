@@ -159,14 +159,17 @@ def umask():
     return mask
 
 
-def read(path):
-    """A file, or a pipe, as (n,) uint8."""
+def read(path, mapped=False):
+    """A file, or a pipe, as (n,) uint8; mapped: it is read as it is used, and cannot be changed."""
     if os.path.isdir(path):
         raise ValueError(f"{path} is a folder: name a file in it")
-    if os.path.isfile(path):
-        return np.fromfile(path, np.uint8)
-    with open(path, "rb") as file:
-        return np.frombuffer(bytearray(file.read()), np.uint8)
+    try:
+        if os.path.isfile(path) and os.path.getsize(path):
+            return np.memmap(path, mode="r") if mapped else np.fromfile(path, np.uint8)
+        with open(path, "rb") as file:
+            return np.frombuffer(bytearray(file.read()), np.uint8)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}")
 
 
 def unpack(content, name, member=""):
@@ -568,8 +571,7 @@ class Source:
     def __init__(self, path, settings):
         self.path, self.kind, self.K = path, settings["kind"], settings["K"]
         self.shape, begin = settings["shape"], 0
-        mapped = os.path.isfile(path) and os.path.getsize(path) > 0
-        self.content = np.memmap(path, mode="r") if mapped else read(path)
+        self.content = read(path, mapped=True)
         self.n = len(self.content)
         if self.kind != "bytes":                           # a model of bytes codes any file
             if unpack(self.content, path) is not self.content:

@@ -1692,7 +1692,7 @@ def test_compress_refuses_bad_input(refused, folder, gallery, model, tmp_path):
     (tmp_path / "empty").touch()
     for flags, match in (
             (("encode", *ckpt, source, out), "'H' at position 0"),
-            (("encode", *ckpt, tmp_path / "none", out), "No such file"),
+            (("encode", *ckpt, tmp_path / "none", out), "none cannot be read: No such file"),
             (("encode", *ckpt, "--calls", 99, source, out), "99 network calls: choose 1 to 24"),
             (("encode", *ckpt, "--calls", 0, source, out), "0 network calls: choose 1 to 24"),
             (("bench", *ckpt, tmp_path / "empty"), "is empty"),
