@@ -1112,6 +1112,7 @@ def test_hangup_saves_and_the_run_can_be_resumed(tmp_path):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.1)
     process.send_signal(signal.SIGHUP)
+    (tmp_path / "log.csv").write_bytes(b"step,\0torn")      # is of no importance
     assert process.wait(60) == 130 and "--resume --out" in (tmp_path / "words").read_text()
     step = torch.load(tmp_path / "ckpt.pt", weights_only=True)["step"]
     assert call(train, "--resume", "--out", tmp_path, "--steps", step + 10, "--passes", 1) == 0
@@ -1131,6 +1132,14 @@ def test_a_run_without_numbers_is_not_saved(refused, folder, tmp_path):
     changed["ema"]["net.head.bias"] += math.nan
     torch.save(changed, tmp_path / "nan.pt")
     refused(train, "--evaluate", tmp_path / "nan.pt", match="gives no numbers")
+
+
+def test_without_a_compiler_a_run_goes_on(tmp_path, capsys):
+    data = datasets.load("pydoc", 16)
+    run = train.Run(settings(data), data)
+    run.loss = torch.compile                               # raises whatever it raises
+    assert train.train(run, data, tmp_path) and run.step == 8
+    assert "going on without torch.compile" in capsys.readouterr().err
 
 
 def test_rates_rise_and_fall_and_every_weight_has_one_optimiser():

@@ -508,7 +508,9 @@ def prepare_folder(c, going_on):
         print(f"{folder} cannot be locked ({error}): start no second run in it")
     finished = (folder / "results.json").exists()
     if (folder / "ckpt.pt").exists() and (finished or not going_on):
-        number = 1 + len(list(folder.glob("ckpt.*.pt")))
+        number = 1
+        while (folder / f"ckpt.{number}.pt").exists():
+            number += 1
         for path in (folder / "ckpt.pt", folder / "log.csv", folder / "results.json"):
             if path.exists():
                 os.replace(path, path.with_suffix(f".{number}{path.suffix}"))
