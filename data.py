@@ -22,9 +22,9 @@ import math
 import os
 import platform
 import re
+import secrets
 import shutil
 import socket
-import stat
 import struct
 import sys
 import tarfile
@@ -102,7 +102,7 @@ def run(main):
         full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         if not full and "can't allocate memory" not in str(error):
             raise
-        code, words = 2, "too little memory: a smaller --batch or --size takes less"
+        code, words = 2, "too little memory; a smaller --batch or --size of train.py takes less"
     print(f"{Path(sys.argv[0]).name}: {words}", file=sys.stderr)
     sys.exit(code)
 
@@ -124,16 +124,14 @@ def write(path, others=(), mode="w+b"):
             raise ValueError(f"{other} and {path} are the same file: choose another name")
     if path.is_dir():
         raise ValueError(f"cannot write {path}: it is a folder")
-    part = None
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")    # a name of its own
     try:
-        rights = stat.S_IMODE(path.stat().st_mode) if path.exists() else 0o666 & ~umask()
-        with tempfile.NamedTemporaryFile(mode, dir=path.parent, prefix=f"{path.name}.",
-                                         suffix=".part", delete=False) as file:
-            part = file.name
+        with open(part, mode) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(part, rights)
+        if path.exists():
+            shutil.copymode(path, part)
         os.replace(part, path)
         with suppress(OSError):                            # not every file system can
             folder = os.open(path.parent, os.O_RDONLY)
@@ -142,21 +140,13 @@ def write(path, others=(), mode="w+b"):
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror or error}")
     finally:
-        if part and os.path.exists(part):
-            os.unlink(part)
+        part.unlink(missing_ok=True)
 
 
 def is_stream(path):
     """True for - (stdout), and for what is there and no file: a pipe, a terminal."""
-    return path == "-" or os.path.exists(path) and not os.path.isfile(path) and (
-        not os.path.isdir(path))
-
-
-def umask():
-    """The rights that new files are not given."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    there = os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+    return path == "-" or there
 
 
 def read(path, mapped=False):

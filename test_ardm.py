@@ -1555,7 +1555,12 @@ def test_the_writer_is_as_polite_as_the_shell_and_serves_pipes(folder, tmp_path)
     for path in (link, tmp_path / "new"):
         with datasets.write(path) as file:
             file.write(b"new")
+    with datasets.write(tmp_path / "two") as slow:
+        with datasets.write(tmp_path / "two") as fast:
+            fast.write(b"fast")
+        slow.write(b"slow")
     os.umask(mask)
+    assert (tmp_path / "two").read_bytes() == b"slow" and len(list(tmp_path.iterdir())) == 4
     assert link.is_symlink() and target.read_bytes() == b"new"
     assert [path.stat().st_mode & 0o777 for path in (target, tmp_path / "new")] == [0o604, 0o640]
     text, ckpt = folder / "test.txt", folder / "ckpt.pt"
