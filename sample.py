@@ -115,9 +115,9 @@ def draw(model, x, known, plan, order, args):
 def pictures(given, known, x, steps, settings):
     """The files to write, {name: bytes}. Samples: a grid. Completions: a row for each image, with
     what was known of it, grey elsewhere. Frames: a row for each sample, and the same as a film."""
-    def images(x, known=True):
-        x = torch.where(torch.as_tensor(known), x, settings["K"] // 2)
-        return datasets.to_images(x, settings["shape"], settings["K"])
+    def images(x, known=torch.tensor(True)):
+        seen = datasets.to_images(known.expand(x.shape), settings["shape"], 2)
+        return np.where(seen, datasets.to_images(x, settings["shape"], settings["K"]), 128)
 
     def side_by_side(columns):
         rows = np.stack(columns, axis=1)                   # (N, columns, H, W, C)
