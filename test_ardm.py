@@ -88,6 +88,15 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+def same(words, got, expected, rel=1e-9):
+    """Fails in the words of the paper, with the first number that is wrong."""
+    got, expected = (part.detach() if torch.is_tensor(part) else part for part in (got, expected))
+    got, expected = np.broadcast_arrays(np.asarray(got), np.asarray(expected))
+    for one, other in zip(got.flat, expected.flat):
+        assert math.isclose(one, other, rel_tol=rel, abs_tol=1e-9), (
+            f"{words}: expected {other:.4g}, got {one:.4g}")
+
+
 def by_hand(net, x, sigma, plan):
     """-log p(x | sigma) in nats, one datapoint, with plain loops: the chain rule over a plan."""
     nats = 0.0
@@ -108,11 +117,23 @@ def assert_drawn_with(model, plan, p):
 
 # -- ardm.py: the order-agnostic model -------------------------------------------------------------
 
-def test_sigma_is_a_uniform_permutation():
+def test_exercise_01_sigma_is_a_uniform_permutation():
     sigma = sample_sigma(6000, 3, generator=seeded())
+    same("each row of sigma holds every step 1..D once", sigma.sort(dim=1).values,
+         torch.arange(1, 4))
     orders, counts = sigma.unique(dim=0, return_counts=True)
-    assert len(orders) == 6 and (sigma.sort(dim=1).values == torch.arange(1, 4)).all()
-    assert counts.min() > 850 and counts.max() < 1150      # +- 5 standard deviations
+    assert len(orders) == 6, f"sigma ~ U(S_3) takes 6 values, not {len(orders)}"
+    same("each of the 6 orders comes 1 time in 6", counts / 6000, 1 / 6, rel=0.15)
+
+
+def test_exercise_01_what_is_known_has_step_0_and_the_others_keep_their_order():
+    known = torch.tensor([[True, False, False, True, False, False], [True] * 5 + [False]])
+    sigma = known_first(sample_sigma(2, 6), known)
+    same("sigma is 0 where x is known", sigma[known], 0)
+    same("2 of 6 known leave the steps 3..6", sigma[0].sort().values, torch.tensor(
+        [0, 0, 3, 4, 5, 6]))
+    order = known_first(torch.tensor([[5, 3, 1, 4, 2]]), torch.tensor([[0, 1, 0, 0, 0]]) > 0)
+    same("the others keep their order", order, torch.tensor([[5, 0, 2, 4, 3]]))
 
 
 @pytest.mark.parametrize("K, b, S", [
@@ -136,17 +157,27 @@ def test_t_reaches_1_and_D_and_every_batch_covers_all_steps():
         assert (column.bincount(minlength=6)[1:] - 400).abs().max() < 100
 
 
-def test_exactly_D_minus_t_plus_1_variables_are_masked():
+def test_exercise_02_the_loss_at_t_is_D_times_the_mean_over_the_unknown():
+    model, x, sigma = ARDM(Table(4, 2), 4, 2), torch.tensor([[1, 0, 0, 1]]), torch.arange(1, 5)
+    for t in range(1, 5):
+        m = sigma[None] < t
+        log_p = pick(model.log_probs(x, m, t * ONE, ONE), x)[~m]         # of the unknown
+        same(f"the loss at t = {t} is D times the mean over the {len(log_p)} unknown variables",
+             model.loss(x, t * ONE, ONE, sigma[None]), -4 * log_p.mean())
+
+
+def test_exercise_02_exactly_D_minus_t_plus_1_variables_are_masked():
     model = uniform(7, 5)
     model.loss(torch.randint(5, (100, 7)))
     _, m, t = model.net.seen[0]
-    assert ((~m).sum(dim=1) == 7 - t + 1).all() and set(t.tolist()) == set(range(1, 8))
+    same("at step t the network does not see D - t + 1 variables", (~m).sum(dim=1), 7 - t + 1)
+    assert set(t.tolist()) == set(range(1, 8)), "t is drawn from 1..D, and all of them come"
 
 
 @pytest.mark.parametrize("D, K", [(1, 2), (7, 5), (64, 27)])
-def test_uniform_network_costs_exactly_D_log_K_on_every_draw(D, K):
+def test_exercise_02_uniform_network_costs_exactly_D_log_K_on_every_draw(D, K):
     loss = uniform(D, K).loss(torch.randint(K, (50, D)))
-    assert torch.allclose(loss, torch.full((50,), D * math.log(K)), rtol=1e-6)
+    same("a uniform network costs D log K on every draw", loss, D * math.log(K), rel=1e-6)
     assert math.isclose(bits_per_dim(loss[0].item(), D), math.log2(K), rel_tol=1e-6)
 
 
@@ -159,7 +190,7 @@ def test_masked_values_never_reach_the_network():
     assert torch.equal(one, two) and (one[~m] == 0).all() and torch.equal(one[m], x[m])
 
 
-def test_mean_loss_over_all_orders_and_steps_is_the_bound_of_eq_2():
+def test_exercise_02_mean_loss_over_all_orders_and_steps_is_the_bound_of_eq_2():
     D, K = 3, 2
     model = ARDM(Table(D, K), D, K)
     for x in all_x(D, K):
@@ -167,40 +198,41 @@ def test_mean_loss_over_all_orders_and_steps_is_the_bound_of_eq_2():
                   for sigma in all_sigma(D) for t in range(1, D + 1)]
         chain = [by_hand(model.net, x.tolist(), sigma.tolist(), planner.full_plan(1, D))
                  for sigma in all_sigma(D)]
-        assert math.isclose(np.mean(losses), np.mean(chain), rel_tol=1e-12)
+        same("the mean loss over all t and sigma is the mean of -log p(x | sigma)",
+             np.mean(losses), np.mean(chain))
     draws = model.loss(x.expand(40000, 3), generator=seeded())
     assert abs(draws.mean().item() - np.mean(chain)) < 5 * draws.std().item() / 200
 
 
 @pytest.mark.parametrize("plan", [
     [(1, 1, 1), (1, 2, 1), (1, 3, 1)], [(1, 1, 1), (1, 2, 2)], [(1, 1, 3)]])
-def test_nll_is_the_chain_rule_and_sums_to_one(plan):
+def test_exercise_03_nll_is_the_chain_rule_and_sums_to_one(plan):
     model, x = ARDM(Table(3, 3), 3, 3), all_x(3, 3)
     for sigma in all_sigma(3):
         nll = model.nll(x, plan, sigma.expand(len(x), 3))
-        assert math.isclose((-nll).exp().sum().item(), 1.0, rel_tol=1e-12)
         hand = [by_hand(model.net, row.tolist(), sigma.tolist(), plan) for row in x]
-        assert torch.allclose(nll, torch.tensor(hand, dtype=torch.float64))
+        same(f"-log p(x | sigma) is the sum over the {len(plan)} calls of the plan", nll, hand)
+        same("the probabilities of all x sum to 1", (-nll).exp().sum(), 1.0)
 
 
 @pytest.mark.parametrize("plan", [None, [(1, 1, 2), (1, 3, 1)]])
-def test_samples_have_the_probabilities_that_nll_says(plan):
+def test_exercise_03_samples_have_the_probabilities_that_nll_says(plan):
     model, x = ARDM(Table(3, 2), 3, 2), all_x(3, 2)
     p = [(-model.nll(x, plan, order.expand(len(x), 3))).exp() for order in all_sigma(3)]
     assert_drawn_with(model, plan, torch.stack(p).mean(dim=0))
 
 
-def test_expected_nll_under_a_plan_is_its_cost_by_L():
+def test_exercise_04_expected_nll_under_a_plan_is_its_cost_by_L():
     """Eq. 3: over random orders, k variables generated together at step t cost k L_t."""
     model, x, sigma = ARDM(Table(4, 2), 4, 2), torch.tensor([[1, 0, 0, 1]]), all_sigma(4)
     L = [np.mean([model.loss(x, t=torch.tensor([t]), sigma=order[None]).item() / 4
                   for order in sigma]) for t in range(1, 5)]
     for plan in ([(1, 1, 1), (1, 2, 3)], [(1, 1, 2), (1, 3, 2)], planner.full_plan(1, 4)):
-        nll = model.nll(x.expand(len(sigma), 4), plan, sigma).mean().item()
-        assert math.isclose(nll, planner.plan_cost(L, plan), rel_tol=1e-12)
+        nll = model.nll(x.expand(len(sigma), 4), plan, sigma).mean()
+        same(f"Eq. 3: the plan {plan} costs the sum of k L_t", planner.plan_cost(L, plan), nll)
 
 
-def test_generate_writes_every_variable_once_with_one_call_an_entry():
+def test_exercise_03_generate_writes_every_variable_once_with_one_call_an_entry():
     model, written = uniform(10, 3), torch.zeros(5, 10)
     plan = [(1, 1, 4), (1, 5, 1), (1, 6, 5)]
 
@@ -210,28 +242,27 @@ def test_generate_writes_every_variable_once_with_one_call_an_entry():
         return torch.full((len(log_p),), 2)
 
     x = model.generate(torch.zeros(5, 10, dtype=torch.long), plan, sample_sigma(5, 10), choose)
-    assert (written == 1).all() and (x == 2).all()
+    same("each variable is generated once", written, 1)
+    same("x takes what `choose` gives", x, 2)
     assert [m.sum(dim=1).unique().tolist() for _, m, _ in model.net.seen] == [[0], [4], [5]]
     model.net.seen.clear()                                 # a shorter x cuts the plan
     x = model.generate(torch.zeros(5, 6, dtype=torch.long), plan, sample_sigma(5, 6), choose)
     assert (x == 2).all() and len(model.net.seen) == 3
 
 
-def test_known_variables_stay_and_are_seen_by_every_call():
+def test_exercise_03_known_variables_stay_and_are_seen_by_every_call():
     x = torch.tensor([[1, 1, 0, 1, 0, 0], [0, 1, 1, 0, 1, 1]])
     known = torch.tensor([[True, False, False, True, False, False], [True] * 5 + [False]])
-    sigma = known_first(sample_sigma(2, 6), known)
-    assert (sigma[known] == 0).all() and sorted(sigma[0].tolist()) == [0, 0, 3, 4, 5, 6]
     model = uniform(6, 2)
     drawn = model.sample(2, x=x, known=known)
     assert (drawn[known] == x[known]).all() and len(model.net.seen) == 4
     for i, (_, m, t) in enumerate(model.net.seen):         # the first row knows least
-        assert m[known].all() and t.tolist() == [3 + i] * 2 and m[0].sum() == t[0] - 1
-    order = known_first(torch.tensor([[5, 3, 1, 4, 2]]), torch.tensor([[0, 1, 0, 0, 0]]) > 0)
-    assert order.tolist() == [[5, 0, 2, 4, 3]]
+        assert m[known].all(), "every call sees what is known"
+        same("t - 1 variables are known", t, torch.tensor([3 + i] * 2))
+        same("the network sees t - 1 variables", m[0].sum(), t[0] - 1)
 
 
-def test_nll_and_samples_of_the_unknown_given_the_known_are_conditional():
+def test_exercise_03_nll_and_samples_of_the_unknown_given_the_known_are_conditional():
     model, x = ARDM(Table(3, 2), 3, 2), all_x(3, 2)
     forward = torch.tensor([[1, 2, 3]]).expand(8, 3)
     given = model.nll(x, sigma=torch.tensor([[0, 2, 3]]).expand(8, 3))   # x_1 is given
@@ -271,30 +302,34 @@ BASES = [(256, 2), (256, 4), (256, 16), (27, 3), (27, 2), (5, 3), (8, 2), (125, 
 
 
 @pytest.mark.parametrize("K, b", BASES)
-def test_stages_lead_from_nothing_to_x_and_symbols_are_its_digits(K, b):
+def test_exercise_06_stages_lead_from_nothing_to_x_and_symbols_are_its_digits(K, b):
     model, x = UpscaleARDM(None, 4, K, b), torch.arange(K).view(1, -1)
-    assert (model.coarsen(x, 0) == 0).all() and torch.equal(model.coarsen(x, model.S), x)
+    same("x^(0) is constant", model.coarsen(x, 0), 0)
+    same("x^(S) is x", model.coarsen(x, model.S), x)
     digits = 0
     for s in range(1, model.S + 1):
         a = model.symbol(x, s)
-        assert 0 <= a.min() and a.max() < b == model.A
-        assert torch.equal(model.refine(model.coarsen(x, s - 1), a, s), model.coarsen(x, s))
-        digits = digits * b + a                            # most significant digit first
-        assert torch.equal(model.coarsen(x, s), digits * b ** (model.S - s))
+        assert 0 <= a.min() and a.max() < b == model.A, f"a digit in base {b} is 0..{b - 1}"
+        digits = digits * b + a
+        same(f"x^({s}) has the {s} most significant digits, that of stage 1 first",
+             model.coarsen(x, s), digits * b ** (model.S - s))
+        same(f"refine gives x^({s}) from x^({s - 1})",
+             model.refine(model.coarsen(x, s - 1), a, s), model.coarsen(x, s))
     s = torch.tensor([0, model.S])
     assert torch.equal(model.coarsen(x.expand(2, -1), s)[1:], x)
 
 
 @pytest.mark.parametrize("K, b", BASES)
-def test_with_one_fixed_output_the_stages_multiply_to_its_softmax(K, b):
+def test_exercise_07_with_one_fixed_output_the_stages_multiply_to_its_softmax(K, b):
     logits = 3 * torch.randn(K, dtype=torch.float64)
     model, x, t = UpscaleARDM(Fixed(logits), 1, K, b), torch.arange(K)[:, None], ONE.expand(K)
     log_p = sum(pick(model.log_probs(x, x < 0, t, s * t), model.symbol(x, s))
                 for s in range(1, model.S + 1))
-    assert torch.allclose(log_p[:, 0], torch.log_softmax(logits, dim=-1))
+    same("the digits' probabilities multiply to the value's", log_p[:, 0],
+         torch.log_softmax(logits, dim=-1))
 
 
-def test_data_parametrisation_is_the_papers_matrices_written_out():
+def test_exercise_07_data_parametrisation_is_the_papers_matrices_written_out():
     """P^(s) (K x K) takes a distribution over values to one over what stage s knows of them."""
     K, b, S = 8, 2, 3
     logits = torch.randn(K, dtype=torch.float64)
@@ -308,7 +343,7 @@ def test_data_parametrisation_is_the_papers_matrices_written_out():
             p = (theta @ P) * (parent == parent[x])
             log_p = model.log_probs(torch.tensor([[x]]), torch.zeros(1, 1) > 0, ONE, s * ONE)
             digits = p[parent[x] + unit * np.arange(b)] / p.sum()
-            assert np.allclose(log_p[0, 0].exp().detach().numpy(), digits)
+            same(f"stage {s}: p of a digit is P^(s) theta given x^(s-1)", log_p[0, 0].exp(), digits)
 
 
 @pytest.mark.parametrize("parametrization", ["data", "direct"])
@@ -571,7 +606,8 @@ def falling(rng, S, D, ties=False):
 
 
 def assert_plan(plan, S, D, budget):
-    assert len(plan) == budget and all(k >= 1 for _, _, k in plan)
+    assert len(plan) == budget, f"a plan of {budget} calls has {len(plan)} entries"
+    assert all(k >= 1 for _, _, k in plan), f"a call with no variable: {plan}"
     assert [s for s, _, _ in plan] == sorted(s for s, _, _ in plan)
     for stage in range(1, S + 1):
         calls = [(t, k) for s, t, k in plan if s == stage]
@@ -581,7 +617,7 @@ def assert_plan(plan, S, D, budget):
 
 @pytest.mark.parametrize("S, D, ties", [
     (1, 1, False), (1, 7, False), (1, 7, True), (2, 5, False), (3, 3, True)])
-def test_plan_is_the_cheapest_of_all(S, D, ties):
+def test_exercise_05_plan_is_the_cheapest_of_all(S, D, ties):
     rng = np.random.default_rng(0)
     for _ in range(5):
         L = falling(rng, S, D, ties)
@@ -589,11 +625,11 @@ def test_plan_is_the_cheapest_of_all(S, D, ties):
         for budget in range(S, S * D + 1):
             plan, best = planner.plan(L, budget), cheapest_by_force(L, budget)
             assert_plan(plan, S, D, budget)
-            assert math.isclose(planner.plan_cost(L, plan), best, abs_tol=1e-9)
-            assert math.isclose(curve[budget], best, abs_tol=1e-9)
+            same(f"the cheapest plan of {budget} calls", planner.plan_cost(L, plan), best)
+            same(f"E_n[D] for n = {budget} calls", curve[budget], best)
 
 
-def test_plan_equals_the_plain_programme_at_a_size_that_has_many_levels():
+def test_exercise_05_plan_equals_the_plain_programme_at_a_size_that_has_many_levels():
     D, L = 150, falling(np.random.default_rng(1), 1, 150)[0]
     edge = (np.arange(1, D + 1)[None] - np.arange(D)[:, None]) * L[:, None]    # i -> j = column + 1
     edge[np.arange(D)[:, None] >= np.arange(1, D + 1)[None]] = np.inf
@@ -603,7 +639,7 @@ def test_plan_equals_the_plain_programme_at_a_size_that_has_many_levels():
         assert math.isclose(planner.plan_cost(L, planner.plan(L, budget)), E[-1], rel_tol=1e-12)
 
 
-def test_costs_of_the_papers_own_example_and_of_flat_components():
+def test_exercise_05_costs_of_the_papers_own_example_and_of_flat_components():
     assert np.allclose(list(planner.costs([5, 4, 3, 2.85, 2.8]).values()),
                        [25, 19, 18, 17.7, 17.65])
     assert_plan(planner.plan(np.full(20, 2.0), 7), 1, 20, 7)             # no empty call
@@ -613,22 +649,23 @@ def test_costs_of_the_papers_own_example_and_of_flat_components():
     assert math.isclose(curve[-1], L.sum()) and list(planner.costs(L, [5, 90])) == [5, 90]
 
 
-def test_isotonic_fit_is_the_nearest_one():
+def test_exercise_04_isotonic_fit_is_the_nearest_one():
     rng = np.random.default_rng(3)
     for L in rng.normal(size=(20, 9)):
         w = rng.integers(1, 4, 9)
         fit = [min(max(np.average(L[a:b + 1], weights=w[a:b + 1]) for b in range(i, 9))
                    for a in range(i + 1)) for i in range(9)]
-        assert np.allclose(planner.isotonic(L, w), fit)
+        same("the nearest non-increasing fit in weighted squares", planner.isotonic(L, w), fit)
 
 
-def test_smooth_fits_lines_never_rises_and_does_not_read_what_was_not_met():
+def test_exercise_04_smooth_fits_lines_never_rises_and_does_not_read_what_was_not_met():
     t = np.arange(1, 101)
-    assert np.allclose(planner.smooth(7 - 0.05 * t), 7 - 0.05 * t)
+    same("a straight line is smooth as it is", planner.smooth(7 - 0.05 * t), 7 - 0.05 * t)
     noisy = 5 / np.sqrt(t) + np.random.default_rng(0).normal(0, 0.2, 100)
     counts = np.random.default_rng(1).integers(0, 3, 100)
     fit = planner.smooth(np.where(counts, noisy, np.nan), counts)
-    assert (np.diff(fit) <= 0).all() and np.abs(fit - 5 / np.sqrt(t))[5:].mean() < 0.1
+    assert (np.diff(fit) <= 0).all(), "Eq. 4: a smooth L_t does not increase"
+    assert np.abs(fit - 5 / np.sqrt(t))[5:].mean() < 0.1
     assert planner.smooth([[3.0, 2.0], [1.0, 1.0]]).shape == (2, 2)
     for bad in ([np.nan, 1.0], [], np.zeros((2, 2, 2))):
         with pytest.raises(ValueError):
@@ -707,16 +744,18 @@ def coded(cdf, symbols, state=0):
 
 @pytest.mark.parametrize("K, n, peaked", [
     (2, 5000, 3), (27, 5000, 1), (27, 5000, 6), (256, 3000, 2), (1, 10, 1), (27, 0, 1), (27, 1, 1)])
-def test_coder_gives_back_every_symbol_at_the_ideal_length(K, n, peaked):
+def test_exercise_08_coder_gives_back_every_symbol_at_the_ideal_length(K, n, peaked):
     cdf, symbols, ideal = message(K, n, peaked=peaked)
-    assert cdf.dtype == np.int64 and (np.diff(cdf, axis=1) > 0).all()
-    assert (cdf[:, 0] == 0).all() and (cdf[:, -1] == 1 << 22).all()
+    assert cdf.dtype == np.int64 and (np.diff(cdf, axis=1) > 0).all(), "a frequency is 0"
+    same("cdf goes from 0 to 2^22", cdf[:, [0, -1]], [0, 1 << 22])
     for state in (0, 1, (1 << 32) - 1):
         data = coded(cdf, symbols, state)
         decoder = coder.Decoder(data)
         halves = [decoder.pop(cdf[:n // 3]), decoder.pop(cdf[n // 3:])]
-        assert np.array_equal(np.concatenate(halves), symbols) and decoder.end == state
-        assert 8 * len(data) <= ideal + 32 * (1 + (state > 0)) + 3e-4 * ideal + 1e-4 * n
+        same("pop gives back what push took, in reading order", np.concatenate(halves), symbols)
+        assert decoder.end == state, "the decoder ends at the encoder's first state"
+        most = ideal + 32 * (1 + (state > 0)) + 3e-4 * ideal + 1e-4 * n
+        assert 8 * len(data) <= most, f"{8 * len(data)} bits where log2 p is {ideal:.0f}"
 
 
 def test_the_coarse_grid_costs_next_to_nothing_and_its_weights_are_the_exponential_function():
@@ -728,7 +767,7 @@ def test_the_coarse_grid_costs_next_to_nothing_and_its_weights_are_the_exponenti
     assert coder.WEIGHTS[64] == 404487723187               # 2^40 / e, rounded down
 
 
-def test_rare_and_impossible_symbols_can_be_coded():
+def test_exercise_08_rare_and_impossible_symbols_can_be_coded():
     cdf = coder.quantize(np.log(np.array([[1e-9, 1 - 2e-9, 1e-9]] * 100)))
     symbols = np.array([0, 2] * 50)
     assert np.array_equal(coder.Decoder(coded(cdf, symbols)).pop(cdf), symbols)
@@ -737,7 +776,7 @@ def test_rare_and_impossible_symbols_can_be_coded():
     assert (np.diff(cdf) >= 1).all() and (cdf[:, -1] == 1 << 22).all()
 
 
-def test_random_messages_of_every_length_survive_and_wrong_bytes_are_noticed():
+def test_exercise_08_random_messages_of_every_length_survive_and_wrong_bytes_are_noticed():
     for n in range(60):
         cdf, symbols, _ = message(5, n, seed=n, peaked=4)
         decoder = coder.Decoder(coded(cdf, symbols))
@@ -752,7 +791,7 @@ def test_random_messages_of_every_length_survive_and_wrong_bytes_are_noticed():
 
 @pytest.mark.parametrize("state, f", [
     (7 << 42, 7), ((7 << 42) - 1, 7), ((1 << 64) - (1 << 32) + 5, 1 << 21), (1 << 42, 1)])
-def test_push_and_pop_agree_on_the_states_at_which_a_word_moves(state, f):
+def test_exercise_08_push_and_pop_agree_on_the_states_at_which_a_word_moves(state, f):
     cdf = np.array([[0, 9, 9 + f, 1 << 22]])
     decoder = coder.Decoder(coder.encode([9], [f], state))
     assert decoder.pop(cdf).tolist() == [1] and decoder.end == state
@@ -1289,13 +1328,13 @@ def model(folder):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_files_of_any_length_come_back_at_their_ideal_length(folder, device):
+def test_exercise_09_files_of_any_length_come_back_at_their_ideal_length(folder, device):
     model = nets.load(folder / "ckpt.pt", device)[0]
     text = (folder / "test.txt").read_bytes()
     for n, block, calls in ((0, 10, 6), (1, 10, 24), (23, 1, 6), (24, 1, 5), (25, 7, 24),
                             (1001, 10, 6), (700, 1, 6), (4000, 1000, 6)):
         archive, bits = pack(model, text[:n], block=block, calls=calls)
-        assert unpack(model, archive) == text[:n]
+        assert unpack(model, archive) == text[:n], "the file does not come back"
         assert unpack(nets.load(folder / "ckpt.pt", "cpu")[0], archive) == text[:n]
         blocks = blocks_of(archive)
         assert len(blocks) == -(-(n // 24) // block) + (n % 24 > 0)
@@ -1307,7 +1346,7 @@ def test_files_of_any_length_come_back_at_their_ideal_length(folder, device):
     assert math.isclose(pack(model, text[:960])[1], bits_per_dim(nll, 1), rel_tol=1e-9)
 
 
-def test_any_item_of_any_archive_is_found(model, folder):
+def test_exercise_09_any_item_of_any_archive_is_found(model, folder):
     text = (folder / "test.txt").read_bytes()[:24 * 23 + 5]
     for block in (1, 5, 10):
         archive, _ = pack(model, text, block=block)
@@ -1315,7 +1354,7 @@ def test_any_item_of_any_archive_is_found(model, folder):
             assert unpack(model, archive, item=item) == text[24 * item:24 * (item + 1)]
 
 
-def test_every_damaged_archive_is_refused_and_intact_blocks_are_delivered(model, folder):
+def test_exercise_09_every_damaged_archive_is_refused_and_intact_blocks_delivered(model, folder):
     """All truncations, and one changed bit at every position."""
     text = (folder / "test.txt").read_bytes()[:80]
     archive, _ = pack(model, text, calls=3, block=1)
@@ -1368,7 +1407,7 @@ def test_archives_decode_where_other_numbers_come_out(folder, monkeypatch):
         unpack(model, archive)
 
 
-def test_blocks_near_a_boundary_are_coded_on_a_shifted_grid(model, folder, monkeypatch):
+def test_exercise_09_blocks_near_a_boundary_are_coded_on_a_shifted_grid(model, folder, monkeypatch):
     text = (folder / "test.txt").read_bytes()[:1000]
     plain, _ = pack(model, text, block=2)
     monkeypatch.setattr(coder, "MARGIN", 1e-5)             # many values are too near a boundary now
