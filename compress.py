@@ -6,7 +6,7 @@
     python compress.py bench --ckpt out/pydoc/ckpt.pt [IN]     bits, beside bz2, xz and zlib
     python compress.py info IN                                 what an archive holds
 
-encode and bench read text (or bytes), or a .npy file of images. An archive, numbers big-endian:
+encode and bench read text (or bytes), or images (.npy, idx). An archive, numbers big-endian:
 
     4, 1    "ARDM", and the format version, 8
     4, 4    h, the length of the header, and its CRC-32
@@ -20,12 +20,12 @@ A block, 2^14 symbols in whole datapoints, is decoded and checked as a whole; a 
 datapoint is a block of its own. A stream starts from the CRC-32 of the block's number and symbols,
 so a decoder that ends elsewhere has damaged bytes, or a block in a wrong place.
 
-The network runs in float64, where machines differ by less than 1e-12. A block with a value within
-coder.MARGIN of where rounding turns takes the next shift. So wherever numbers differ by less than
-MARGIN the same integers come out: on CPU or CUDA, with any number of threads and any batch.
+The network runs in float64, where machines that were tried differ by less than 1e-12. If a
+log-probability of a block lies within coder.MARGIN of a rounding boundary, the block uses the next
+shift. So wherever numbers differ by less than MARGIN the same integers come out: on CPU or CUDA,
+with any number of threads and any batch.
 """
 import copy
-import hashlib
 import io
 import itertools
 import json
@@ -160,20 +160,12 @@ def checksum(symbols, number):
 
 # -- The archive -----------------------------------------------------------------------------------
 
-def digest(model):
-    """A hash of the weights, by which an archive knows its checkpoint."""
-    total = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        total.update(name.encode() + value.cpu().numpy().tobytes())
-    return total.hexdigest()[:16]
-
-
 def encode_file(file, model, codec, source):
     """A source -> an archive in an open file, every block decoded before it is written. Returns
     -log2 p under this order and plan."""
     head, tail = (part.tobytes().decode("latin-1") for part in (source.head, source.tail))
     header = dict(kind=source.kind, length=source.n, order=codec.order, plan=codec.ks, tail=tail,
-                  block=codec.block, weights=digest(model), head=head)
+                  block=codec.block, weights=nets.digest(model), head=head)
     text = json.dumps(header, separators=(",", ":")).encode()
     if len(text) > LONGEST_HEADER:
         raise ValueError(f"{source.path} holds {len(tail):,} bytes behind its images: too many")
@@ -219,7 +211,7 @@ def read_header(file, name):
 def open_codec(header, model, settings, name):
     """The codec of an archive; ValueError where header and model do not belong together, or where
     the header claims what would cost time or memory."""
-    if header.get("weights") != digest(model):
+    if header.get("weights") != nets.digest(model):
         right = find(header) or "which is not in out/*/ or results/"
         raise ValueError(f"{name} was written with another checkpoint, {right}")
     try:
@@ -241,7 +233,7 @@ def find(header):
     """
     for path in sorted([*Path("out").glob("*/ckpt*.pt"), *Path("results").glob("*.pt")]):
         with suppress(ValueError):
-            if digest(nets.load(path, "cpu")[0]) == header.get("weights"):
+            if nets.digest(nets.load(path, "cpu")[0]) == header.get("weights"):
                 return str(path)
     return None
 
@@ -319,9 +311,9 @@ def run_encode(args):
         encode_file(file, model, codec, source)
         size = file.tell()
     print(f"{args.input}: {source.n:,} symbols -> {size:,} bytes, {8 * size / max(1, source.n):.3f}"
-          f" bits each; order {codec.order}, {len(codec.plan)} network calls, decoded and compared",
-          "back again: python compress.py decode --ckpt "
-          f"{shlex.quote(args.ckpt)} {shlex.quote(args.output)} FILE", sep="\n", file=words(args))
+          f" bits each; order {codec.order}, {len(codec.plan)} network calls, proved by decoding\n"
+          f"back again: python compress.py decode --ckpt {shlex.quote(args.ckpt)} "
+          f"{shlex.quote(args.output)} FILE", file=words(args))
 
 
 def run_decode(args):
@@ -360,7 +352,7 @@ def run_decode(args):
 
 def words(args):
     """Where words go: not into an archive that goes to stdout."""
-    return sys.stderr if datasets.is_stream(args.output) else sys.stdout
+    return sys.stderr if datasets.stream(args.output) is not None else sys.stdout
 
 
 def run_info(args):
@@ -399,13 +391,13 @@ def main():
         command = commands.add_parser(name, help=run.__doc__)
         command.set_defaults(run=run)
         add = command.add_argument
-        add("input", nargs="?" if name == "bench" else None, metavar="IN")
+        add("input", nargs="?" if name == "bench" else None, metavar="IN", help="a file, or -")
         if name != "info":
-            add("--ckpt", required=name != "decode", help="a checkpoint of train.py; decode looks "
-                "for it in out/*/ and results/")
+            add("--ckpt", required=name != "decode", help="a checkpoint of train.py"
+                + " (default: looked for in out/*/ and results/)" * (name == "decode"))
             add("--device", help="cuda, mps or cpu")
         if name in ("encode", "decode"):
-            add("output", metavar="OUT")
+            add("output", metavar="OUT", help="a file, or -")
         if name in ("encode", "bench"):
             add("--calls", type=int, help="network calls for a block (default: a quarter of the "
                 f"variables of a text, {IMAGE_CALLS} for images)")
@@ -418,6 +410,8 @@ def main():
             add("--keep-going", action="store_true", help="leave out damaged blocks, deliver the "
                 "others; exit code 1")
     args = parser.parse_args()
+    if args.input == "-":
+        args.input = "/dev/stdin"
     args.run(args)
 
 

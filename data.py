@@ -24,6 +24,7 @@ import platform
 import re
 import secrets
 import shutil
+import signal
 import socket
 import struct
 import sys
@@ -39,7 +40,7 @@ import torch
 from torch import nn
 
 NAMES = ("pydoc", "glyphs", "text8", "enwik8", "mnist", "cifar10")
-UNITS = {"text": "char", "bytes": "char", "image": "dim"}  # what bits are counted per
+UNITS = {"text": "char", "bytes": "byte", "image": "dim"}  # what bits are counted per
 PIECES = {"text": "test.txt", "bytes": "test.bin", "image": "test.npy"}  # beside a checkpoint
 MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 SOURCES = {                          # file -> where it comes from, md5 (of a zip: of its member)
@@ -52,7 +53,10 @@ SOURCES = {                          # file -> where it comes from, md5 (of a zi
 LARGEST = 1 << 31                    # bytes that a file may unpack to
 FOREIGN = {                          # first bytes of what is neither text nor images
     b"\x89PNG": "a PNG picture", b"\xff\xd8\xff": "a JPEG picture", b"GIF8": "a GIF picture",
-    b"%PDF": "a PDF document", b"RIFF": "a WAV or another RIFF file", b"fLaC": "FLAC audio",
+    b"%PDF": "a PDF document", b"RIFF": "a WAV, WebP or another RIFF file", b"fLaC": "FLAC audio",
+    b"ID3": "MP3 audio", b"OggS": "Ogg audio", b"\x7fELF": "a program", b"ARDM": "an archive",
+    b"II*\0": "a TIFF picture", b"MM\0*": "a TIFF picture", b"Rar!": "a RAR file",
+    b"7z\xbc\xaf": "a 7z file", b"PK": "an empty zip file", b"\x93NUMPY": "a .npy file",
     b"\x28\xb5\x2f\xfd": "packed by zstd", b"PAR1": "a Parquet table", b"\x89HDF": "an HDF5 file",
     b"SQLite format 3": "an SQLite database", b"\x80\x02": "a pickle", b"\x80\x03": "a pickle",
     b"\x80\x04": "a pickle", b"\x80\x05": "a pickle"}
@@ -64,7 +68,10 @@ PACKERS = {"bz2": bz2.compress, "xz": lzma.compress, "zlib": zlib.compress}
 # -- Errors, the writer and the reader -------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose mistakes are one line, as all others are."""
+    """argparse that reports an error in one line, like the rest; no flag may be shortened."""
+
+    def __init__(self, **how):
+        super().__init__(allow_abbrev=False, **how)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message} (--help lists everything)\n")
@@ -80,24 +87,28 @@ class Patient:
         return getattr(self.stream, name)
 
     def write(self, text):
-        with suppress(OSError):
+        with suppress(OSError, AttributeError):            # AttributeError: there is no stream
             self.stream.write(text)
 
     def flush(self):
-        with suppress(OSError):
+        with suppress(OSError, AttributeError):
             self.stream.flush()
 
 
 def run(main):
     """Runs a script: what a user can mend is one line on stderr and exit code 2."""
-    sys.stdout.reconfigure(errors="replace")               # a terminal that lacks a character
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="replace")           # a terminal that lacks a character
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))              # files are cleaned up
     sys.stdout, sys.stderr = Patient(sys.stdout), Patient(sys.stderr)
     try:
         return main()
     except KeyboardInterrupt:
         code, words = 130, "stopped"
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         code, words = 2, error
+    except OSError as error:
+        code, words = 2, f"{error.filename or 'a pipe'}: {error.strerror}"
     except (MemoryError, RuntimeError) as error:           # of NumPy, of CUDA, of torch on a CPU
         full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         if not full and "can't allocate memory" not in str(error):
@@ -111,19 +122,21 @@ def run(main):
 def write(path, others=(), mode="w+b"):
     """A file that gets its name only when it is complete and on the disk. Until then, and after
     an error, what was there before stays as it was. others: files that it must not replace."""
-    if is_stream(path):
+    target = stream(path)
+    if target is not None:
         with tempfile.TemporaryFile() as file:             # seekable, as a pipe is not
             yield file
             file.seek(0)
-            with open(1 if path == "-" else path, "wb", closefd=path != "-") as out:
+            with open(target, "wb", closefd=type(target) is not int) as out:
                 shutil.copyfileobj(file, out)
         return
     path = Path(os.path.realpath(path))                    # a link stays a link
     for other in others:
         if path.exists() and os.path.exists(other) and path.samefile(other):
             raise ValueError(f"{other} and {path} are the same file: choose another name")
-    if path.is_dir():
-        raise ValueError(f"cannot write {path}: it is a folder")
+    if path.is_dir() or path.is_symlink():
+        what = "a folder" if path.is_dir() else "a loop of symbolic links"
+        raise ValueError(f"cannot write {path}: it is {what}")
     part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")    # a name of its own
     try:
         with open(part, mode) as file:
@@ -143,10 +156,13 @@ def write(path, others=(), mode="w+b"):
         part.unlink(missing_ok=True)
 
 
-def is_stream(path):
-    """True for - (stdout), and for what is there and no file: a pipe, a terminal."""
+def stream(path):
+    """What to open for - (stdout), a descriptor, or what is there and no file (a pipe); or None."""
+    found = re.fullmatch(r"-|/dev/stdout|/dev/fd/(\d+)", str(path))
+    if found:
+        return int(found[1] or 1)
     there = os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
-    return path == "-" or there
+    return path if there else None
 
 
 def read(path, mapped=False):
@@ -175,12 +191,12 @@ def unpack(content, name, member=""):
             inner = lzma.open(packed).read(LARGEST)
         elif start.startswith(b"PK\x03\x04"):
             with zipfile.ZipFile(packed) as archive:
-                found = [one for one in archive.namelist()
-                         if not re.search(r"/$|^__MACOSX/|\.DS_Store$", one)
-                         and member in ("", one.removesuffix(".npy"))]
+                names = [one for one in archive.namelist()
+                         if not re.search(r"/$|^__MACOSX/|\.DS_Store$", one)]
+                found = [one for one in names if member in ("", one.removesuffix(".npy"))]
                 if len(found) != 1:
-                    raise ValueError(f"it holds {', '.join(found) or 'no ' + member}: of a .npz "
-                                     "name one, as in FILE.npz:NAME")
+                    raise ValueError(f"one file is wanted, it holds {', '.join(names[:9])} (of a "
+                                     ".npz name one: FILE.npz:NAME)")
                 inner = archive.open(*found).read(LARGEST)
         else:
             return content
@@ -214,7 +230,7 @@ def layout(content, name, whole=True):
                          "(255 * array).round().astype(np.uint8), 0..255 by astype(np.uint8)")
     colours = [axis for axis, known in ((1, (1, 3)), (3, (1, 3, 4)))
                if len(shape) == 4 and shape[axis] in known]
-    grey = len(shape) == 3 and shape[2] not in (3, 4)
+    grey = len(shape) == 3 and shape[2] not in (1, 3, 4)
     if not grey and len(colours) != 1 or 0 in shape:
         raise ValueError(f"{name} holds an array of shape {shape}, images are (N, H, W), (N, H, W, "
                          "C) or (N, C, H, W): one picture is (1, H, W, C), grey ones (N, H, W, 1)")
@@ -237,7 +253,7 @@ def images_in(content, name):
 
 
 def refuse_foreign(content, name):
-    """ValueError for bytes that nobody would want to be learnt as text."""
+    """ValueError for bytes that nobody would want to learn as text."""
     start = content[:512].tobytes()
     found = [words for magic, words in FOREIGN.items() if start.startswith(magic)]
     if start[257:262] == b"ustar":
@@ -324,7 +340,7 @@ class Images:
         n = len(train) - -(-len(train) // 10)
         if min(self.D, n, len(test)) == 0:
             raise ValueError(f"{name}: {len(train)} and {len(test)} images are too few to train on "
-                             "and to test")
+                             "and to test; 10 or more in a file will do")
         top = max(train.max(), test.max())
         dropped = 8 - bits if top >= 2 ** bits else 0
         self.K = 2 if bits == 8 and top < 2 else 2 ** bits
@@ -566,11 +582,12 @@ class Source:
         if self.kind != "bytes":                           # a model of bytes codes any file
             if unpack(self.content, path) is not self.content:
                 raise ValueError(f"{path} is packed: unpack it first")
-            refuse_foreign(self.content, path)
+            images = self.images = images_in(self.content, path) if self.kind == "image" else None
+            if images is None:
+                refuse_foreign(self.content, path)
         if self.kind == "image":
-            self.images = images_in(self.content, path)
-            if self.images is None or self.images.shape[1:] != tuple(self.shape):
-                held = "no images" if self.images is None else f"images {self.images.shape[1:]}"
+            if images is None or images.shape[1:] != tuple(self.shape):
+                held = "no images" if images is None else f"images {images.shape[1:]}"
                 raise ValueError(f"{path} holds {held}, the model codes (C, H, W) = "
                                  f"{tuple(self.shape)}")
             begin = layout(self.content, path)[0]
@@ -585,7 +602,7 @@ class Source:
         pixels = np.array(self.images[i // D:j // D]).reshape(-1)
         if pixels.max(initial=0) >= self.K:
             raise ValueError(f"{self.path} holds the value {pixels.max()}, the model knows 0 to "
-                             f"{self.K - 1}")
+                             f"{self.K - 1}; of 8-bit images it knows array // {256 // self.K}")
         return torch.from_numpy(pixels)
 
 

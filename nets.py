@@ -1,12 +1,13 @@
 """Networks: net(x, m, t, s) -> (B, D, num_outputs) logits (App. D), and how one is built or loaded.
 
 x (B, D) int64 holds x^(s) where m (B, D) bool is True and x^(s-1) elsewhere; t and s are (B,)
-int64. Every variable sees every other: nothing here is causal, what is unknown the mask hides.
+int64. Every variable sees every other: nothing here is causal; the mask hides what is unknown.
 
 With extras=False a network is the paper's. With extras=True it has in addition what learns more in
 minutes; every extra stands in a place of its own, marked "not in the paper".
 """
 import ctypes
+import hashlib
 import math
 import platform
 
@@ -371,6 +372,8 @@ def load(path, device=None):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         model = build(checkpoint["settings"])
         model.load_state_dict(checkpoint["ema"])
+        if checkpoint.get("digest", digest(model)) != digest(model):
+            raise ValueError("its weights are not those that were saved")
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint; python train.py writes one")
     except Exception as error:                             # what a torn or foreign file brings up
@@ -380,6 +383,14 @@ def load(path, device=None):
     model = model.eval().to(pick_device(device))
     model.rows = rows_at_once(model)
     return model, checkpoint
+
+
+def digest(model):
+    """A hash of the weights, by which an archive knows its checkpoint."""
+    total = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        total.update(name.encode() + value.cpu().numpy().tobytes())
+    return total.hexdigest()[:16]
 
 
 def pick_device(name=None):

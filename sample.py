@@ -48,7 +48,7 @@ def read_inpaint(rule, n, settings):
     if known is None:
         raise ValueError(f"--inpaint {rule}: choose top or left, which says what is known")
     data = datasets.load(settings["data"], bits=settings["bits"])
-    if list(data.shape) != list(settings["shape"]):
+    if data.digest != settings.get("sha256", data.digest) or data.shape != tuple(settings["shape"]):
         raise ValueError(f"--inpaint: {data.name} is not what this model was trained on")
     images = data.chunks("test")
     x = images[torch.arange(n) * len(images) // n].long()
@@ -143,16 +143,18 @@ def parse():
     add = parser.add_argument
     add("--ckpt", required=True, help="a checkpoint of train.py")
     add("--n", type=int, default=8, help="how many samples (default 8)")
-    add("--calls", type=int, help="network calls (default: one a variable)")
-    add("--order", default="random", help="random (default: a new one for each sample), forward, "
-        "backward, random:SEED, spaced:G")
-    add("--prompt", help="text to keep, with _ for every blank")
-    add("--inpaint", metavar="top|left", help="that part of test images is known")
+    add("--calls", type=int, help="network calls (default: one for each unknown variable)")
+    add("--order", default="random", help="random: a new order for each sample (default); or "
+        "forward, backward, random:SEED, spaced:G")
+    add("--prompt", help="text to keep, with _ for each blank (in a model of bytes for each byte), "
+        "\\_ for an underscore")
+    add("--inpaint", metavar="top|left", help="keep this half of n test images and fill in the "
+        f"other, {COMPLETIONS} times each")
     add("--temperature", type=float, default=1.0, help="below 1: likelier and less varied; 0: the "
         "most probable (default 1)")
     add("--frames", action="store_true", help="also show what is known at up to 12 points of the "
         "process, _ or grey for the rest")
-    add("--seed", type=int, default=0, help="of every draw (default 0)")
+    add("--seed", type=int, default=0, help="seed of every draw (default 0)")
     add("--device", help="cuda, mps or cpu")
     add("--out", help="folder for the files; the default is the checkpoint's")
     args = parser.parse_args()

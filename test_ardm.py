@@ -935,7 +935,7 @@ def test_images_are_split_and_flattened_colour_by_colour_wherever_their_axes_are
     assert few.K == 8 and torch.equal(few.splits["test"], data.splits["test"] // 32)
     np.savez(tmp_path / "b.npz", x=pixels, y=np.arange(40))
     assert datasets.load(f"{tmp_path / 'b.npz'}:x").digest == data.digest
-    with pytest.raises(ValueError, match="x.npy, y.npy.*FILE.npz:NAME"):
+    with pytest.raises(ValueError, match="x.npy, y.npy .*FILE.npz:NAME"):
         datasets.load(str(tmp_path / "b.npz"))
     path.write_bytes(gzip.compress(idx + pixels[..., 0].tobytes()))
     assert torch.equal(datasets.load(str(path)).splits["test"], data.splits["test"][:, :30])
@@ -1170,6 +1170,9 @@ def test_a_run_without_numbers_is_not_saved(refused, folder, tmp_path):
     changed = torch.load(folder / "ckpt.pt", weights_only=True)
     changed["ema"]["net.head.bias"] += math.nan
     torch.save(changed, tmp_path / "nan.pt")
+    refused(train, "--evaluate", tmp_path / "nan.pt", match="weights are not those that were saved")
+    del changed["digest"]
+    torch.save(changed, tmp_path / "nan.pt")
     refused(train, "--evaluate", tmp_path / "nan.pt", match="gives no numbers")
 
 
@@ -1396,7 +1399,7 @@ def test_archives_decode_where_other_numbers_come_out(folder, monkeypatch):
     model = nets.load(folder / "ckpt.pt", "cpu")[0]
     text = (folder / "test.txt").read_bytes()[:2000]
     archive, _ = pack(model, text)
-    monkeypatch.setattr(compress, "digest", lambda model, found=compress.digest(model): found)
+    monkeypatch.setattr(nets, "digest", lambda model, found=nets.digest(model): found)
     model.rows = 17                                        # and other batches
     net = model.net
     for size in (0, 4e-11):
@@ -1609,6 +1612,21 @@ def test_the_writer_is_as_polite_as_the_shell_and_serves_pipes(folder, tmp_path)
     assert done.returncode == 0, done.stderr
 
 
+def test_nothing_of_the_users_is_written_over(folder, refused, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "test.txt").write_text("my own")
+    refused(train, *QUICK, "--out", tmp_path / "mine", match="choose another --out")
+    (tmp_path / "loop").symlink_to("loop")
+    encode = ("encode", "--ckpt", folder / "ckpt.pt", folder / "test.txt")
+    refused(compress, *encode, tmp_path / "loop", match="a loop of symbolic links")
+    (tmp_path / "keep").write_text("my own")
+    with open(tmp_path / "keep", "ab") as keep:            # as by >> keep
+        subprocess.run([sys.executable, HERE / "compress.py", *map(str, encode), "/dev/stdout"],
+                       stdout=keep, check=True, stderr=subprocess.DEVNULL)
+    assert (tmp_path / "keep").read_bytes().startswith(b"my ownARDM\x08")
+    refused(train, "--resume", "--out", folder, "--steps", 10, match="give it more --steps")
+
+
 def test_a_second_run_in_one_folder_ends_before_it_begins(tmp_path):
     c = settings(datasets.load("pydoc", 16), out=str(tmp_path / "run"))
     folder, lock = train.prepare_folder(c, False)
@@ -1678,7 +1696,10 @@ def test_train_refuses_bad_input(refused, folder, tmp_path):
             (("--steps", 0, *out), "--steps 0: must be more than 0"),
             (("--minutes", "nan", *out), "--minutes nan: must be more than 0"),
             (("--heads", 0, *out), "--heads"), (("--dim", 30, "--heads", 4, *out), "multiple of"),
-            (("--lr", -1, *out), "learning rate"), (("--branch", 1, *out), "choose 2 to K = 27"),
+            (("--lr", "nan", *out), "--lr nan: must be more"),
+            (("--branch", 1, *out), "choose 2 to K = 27"),
+            (("--resume", "--evaluate", "x", *out), "not allowed with"),
+            (("--seed", -1, *out), "--seed -1: choose"),
             (("--branch", 0, *out), "choose 2 to K = 27"), (("--bits", 9, *out), "invalid choice"),
             (("--branch", 28, *out), "choose 2 to K = 27"),
             (("--device", "abacus", *out), "--device abacus"),
@@ -1740,6 +1761,7 @@ def test_compress_refuses_bad_input(refused, folder, gallery, model, tmp_path):
     (tmp_path / "old").write_bytes(archive[:4] + b"\x07" + archive[5:])
     other = torch.load(folder / "ckpt.pt", weights_only=True)
     other["ema"]["net.head.bias"] += 1
+    del other["digest"]
     torch.save(other, tmp_path / "other.pt")
     source = tmp_path / "in"
     (tmp_path / "empty").touch()

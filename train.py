@@ -1,7 +1,7 @@
 """Training, evaluation and checkpoints.
 
     python train.py                                     about three minutes, no download
-    python train.py --data FILE --minutes 10            any text, any bytes, or a .npy of images
+    python train.py --data FILE --minutes 10            any text or bytes, or images (.npy, idx)
     python train.py --data cifar10 --branch 4           an upscale model of images
     python train.py --resume                            goes on with an interrupted run
     python train.py --evaluate out/pydoc/ckpt.pt        the number, its standard error, the protocol
@@ -56,7 +56,7 @@ OURS = {                             # muon_lr and muon_decay are for the matric
                   warmup=200, clip=1.0, ema=0.998)}
 OURS["paper"] = OURS["small"]
 REPORT = 100                         # steps between rows of log.csv
-PLAIN = ("settings", "step", "seconds", "L", "counts", "log")          # kept as it is
+PLAIN = ("settings", "step", "seconds", "L", "counts", "log")          # stored as it is
 MOST = 1 << 22                       # variables of the test split that a CPU evaluates by default
 
 
@@ -68,13 +68,15 @@ def setting(default, help, **how):
 class Settings:
     """All that decides a run; every field is a flag. None: `complete` fills it in, by --size."""
     data: str = setting("pydoc", f"{', '.join(datasets.NAMES)}, or a file (default pydoc)")
-    size: str = setting(None, "default: small on CUDA, else tiny", choices=list(SIZES["text"]))
+    size: str = setting(None, "of network, batch and run; default: small on CUDA, else tiny",
+                        choices=list(SIZES["text"]))
     recipe: str = setting("ours", "the paper's, or what learns more in minutes (default ours)",
                           choices=["paper", "ours"])
     branch: int = setting(None, "b of an upscale model (without it: order-agnostic)")
-    parametrization: str = setting(None, "default: direct for images in our recipe, else data",
+    parametrization: str = setting(None, "of an upscale model; default: direct for images in our "
+                                   "recipe, else data",
                                    choices=["data", "direct"])
-    bits: int = setting(8, "kept of the 8 of each value in an image", choices=range(1, 9))
+    bits: int = setting(8, "kept of each 8-bit value of an image (default 8)", choices=range(1, 9))
     length: int = setting(None, "D of text: characters in a datapoint")
     dim: int = setting(None, "width of the network")
     depth: int = setting(None, "blocks of the network; of images: on each side")
@@ -87,14 +89,16 @@ class Settings:
     compile: bool = setting(None, "torch.compile; default: yes on CUDA with Triton",
                             action=argparse.BooleanOptionalAction)
     device: str = setting(None, "cuda, mps or cpu; default: the first that is there")
-    seed: int = setting(0, "of the weights and of every draw (default 0)")
+    seed: int = setting(0, "seed of the weights and of every draw (default 0)")
     out: str = setting(None, "folder for the results; default: out/<data>")
 
     def __post_init__(self):
-        for name in ("length", "dim", "depth", "batch", "steps", "minutes", "passes"):
+        for name in ("length", "dim", "depth", "batch", "steps", "minutes", "passes", "lr"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"--{name} {value}: must be more than 0")
+        if not 0 <= self.seed < 1 << 63:
+            raise ValueError(f"--seed {self.seed}: choose 0 to 2^63 - 1")
         self.device = str(nets.pick_device(self.device))
         self.size = self.size or ("small" if self.device.startswith("cuda") else "tiny")
         self.out = self.out or f"out/{Path(self.data).name.split('.')[0] or 'run'}"
@@ -137,7 +141,7 @@ class Run:
             raise ValueError(f"step {self.step}: the weights are not numbers any more; begin anew "
                              "with a smaller --lr")
         state = {name: getattr(self, name) for name in PLAIN} | dict(
-            model=self.model.state_dict(), ema=self.ema.state_dict(),
+            model=self.model.state_dict(), ema=self.ema.state_dict(), digest=nets.digest(self.ema),
             optimizer=[optimizer.state_dict() for optimizer in self.optimizers],
             generator=self.generator.get_state())
         buffer = io.BytesIO()                              # torch hides what a full disk says
@@ -434,8 +438,10 @@ def plot(folder, results, log):
 def parse():
     """The command line: a dict of the settings that were given, and the other flags."""
     parser = datasets.Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    parser.add_argument("--evaluate", metavar="CKPT", help="only evaluate this checkpoint")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--resume", action="store_true", help="go on with the run in --out (default: "
+                      "out/pydoc)")
+    what.add_argument("--evaluate", metavar="CKPT", help="only evaluate this checkpoint")
     parser.add_argument("--plot", action="store_true", help="also draw results.png (matplotlib)")
     for field in dataclasses.fields(Settings):
         how = dict(field.metadata) if "action" in field.metadata else dict(
@@ -484,16 +490,21 @@ def reopen(path, given, changeable):
         raise ValueError(f"{data.name} has kind, K and shape {found}, the checkpoint was trained "
                          f"on {wanted}")
     if data.digest != old.get("sha256", data.digest):
-        words = f"{data.name} is not the data that {path} was trained on, by its SHA-256"
+        words = f"{data.name} is not the data that {path} was trained on ({old['data']})"
         if "data" not in given or "steps" in changeable:
-            raise ValueError(f"{words}: name that by --data")
+            raise ValueError(f"{words}: name it by --data")
         print(words)
     return model, checkpoint, c, data
 
 
 def prepare_folder(c, going_on):
-    """Sets aside what a finished run left; ValueError if a run would overwrite its own data."""
+    """Sets aside checkpoint, log and results of an earlier run. ValueError if the run would write
+    over its own data, or over files that no run has written."""
     folder = Path(c.out)
+    names = {*datasets.PIECES.values(), "log.csv", "results.json", "samples.png", "results.png"}
+    if not list(folder.glob("ckpt*.pt")) and any((folder / name).exists() for name in names):
+        raise ValueError(f"{c.out} has files of the names that a run writes, and no checkpoint: "
+                         "choose another --out")
     if os.path.isfile(c.data) and Path(c.data).resolve().parent == folder.resolve():
         raise ValueError(f"--data {c.data}: a run in {c.out} might write over it; choose another "
                          "--out")
@@ -568,6 +579,9 @@ def main():
     run = Run(c, data)
     if going_on:
         run.restore(checkpoint)
+        finished = (Path(c.out) / "results.json").exists() or run.step > (c.steps or run.step)
+        if run.progress >= 1 and finished:
+            raise ValueError(f"the run is at step {run.step}, its end: give it more --steps")
     folder, lock = prepare_folder(c, going_on)
     sizes = ", ".join(f"{name} {len(part):,}" for name, part in data.splits.items())
     shape = " x ".join(map(str, data.shape))
@@ -575,8 +589,11 @@ def main():
     weights = sum(p.numel() for p in run.model.parameters())
     print(f"{data.name}: {data.kind} {shape}, K = {data.K}, values up to {top}; {sizes}; "
           f"{weights:,} weights on {c.device}; results go to {folder}")
-    if train(run, data, folder):
-        return finish(run, data, folder, with_plot)
+    try:
+        if train(run, data, folder):
+            return finish(run, data, folder, with_plot)
+    except KeyboardInterrupt:                              # in the evaluation
+        pass
     print(f"stopped at step {run.step} and saved; go on with: python train.py --resume --out "
           f"{shlex.quote(folder.as_posix())}")
     sys.exit(130)
