@@ -9,6 +9,7 @@ The proof: where an exercise is blank its tests fail, and others only if they me
 stands all pass; and the classic mistakes below fail, with a message.
 """
 import argparse
+import ast
 import shutil
 import subprocess
 import sys
@@ -68,11 +69,13 @@ def failures(folder, expression=None):
         return found
 
 
-def grade(folder):
-    """Prints a line for each exercise, by the tests in the folder. True if all are passed."""
+def grade(folder, broken=()):
+    """Prints a line for each exercise, by the tests in the folder. True if all are passed. broken:
+    {file: what is wrong with it as a whole}."""
     passed = True
-    for number in EXERCISES:
-        wrong = failures(folder, f"exercise_{number:02}")
+    for number, (name, *_) in EXERCISES.items():
+        wrong = {name: (broken[name], "")} if name in broken else failures(
+            folder, f"exercise_{number:02}")
         words = next(iter(wrong.values()))[0] if wrong else "passed"
         passed = passed and not wrong
         print(f"exercise {number:02}: {words}", flush=True)
@@ -81,12 +84,17 @@ def grade(folder):
 
 def grade_by_own_tests(folder):
     """The same by the project's tests and files, with the student's functions."""
+    broken = {}
     with tempfile.TemporaryDirectory() as place:
         copy = Path(place, "copy")
         make(copy, [])
         for name in {name for name, *_ in EXERCISES.values()}:
-            shutil.copy(folder / name, copy / name)
-        return grade(copy)
+            try:
+                ast.parse((folder / name).read_text("utf-8"))
+                shutil.copy(folder / name, copy / name)
+            except (SyntaxError, ValueError, OSError) as error:
+                broken[name] = f"{name} cannot be read: {error}"
+        return grade(copy, broken)
 
 
 def names_of(folder, expression):
