@@ -53,7 +53,8 @@ def sample_sigma(B, D, device=None, generator=None):
 
 
 def known_first(sigma, known):
-    """sigma with what is known (bool, (B, D)) at 0; the others keep their order, behind it.
+    """sigma ((B, D), or (S, B, D)) with what is known (bool, (B, D)) at 0; the others keep their
+    order, behind it.
 
     n known variables leave the steps n + 1..D, so that t - 1 is still the number of known ones.
     """

@@ -57,7 +57,8 @@ def quantize(log_p, shift=0):
     """log_p (N, A) float64 nats -> cdf (N, A + 1) int64, strictly increasing from 0 to 2^P.
 
     f = floor(w (2^P - A) / sum of w) + 1 with w = WEIGHTS[level], so that every symbol can be
-    coded; the last one gets what is left. ValueError for what is not log-probabilities.
+    coded; the last one gets what is left. ValueError for another type than float64 and another
+    shape, and if the probabilities of a row do not sum to 1 within 1e-6.
     """
     if log_p.dtype != np.float64 or log_p.ndim != 2:
         raise ValueError(f"log_p must be (N, A) float64, not {log_p.shape} {log_p.dtype}")
@@ -80,7 +81,8 @@ def intervals(cdf, symbols):
 
 
 def encode(starts, freqs, state=0):
-    """Intervals (N,) in reading order -> bytes. state: what the decoder is to end at, < 2^32."""
+    """Intervals (N,) in reading order -> bytes. state: what the decoder is to end at, < 2^32.
+    ValueError for an interval that is empty or leaves 0..2^P."""
     starts = np.asarray(starts, dtype=np.int64)
     freqs = np.asarray(freqs, dtype=np.int64)
     if starts.size and (freqs.min() < 1 or starts.min() < 0 or (starts + freqs).max() > 2 ** P):

@@ -61,6 +61,8 @@ def make(folder, numbers=EXERCISES, root=ROOT):
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty: name a new folder")
     for path in files(root):
+        if path == Path("exercises", "prove.py"):          # it holds solutions
+            continue
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(root / path, folder / path)
     (folder / MARK).parent.mkdir(parents=True, exist_ok=True)
