@@ -1145,7 +1145,7 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(tmp_path, device, recip
         assert torch.equal(a, b)
 
 
-def test_hangup_saves_and_the_run_can_be_resumed(tmp_path):
+def test_hangup_saves_and_the_run_can_be_resumed(folder, tmp_path):
     flags = [*map(str, QUICK), "--steps", "100000", "--out", str(tmp_path), "--device", "cpu"]
     process = subprocess.Popen([sys.executable, HERE / "train.py", *flags], text=True,
                                stdout=open(tmp_path / "words", "w"), stderr=subprocess.PIPE)
