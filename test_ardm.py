@@ -365,7 +365,7 @@ def test_digits_that_lead_nowhere_have_probability_zero(parametrization):
 
 @pytest.mark.parametrize("parametrization", ["data", "direct"])
 @pytest.mark.parametrize("K, b", [(3, 2), (4, 2), (5, 3)])
-def test_exercise_07_upscale_loss_over_all_orders_and_stages_is_the_bound(K, b, parametrization):
+def test_exercise_06_upscale_loss_over_all_orders_and_stages_is_the_bound(K, b, parametrization):
     S, x = num_stages(K, b), all_x(2, K)
     outputs = K if parametrization == "data" else S * b
     model = UpscaleARDM(Table(2, K, outputs, S), 2, K, b, parametrization)
@@ -1593,7 +1593,8 @@ def test_a_killed_command_and_a_full_disk_leave_the_old_file(folder, tmp_path):
     assert (tmp_path / "a").read_text() == "old"
 
 
-def test_the_writer_is_as_polite_as_the_shell_and_serves_pipes(folder, tmp_path):
+def test_the_writer_is_as_polite_as_the_shell_and_serves_pipes(folder, model, tmp_path):
+    pack(model, b"some text")                              # what the processes below will do
     target, link, mask = tmp_path / "target", tmp_path / "link", os.umask(0o027)
     target.write_text("old")
     target.chmod(0o604)
@@ -1616,7 +1617,8 @@ def test_the_writer_is_as_polite_as_the_shell_and_serves_pipes(folder, tmp_path)
     assert done.returncode == 0, done.stderr
 
 
-def test_nothing_of_the_users_is_written_over(folder, refused, tmp_path):
+def test_nothing_of_the_users_is_written_over(folder, model, refused, tmp_path):
+    pack(model, b"some text")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "test.txt").write_text("my own")
     refused(train, *QUICK, "--out", tmp_path / "mine", match="choose another --out")
