@@ -365,7 +365,7 @@ def test_digits_that_lead_nowhere_have_probability_zero(parametrization):
 
 @pytest.mark.parametrize("parametrization", ["data", "direct"])
 @pytest.mark.parametrize("K, b", [(3, 2), (4, 2), (5, 3)])
-def test_exercise_06_upscale_loss_over_all_orders_and_stages_is_the_bound(K, b, parametrization):
+def test_upscale_loss_over_all_orders_and_stages_is_the_bound(K, b, parametrization):
     S, x = num_stages(K, b), all_x(2, K)
     outputs = K if parametrization == "data" else S * b
     model = UpscaleARDM(Table(2, K, outputs, S), 2, K, b, parametrization)
