@@ -183,8 +183,8 @@ def best_paths(L):
 def one_more_call(E, L, n):
     """E_{n-1} -> E_n and start, (D+1,) each: start[j] is the best i from which call n reaches j.
 
-    A plain minimum over i < j is right, too. This is faster: the middle j first, then those halfway:
-    the best i of j lies between those of j - h and j + h, so a level has about D candidates.
+    A plain minimum over i < j is right, too. Faster: the middle j first, then those halfway: the
+    best i of j lies between those of j - h and j + h, so a level has about D candidates.
     """
     D = len(L)
     ends = D - n + 1                                       # j = n..D; row q = j - n + 1 = 1..ends
