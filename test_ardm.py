@@ -179,8 +179,11 @@ def test_exercise_02_exactly_D_minus_t_plus_1_variables_are_masked():
 
 @pytest.mark.parametrize("D, K", [(1, 2), (7, 5), (64, 27)])
 def test_exercise_02_uniform_network_costs_exactly_D_log_K_on_every_draw(D, K):
-    loss = uniform(D + 3, K).loss(torch.randint(K, (50, D)))             # x may be shorter
+    model, x = uniform(D + 3, K), torch.randint(K, (50, D))              # x may be shorter
+    loss = model.loss(x)
     same("a uniform network costs D log K on every draw", loss, D * math.log(K), rel=1e-6)
+    model.S = 2
+    same("and S times that with S stages", model.loss(x, s=ONE.expand(50)), 2 * loss, rel=1e-6)
     assert math.isclose(bits_per_dim(loss[0].item(), D), math.log2(K), rel_tol=1e-6)
 
 
