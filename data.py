@@ -51,6 +51,7 @@ SOURCES = {                          # file -> where it comes from, md5 (of a zi
     "train-images-idx3-ubyte.gz": (MNIST, "f68b3c2dcbeaaa9fbdd348bbdeb94873"),
     "t10k-images-idx3-ubyte.gz": (MNIST, "9fb629c4189551a2d022fa330f9573f3")}
 LARGEST = 1 << 31                    # bytes that a file may unpack to
+PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"PK\x03\x04")             # gzip, bz2, xz, zip
 FOREIGN = {                          # first bytes of what is neither text nor images
     b"\x89PNG": "a PNG picture", b"\xff\xd8\xff": "a JPEG picture", b"GIF8": "a GIF picture",
     b"%PDF": "a PDF document", b"RIFF": "a WAV, WebP or another RIFF file", b"fLaC": "FLAC audio",
@@ -181,7 +182,10 @@ def read(path, mapped=False):
 def unpack(content, name, member=""):
     """(n,) uint8 without what packs it, layer by layer: gzip, bz2, xz, or a zip file with one
     member (or one of that name). ValueError for what is damaged, or too large."""
-    start, packed = content[:8].tobytes(), io.BytesIO(content)
+    start = content[:8].tobytes()
+    if not start.startswith(PACKED):
+        return content
+    packed = io.BytesIO(content)                           # a copy
     try:
         if start.startswith(b"\x1f\x8b"):
             inner = gzip.open(packed).read(LARGEST)
@@ -189,7 +193,7 @@ def unpack(content, name, member=""):
             inner = bz2.open(packed).read(LARGEST)
         elif start.startswith(b"\xfd7zXZ"):
             inner = lzma.open(packed).read(LARGEST)
-        elif start.startswith(b"PK\x03\x04"):
+        else:
             with zipfile.ZipFile(packed) as archive:
                 names = [one for one in archive.namelist()
                          if not re.search(r"/$|^__MACOSX/|\.DS_Store$", one)]
@@ -198,8 +202,6 @@ def unpack(content, name, member=""):
                     raise ValueError(f"one file is wanted, it holds {', '.join(names[:9])} (of a "
                                      ".npz name one: FILE.npz:NAME)")
                 inner = archive.open(*found).read(LARGEST)
-        else:
-            return content
         if len(inner) == LARGEST:
             raise ValueError(f"it unpacks to more than {LARGEST:,} bytes")
     except (zipfile.BadZipFile, lzma.LZMAError, zlib.error, RuntimeError, EOFError, OSError,
@@ -580,7 +582,7 @@ class Source:
         self.content = read(path, mapped=True)
         self.n = len(self.content)
         if self.kind != "bytes":                           # a model of bytes codes any file
-            if unpack(self.content, path) is not self.content:
+            if self.content[:8].tobytes().startswith(PACKED):
                 raise ValueError(f"{path} is packed: unpack it first")
             images = self.images = images_in(self.content, path) if self.kind == "image" else None
             if images is None:

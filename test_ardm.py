@@ -889,6 +889,13 @@ def test_packed_text_is_read_through_whatever_its_name(tmp_path, pack):
         datasets.load(str(path), 20)
 
 
+def test_what_is_not_packed_is_not_copied(folder, monkeypatch):
+    """A text may be larger than half of the memory."""
+    monkeypatch.setattr(datasets.io, "BytesIO", None)
+    source = datasets.Source(folder / "test.txt", dict(kind="text", K=27, shape=[24]))
+    assert datasets.unpack(source.content, "test.txt") is source.content
+
+
 def test_what_is_neither_text_nor_images_is_refused_by_what_it_is(tmp_path):
     path = tmp_path / "file.txt"
     tar = b"name".ljust(257, b"\0") + b"ustar" + bytes(250)
