@@ -187,8 +187,11 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     drawn, steps, shown = [], [], []
     for batch, sigma in draw(model, x, known, plan, order, args):
-        if args.frames and not (image and steps):          # of images the first batch
-            steps = frames(model, batch, sigma, plan)
+        if args.frames and (not image or len(drawn) * len(batch) < 64):  # more would be no picture
+            new = frames(model, batch, sigma, plan)
+            steps = new if not (image and steps) else [
+                (s, t, torch.cat((x1, x2)), torch.cat((m1, m2)))
+                for (s, t, x1, m1), (_, _, x2, m2) in zip(steps, new)]
         drawn.append(batch.to(torch.uint8))
         if not image:
             shown += texts(batch, steps, model)

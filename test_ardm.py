@@ -1279,6 +1279,9 @@ def test_images_are_sampled_completed_and_shown(gallery, tmp_path, monkeypatch):
     for flags in (["--frames"], ["--inpaint", "top"]):
         assert call(sample, "--ckpt", gallery / "ckpt.pt", "--n", 3, "--calls", 20, *flags,
                     "--out", tmp_path) == 0
+    assert call(sample, "--ckpt", gallery / "ckpt.pt", "--n", 20, "--calls", 4, "--frames",
+                "--out", tmp_path) == 0                    # two batches
+    assert shown[5][0].shape[0] == 20 * shown[1][0].shape[0] / 3
     names = ["frames.png", "inpaint.png", "process.png", "samples.png"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     film = shown[2]
