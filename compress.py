@@ -6,7 +6,8 @@
     python compress.py bench --ckpt out/pydoc/ckpt.pt [IN]     bits, beside bz2, xz and zlib
     python compress.py info IN                                 what an archive holds
 
-encode and bench read text (or bytes), or images (.npy, idx). An archive, numbers big-endian:
+encode and bench read text (or bytes), images (.npy, idx), or audio (.wav). An archive, numbers
+big-endian:
 
     4, 1    "ARDM", and the format version, 8
     4, 4    h, the length of the header, and its CRC-32
@@ -52,7 +53,7 @@ BLOCK = 1 << 14                      # symbols in a block, about; twice as many 
 LONGEST_HEADER = 1 << 22             # bytes
 RAW = 1 << 31                        # the bit of a length that says: stored raw
 DAMAGED = b"\xff" * 5                # stands for a block that is not whole
-IMAGE_CALLS = 100
+CALLS = {"image": 100, "audio": 64}       # of text a quarter of the variables
 
 
 class Codec:
@@ -67,6 +68,10 @@ class Codec:
         self.device = "cpu" if device.type == "mps" else device          # MPS has no float64
         self.model = copy.deepcopy(model).to(self.device).double()
         self.settings, self.block, self.order, self.ks = settings, block, order, plan
+        self.dtype = torch.uint16 if model.K > 256 else torch.uint8
+        if model.draws != model.S:
+            raise ValueError("an order-agnostic model of audio cannot code: train one with "
+                             "--branch 16")
         planner.order(order, settings["shape"])
         most = max(1, 2 * BLOCK // model.D)
         if type(block) is not int or not 1 <= block <= most:
@@ -96,7 +101,7 @@ class Codec:
         return self.model.generate(x, self.plan, sigma.expand(x.shape), choose)
 
     def encode(self, x, first):
-        """x (blocks, rows, D) uint8 -> [(block as it stands in an archive, -log2 p)].
+        """x (blocks, rows, D) uint8 or uint16 -> [(block as it stands in an archive, -log2 p)].
         first: the number of the first block."""
         true = x.flatten(0, 1).long().to(self.device)      # (blocks * rows, D)
         noted = []                                         # for every call, block by block
@@ -112,7 +117,7 @@ class Codec:
         return [pack(x[i], calls, first + i) for i, calls in enumerate(zip(*noted))]
 
     def decode(self, packed, rows, D, first):
-        """Blocks from an archive -> (rows * D,) uint8 symbols each; None where one is damaged."""
+        """Blocks from an archive -> (rows * D,) symbols each; None where one is damaged."""
         decoders = [coder.Decoder(block[5:]) for block in packed]
 
         def pop(log_p, where, s):
@@ -126,11 +131,13 @@ class Codec:
             return torch.where(impossible, 0, a)           # damaged, as the checksum will tell
 
         x = torch.zeros(len(packed) * rows, D, dtype=torch.long, device=self.device)
-        x = self.generate(x, pop).to("cpu", torch.uint8).view(len(packed), -1)
+        x = self.generate(x, pop).to("cpu", self.dtype).view(len(packed), -1)
         for i, block in enumerate(packed):
             part, end = x[i], decoders[i].end
             if block[0] & 128:                             # stored raw, behind the checksum
-                part = torch.tensor(list(block[9:]), dtype=torch.uint8)
+                size = self.dtype.itemsize
+                raw = bytearray(block[9:9 + (len(block) - 9) // size * size] or bytes(size))
+                part = torch.frombuffer(raw, dtype=self.dtype)
                 end = int.from_bytes(block[5:9], "big")
             good = len(part) == rows * D and end == checksum(part, first + i)
             yield part if good else None
@@ -147,7 +154,7 @@ def pack(x, calls, number):
     starts, freqs = map(np.concatenate, zip(*intervals))
     check, flag = checksum(x, number), 0
     stream = coder.encode(starts, freqs, check)
-    if len(stream) > 4 + x.numel():                        # the symbols themselves are shorter
+    if len(stream) > 4 + x.nbytes:                         # the symbols themselves are shorter
         stream, flag = check.to_bytes(4, "big") + x.numpy().tobytes(), RAW
     nats = -sum(log_p[np.arange(len(a)), a].sum() for log_p, a in calls)
     return struct.pack(">IB", flag | len(stream), shift) + stream, bits_per_dim(nats, 1)
@@ -219,9 +226,11 @@ def open_codec(header, model, settings, name):
         header["tail"].encode("latin-1")
         if type(length) is not int or not 0 <= length < 1 << 60:
             raise ValueError
-        if settings["kind"] == "image":
-            _, shape, axes = datasets.layout(np.frombuffer(head, np.uint8), name, whole=False)
-            if [length // model.D, *settings["shape"]] != [shape[axis] for axis in axes]:
+        if settings["kind"] in ("image", "audio"):
+            _, shape, axes, _ = datasets.layout(np.frombuffer(head, np.uint8), name, whole=False)
+            found = [shape[axis] for axis in axes]
+            wanted = [length // model.D, *settings["shape"]]
+            if length % found[0] if settings["kind"] == "audio" else found != wanted:
                 raise ValueError
         return Codec(model, settings, header["order"], header["plan"], header["block"])
     except (ValueError, TypeError, KeyError, AttributeError):
@@ -243,7 +252,7 @@ def read_block(file, n):
     where the archive has ended."""
     start = file.read(5)
     length = int.from_bytes(start[:4], "big") % RAW
-    stream = file.read(min(length, n + 4))                 # no stream is longer than that
+    stream = file.read(min(length, 2 * n + 4))             # no stream is longer than that
     whole = len(start) == 5 and len(stream) == length
     return start + stream if whole or not start else DAMAGED
 
@@ -279,18 +288,18 @@ def decode_file(file, codec, n, item=None):
 
 def settle(args):
     """model, codec and source by the command line. Text is read by `spaced` readers, with which an
-    even plan is the cheapest; images in a random order, as L_t was measured in, by the best plan.
-    """
+    even plan is the cheapest; images and audio in a random order, as L_t was measured in, by the
+    best plan."""
     model, checkpoint = nets.load(args.ckpt, args.device)
     settings = checkpoint["settings"]
-    S, D, image = model.S, model.D, settings["kind"] == "image"
+    S, D, text = model.S, model.D, settings["kind"] not in CALLS
     piece = Path(args.ckpt).parent / datasets.PIECES[settings["kind"]]
     source = datasets.Source(args.input or piece, settings)
-    usual = min(S * D, IMAGE_CALLS) if image else -(-S * D // 4)
+    usual = -(-S * D // 4) if text else min(S * D, CALLS[settings["kind"]])
     calls = usual if args.calls is None else args.calls
     plan = planner.uniform_plan(S, D, calls)
     spaced = f"spaced:{-(-S * D // calls)}"
-    order = args.order or ("random:1" if image else spaced)
+    order = args.order or (spaced if text else "random:1")
     if order.startswith("random") and checkpoint.get("L") is not None:
         plan = planner.plan(planner.smooth(checkpoint["L"], checkpoint["counts"]), calls)
     ks = [[k for stage, _, k in plan if stage == s] for s in range(1, S + 1)]
@@ -400,7 +409,7 @@ def main():
             add("output", metavar="OUT", help="a file, or -")
         if name in ("encode", "bench"):
             add("--calls", type=int, help="network calls for a block (default: a quarter of the "
-                f"variables of a text, {IMAGE_CALLS} for images)")
+                f"variables of a text, {CALLS['image']} for images, {CALLS['audio']} for audio)")
             add("--order", help="forward, backward, random:SEED, spaced:G, or auto: the best of "
                 "several on this file")
             add("--block", type=int, help="datapoints that are decoded together (default: as many "

@@ -3,13 +3,16 @@
     pydoc          the help texts inside Python, reduced to a-z and space: English without a
                    download; it changes with the Python version
     glyphs         small grey pictures of digits, drawn here: images without a download
-    text8, enwik8, mnist, cifar10    in the folder ARDM_DATA, or data/; downloaded if missing
+    tones          strings, sweeps and pauses under noise, made here: audio without a download
+    text8, enwik8, mnist, cifar10, sc09, fsdd
+                   in the folder ARDM_DATA, or data/; downloaded if missing
     any file       what its first bytes say, also if gzip, bz2, xz or a zip packs it: images (.npy,
-                   .npz, idx, CIFAR-10 in its binary version), or text: 27 symbols if it holds
-                   nothing but a-z and space, else bytes
+                   .npz, idx, CIFAR-10 in its binary version), audio (.wav, or a folder or a tar of
+                   them), or text: 27 symbols if it holds nothing but a-z and space, else bytes
 
 Text is split by position: 90% for training, 5% for validation, 5% for the test. Of images the
-last tenth of what is to train on is for validation; the first tenth of a file is for the test.
+last tenth of what is to train on is for validation; the first tenth of a file is for the test. Of
+clips every tenth is for the test, of a single one the last tenth.
 """
 import argparse
 import bz2
@@ -27,9 +30,11 @@ import shutil
 import signal
 import socket
 import struct
+import subprocess
 import sys
 import tarfile
 import tempfile
+import wave
 import zipfile
 import zlib
 from contextlib import contextmanager, suppress
@@ -39,11 +44,16 @@ import numpy as np
 import torch
 from torch import nn
 
-NAMES = ("pydoc", "glyphs", "text8", "enwik8", "mnist", "cifar10")
-UNITS = {"text": "char", "bytes": "byte", "image": "dim"}  # what bits are counted per
-PIECES = {"text": "test.txt", "bytes": "test.bin", "image": "test.npy"}  # beside a checkpoint
+NAMES = ("pydoc", "glyphs", "tones", "text8", "enwik8", "mnist", "cifar10", "sc09", "fsdd")
+UNITS = {"text": "char", "bytes": "byte", "image": "dim", "audio": "sample"}      # bits per what
+PIECES = {"text": "test.txt", "bytes": "test.bin", "image": "test.npy", "audio": "test.wav"}
 MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist/"
-SOURCES = {                          # file -> where it comes from, md5 (of a zip: of its member)
+SOURCES = {                          # file -> where from, md5 or SHA-256 (of a zip: of its member)
+    "v1.0.10.tar.gz": ("https://github.com/Jakobovski/free-spoken-digit-dataset/archive/refs/tags/",
+                       None),
+    "speech_commands_v0.02.tar.gz": (
+        "https://storage.googleapis.com/download.tensorflow.org/data/",
+        "af14739ee7dc311471de98f5f9d2c9191b18aedfe957f4a6ff791c709868ff58"),
     "text8.zip": ("http://mattmahoney.net/dc/", "3bea1919949baf155f99411df5fada7e"),
     "enwik8.zip": ("http://mattmahoney.net/dc/", "a1fa5ffddb56f4953e226637dabbb36a"),
     "cifar-10-binary.tar.gz": ("https://www.cs.toronto.edu/~kriz/",
@@ -52,18 +62,22 @@ SOURCES = {                          # file -> where it comes from, md5 (of a zi
     "t10k-images-idx3-ubyte.gz": (MNIST, "9fb629c4189551a2d022fa330f9573f3")}
 LARGEST = 1 << 31                    # bytes that a file may unpack to
 PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"PK\x03\x04")             # gzip, bz2, xz, zip
-FOREIGN = {                          # first bytes of what is neither text nor images
+FOREIGN = {                          # first bytes of what is not read
     b"\x89PNG": "a PNG picture", b"\xff\xd8\xff": "a JPEG picture", b"GIF8": "a GIF picture",
     b"%PDF": "a PDF document", b"RIFF": "a WAV, WebP or another RIFF file", b"fLaC": "FLAC audio",
     b"ID3": "MP3 audio", b"OggS": "Ogg audio", b"\x7fELF": "a program", b"ARDM": "an archive",
     b"II*\0": "a TIFF picture", b"MM\0*": "a TIFF picture", b"Rar!": "a RAR file",
-    b"7z\xbc\xaf": "a 7z file", b"PK": "an empty zip file", b"\x93NUMPY": "a .npy file",
-    b"\x28\xb5\x2f\xfd": "packed by zstd", b"PAR1": "a Parquet table", b"\x89HDF": "an HDF5 file",
+    b"RF64": "a large WAV file", b"7z\xbc\xaf": "a 7z file", b"PK": "an empty zip file",
+    b"\x93NUMPY": "a .npy file", b"PAR1": "a Parquet table", b"\x89HDF": "an HDF5 file",
+    b"\x28\xb5\x2f\xfd": "packed by zstd",
     b"SQLite format 3": "an SQLite database", b"\x80\x02": "a pickle", b"\x80\x03": "a pickle",
     b"\x80\x04": "a pickle", b"\x80\x05": "a pickle"}
 SYMBOLS = np.full(256, 255, np.uint8)                      # byte -> symbol of K = 27
 SYMBOLS[list(b" abcdefghijklmnopqrstuvwxyz")] = range(27)
 PACKERS = {"bz2": bz2.compress, "xz": lzma.compress, "zlib": zlib.compress}
+SOUND_PACKERS = {                    # used where they are installed
+    "FLAC -8": ("flac", "-8", "--no-padding", "--no-seektable", "--silent", "-c", "-"),
+    "WavPack -hhx6": ("wavpack", "-hhx6", "-q", "-", "-o", "-")}
 
 
 # -- Errors, the writer and the reader -------------------------------------------------------------
@@ -211,8 +225,11 @@ def unpack(content, name, member=""):
 
 
 def layout(content, name, whole=True):
-    """Where images lie in the bytes of a .npy or idx file: offset, shape, and the axes that make it
-    (N, C, H, W); None for other files. ValueError for an array that is not images, or cut off."""
+    """Where images lie in the bytes of a .npy or idx file: offset, shape, the axes that make it
+    (N, C, H, W), type; the same of samples in a .wav file, (channels, n); None for other files.
+    ValueError for an array that is not images, or cut off."""
+    if is_wav(content):
+        return *wav_layout(content, name)[:2], [1, 0], "<i2"
     start, offset, fortran, kind = content[:1 << 16].tobytes(), 16, False, np.dtype(np.uint8)
     if start.startswith(b"\x93NUMPY"):
         file = io.BytesIO(start)
@@ -242,16 +259,71 @@ def layout(content, name, whole=True):
     shape = (*shape, 1) if grey else shape
     if fortran:                                            # the same bytes seen the other way
         shape, axes = shape[::-1], [3 - axis for axis in axes]
-    return offset, shape, axes
+    return offset, shape, axes, np.uint8
 
 
-def images_in(content, name):
-    """The images of a file as (N, C, H, W), a view of its bytes (n,); None if it has none."""
+def wav_layout(content, name):
+    """Where the samples of a .wav file lie: offset, (samples, channels), rate. ValueError for what
+    is not 16-bit PCM. A length that nobody filled in, or that is too large, means: to the end."""
+    at, found = 12, {}
+    while b"data" not in found and at + 8 <= len(content):
+        kind, size = struct.unpack("<4sI", content[at:at + 8].tobytes())
+        found[kind] = at + 8, size
+        at += 8 + size + size % 2                          # an odd chunk is padded
+    begin, size = found.get(b"fmt ", (0, 0))
+    form = content[begin:begin + size].tobytes()
+    if len(form) < 16 or b"data" not in found:
+        raise ValueError(f"{name} is a WAV file without a whole fmt chunk before a data chunk")
+    code, channels, rate, _, _, bits = struct.unpack("<HHIIHH", form[:16])
+    if code == 0xFFFE:                                     # WAVE_FORMAT_EXTENSIBLE
+        code = int.from_bytes(form[24:26], "little")
+    if (code, bits) != (1, 16) or channels == 0:
+        raise ValueError(f"{name} is a WAV file with {bits} bits a sample, format {code}, "
+                         f"{channels} channels; 16-bit PCM is read: convert it, for example by "
+                         "ffmpeg -i IN -c:a pcm_s16le OUT.wav")
+    begin, size = found[b"data"]
+    there = len(content) - begin
+    riff = int.from_bytes(content[4:8].tobytes(), "little")
+    if size == 0 and riff + 8 != len(content):             # written into a pipe
+        size = there
+    return begin, (min(size, there) // (2 * channels), channels), rate
+
+
+def is_wav(content):
+    """True if the bytes (n,) begin as a WAV file does."""
+    start = content[:12].tobytes()
+    return start[:4] == b"RIFF" and start[8:] == b"WAVE"
+
+
+def wavs(place):
+    """Yields (name, content) of the .wav files in a folder, or in a tar, given by its path or as an
+    open file; of a tar also the lists that name parts of it. ._* are a Mac's, and no sound."""
+    wanted = re.compile(r"(^|/)(?!\._)[^/]*\.wav$|(testing|validation)_list\.txt$", re.IGNORECASE)
+    if isinstance(place, (str, Path)) and os.path.isdir(place):
+        for path in sorted(Path(place).rglob("*")):
+            if path.is_file() and wanted.search(path.as_posix()):
+                yield path.relative_to(place).as_posix(), read(path)
+        return
+    how = dict(fileobj=place) if hasattr(place, "read") else dict(name=place)
+    try:
+        with tarfile.open(**how) as archive:
+            for member in archive:
+                if member.isfile() and wanted.search(member.name):
+                    content = archive.extractfile(member).read(LARGEST)
+                    yield member.name.removeprefix("./"), np.frombuffer(content, np.uint8)
+    except (tarfile.TarError, zlib.error, EOFError) as error:
+        raise ValueError(f"a tar file of clips is damaged ({error})")
+
+
+def array_in(content, name):
+    """The images of a file as (N, C, H, W), or the samples as (channels, n): a view of its bytes
+    (n,); None if it has none."""
     found = layout(content, name)
     if found is None:
         return None
-    offset, shape, axes = found
-    return content[offset:offset + math.prod(shape)].reshape(shape).transpose(axes)
+    offset, shape, axes, kind = found
+    size = math.prod(shape) * np.dtype(kind).itemsize
+    return content[offset:offset + size].view(kind).reshape(shape).transpose(axes)
 
 
 def refuse_foreign(content, name):
@@ -261,33 +333,38 @@ def refuse_foreign(content, name):
     if start[257:262] == b"ustar":
         found = ["a tar file"]
     if found:
-        raise ValueError(f"{name} is {found[0]}, which is not read: make it a text, or a .npy of "
-                         "uint8 images")
+        raise ValueError(f"{name} is {found[0]}, which is not read: make it a text, a .npy of uint8 "
+                         "images, or a 16-bit .wav")
+
+
+def folder():
+    """Where the data sets lie."""
+    return Path(os.environ.get("ARDM_DATA", "data"))
 
 
 def fetch(name):
-    """The content of an upstream file, unpacked: from ARDM_DATA or data/, or a folder in there;
-    downloaded if it is missing. ValueError if it is not the whole upstream file."""
-    folder = Path(os.environ.get("ARDM_DATA", "data"))
-    url, md5 = SOURCES[name]
+    """The content of an upstream file, unpacked but for a tar: from ARDM_DATA or data/, or a folder
+    in there; downloaded if it is missing. ValueError if it is not the whole upstream file."""
+    url, known = SOURCES[name]
     there = [place / file for file in (name, name.removesuffix(".zip"))  # a zip may be unpacked
-             for place in (folder, *folder.glob("*/")) if (place / file).is_file()]
-    path = there[0] if there else folder / name
+             for place in (folder(), *folder().glob("*/")) if (place / file).is_file()]
+    path = there[0] if there else folder() / name
     try:
         if not there:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder().mkdir(parents=True, exist_ok=True)
             socket.setdefaulttimeout(30)
             torch.hub.download_url_to_file(url + name, str(path))
     except (OSError, http.client.HTTPException) as error:
         raise ValueError(f"cannot download {url}{name} ({error}): fetch it elsewhere and put it "
-                         f"into {folder}/")
-    packed = read(path)
+                         f"into {folder()}/")
+    packed = read(path, mapped=name.endswith(".tar.gz"))
     content = unpack(packed, name) if name.endswith(".zip") else packed
-    if hashlib.md5(content, usedforsecurity=False).hexdigest() == md5:
-        return unpack(content, name)
+    kind = "sha256" if len(known or "") == 64 else "md5"
+    if known in (None, hashlib.new(kind, content, usedforsecurity=False).hexdigest()):
+        return content if name.endswith(".tar.gz") else unpack(content, name)
     if not there:
         path.unlink()
-    raise ValueError(f"this is not the whole upstream file {name}, by its md5: "
+    raise ValueError(f"this is not the whole upstream file {name}, by its {kind}: "
                      + (f"{path}: remove it, or name it by --data {path}" if there else url))
 
 
@@ -369,36 +446,117 @@ class Images:
         return self.splits[split]
 
 
-def load(name, length=64, bits=8, device="cpu"):
-    """The data set of that name, or the file at that path; length is for text, bits for images."""
+class Audio(Text):
+    """A stream of 16-bit samples, x = sample + 32,768, as uint16 on one device: the channels of the
+    clips one after the other. A datapoint is a window of D = `length` samples.
+
+    train, valid, test: lists of (n,) int16. rate: samples a second.
+    """
+    kind, K = "audio", 1 << 16
+
+    def __init__(self, name, train, valid, test, rate, length, device="cpu"):
+        self.name, self.D, self.shape, self.rate = name, length, (length,), rate
+        if not valid:
+            if len(train) < 10:                            # a few long ones are cut
+                train = np.array_split(np.concatenate([np.empty(0, np.int16), *train]), 10)
+            n = len(train) - len(train) // 10
+            train, valid = train[:n], train[n:]
+        total, self.splits = hashlib.sha256(), {}
+        for part, clips in dict(train=train, valid=valid, test=test).items():
+            stream = np.concatenate([np.empty(0, np.int16), *clips]).view(np.uint16) ^ 0x8000
+            if len(stream) < length:
+                raise ValueError(f"{name}: {len(stream)} samples are too few for {part} in windows "
+                                 f"of {length}: use more sound or a smaller --length")
+            total.update(stream)
+            self.splits[part] = torch.from_numpy(stream).to(device)
+        self.digest = total.hexdigest()
+
+
+def audio(name, files, length=2048, device="cpu", takes=False, pad=0):
+    """The data set of .wav files, (name, content) each. The test: what testing_list.txt names, if
+    it is there; takes: _0.wav to _4.wav; else every tenth clip, of a single one the last tenth.
+    pad: zeros make the clips that long."""
+    clips, rates, lists = {}, {}, {}
+    for file, content in files:
+        if file.endswith("_list.txt"):
+            lists[file[:4]] = set(content.tobytes().decode("latin-1").split())
+            continue
+        samples, rate = array_in(content, file), wav_layout(content, file)[2]
+        clips[file] = np.pad(samples, ((0, 0), (0, max(0, pad - samples.shape[1]))))
+        rates.setdefault(rate, file)
+        if len(rates) > 1:
+            (one, first), (other, second) = rates.items()
+            raise ValueError(f"{name}: {first} has {one} samples a second, {second} has {other}: "
+                             "make them alike")
+    if not clips:
+        raise ValueError(f"{name} holds no .wav file")
+    order = sorted(clips)
+    if lists:
+        test, valid = (clips.keys() & lists.get(part, set()) for part in ("test", "vali"))
+    elif takes:
+        test, valid = {file for file in order if re.search(r"_[0-4]\.wav$", file)}, set()
+    else:
+        test, valid = set(order[9::10] or order[-1:]), set()
+    if len(order) == 1:
+        samples = clips[order[0]]
+        n = samples.shape[1] - samples.shape[1] // 10
+        clips = {"begin": samples[:, :n], order[0]: samples[:, n:]}
+    streams = [[clips[file].reshape(-1) for file in sorted(part)]
+               for part in (clips.keys() - test - valid, valid, test)]
+    return Audio(name, *streams, rate, length, device)
+
+
+def load(name, length=None, bits=8, device="cpu", chunk=64):
+    """The data set of that name, or the file at that path. length: of a datapoint of text (without
+    it: chunk) or audio; bits: for images."""
     if name == "pydoc":
-        return Text(f"pydoc of Python {platform.python_version()}", pydoc(), length, device)
+        name = f"pydoc of Python {platform.python_version()}"
+        return Text(name, pydoc(), length or chunk, device)
     if name == "glyphs":
         images = glyphs(12000, seed=0)
         return Images(name, images[:11000], images[11000:], bits, device)
     if name == "mnist":
-        parts = [images_in(fetch(f"{part}-images-idx3-ubyte.gz"), name)
+        parts = [array_in(fetch(f"{part}-images-idx3-ubyte.gz"), name)
                  for part in ("train", "t10k")]
         return Images(name, *parts, bits, device)
     if name == "cifar10":
-        return Images(name, *cifar10(fetch("cifar-10-binary.tar.gz"), name), bits, device)
+        content = unpack(fetch("cifar-10-binary.tar.gz"), name)
+        return Images(name, *cifar10(content, name), bits, device)
+    if name == "tones":
+        clips = tones(240)
+        return Audio(name, clips[:200], clips[200:220], clips[220:], RATE, length or 2048, device)
+    if name == "fsdd":
+        there = [*folder().rglob("recordings"), *folder().rglob("free-spoken-digit-dataset*.gz")]
+        place = there[0] if there else fetch("v1.0.10.tar.gz").filename
+        return audio(name, wavs(place), length or 2048, device, takes=True)
+    if name == "sc09":
+        digits = re.compile("(zero|one|two|three|four|five|six|seven|eight|nine)/|.*_list.txt")
+        place = fetch("speech_commands_v0.02.tar.gz").filename
+        files = ((file, content) for file, content in wavs(place) if digits.match(file))
+        return audio(name, files, length or 16000, device, pad=16000)
     if name in NAMES:
-        return Text(name, fetch(f"{name}.zip"), length, device)
+        return Text(name, fetch(f"{name}.zip"), length or chunk, device)
     path, _, member = (name, "", "") if os.path.exists(name) else name.partition(".npz:")
     path += ".npz" if member else ""
     if not os.path.lexists(path):
         raise ValueError(f"--data {name}: no such file, and none of the names {', '.join(NAMES)}")
+    if os.path.isdir(path):
+        return audio(name, wavs(path), length or 2048, device)
     content = unpack(read(path), path, member)
-    images = images_in(content, name)
+    if is_wav(content):
+        return audio(name, [(path, content)], length or 2048, device)
+    images = array_in(content, name)
     if images is not None:
         n = len(images) // 10
         return Images(name, images[n:], images[:n], bits, device)
     if b"_batch" in content[:512].tobytes() or b"cifar" in content[:512].tobytes():
         return Images(f"a part of cifar10, {name}", *cifar10(content, name), bits, device)
+    if content[257:262].tobytes() == b"ustar":
+        return audio(name, wavs(io.BytesIO(content)), length or 2048, device)
     refuse_foreign(content, name)
     if len(content) == 0:
         raise ValueError(f"{name} is empty")
-    return Text(name, content, length, device)
+    return Text(name, content, length or chunk, device)
 
 
 def pydoc():
@@ -465,6 +623,31 @@ def glyphs(n, seed, size=16):
     return ((ink + noise).clamp(0, 1) * 255).round().to(torch.uint8).numpy()
 
 
+RATE = 8000                          # samples a second of `tones`
+
+
+def tones(n, seed=0):
+    """n clips of two seconds, (16000,) int16 each: four notes, each a plucked string, a sweep or a
+    pause, under noise of standard deviation 16: below 6.05 bits a sample nobody can come."""
+    random = np.random.RandomState(seed)                   # the same numbers in every NumPy
+    time = np.arange(4000) / RATE
+
+    def uniform(low, high):
+        return low + (high - low) * random.rand(n * 4, 1)
+
+    pitch, loudness = 80 * 2 ** uniform(0, 3), 400 * 2 ** uniform(0, 4)
+    string, decay = 0.0, uniform(1, 5)
+    for overtone in range(1, 9):                           # the high ones die first
+        wave = np.sin(2 * np.pi * (overtone * pitch * time + uniform(0, 1)))
+        string = string + wave * np.exp(-decay * overtone * time) / overtone
+    speed = pitch * (2 ** uniform(-1, 1) - 1)              # from the pitch to half or twice of it
+    sweep = np.sin(2 * np.pi * (pitch * time + speed * time ** 2)) * np.sin(2 * np.pi * time)
+    kind = random.randint(5, size=(n * 4, 1))
+    notes = np.where(kind < 3, string, np.where(kind < 4, sweep, 0.0))
+    sound = loudness * notes + 16 * random.randn(n * 4, 4000)
+    return list(np.rint(sound).clip(-32768, 32767).astype(np.int16).reshape(n, -1))
+
+
 # -- Symbols, characters and pictures --------------------------------------------------------------
 
 def pieces(stream):
@@ -478,10 +661,13 @@ def is_text(stream):
 
 
 def to_symbols(stream, K, start=0):
-    """bytes -> (n,) uint8: the bytes themselves, or for K = 27 space 0 and a-z 1..26.
+    """bytes -> (n,) uint8: the bytes themselves, or for K = 27 space 0 and a-z 1..26; uint16 for
+    the samples of audio.
 
     ValueError names the first character without a symbol; start is the position of the first byte.
     """
+    if K > 256:
+        return np.frombuffer(stream, "<u2").astype(np.uint16) ^ 0x8000
     values = np.frombuffer(stream, dtype=np.uint8)
     symbols = values.copy() if K == 256 else SYMBOLS[values]
     wrong = np.flatnonzero(symbols >= K)
@@ -494,6 +680,8 @@ def to_symbols(stream, K, start=0):
 
 def to_bytes(symbols, K):
     """(n,) integers -> bytes: the inverse of `to_symbols`."""
+    if K > 256:
+        return (np.asarray(symbols).astype("<u2") ^ 0x8000).tobytes()
     values = np.asarray(symbols, dtype=np.uint8)
     if K == 27:
         values = np.where(values == 0, ord(" "), values + 96).astype(np.uint8)
@@ -557,10 +745,37 @@ def png(*frames, seconds=0.2):
     return b"".join([b"\x89PNG\r\n\x1a\n", *parts, chunk(b"IEND")])
 
 
+def wav(symbols, rate):
+    """(n,) symbols of audio -> the bytes of a WAV file with one channel."""
+    file = io.BytesIO()
+    with wave.open(file, "wb") as writer:
+        writer.setparams((1, 2, rate, 0, "NONE", None))
+        writer.writeframes(to_bytes(symbols, Audio.K))
+    return file.getvalue()
+
+
+def waveforms(samples, known=None, size=(64, 640)):
+    """Samples (N, D) around 0 -> (N, *size, 1) uint8: for each column a line from its lowest to its
+    highest sample; light grey where all of them are known (N, D)."""
+    (N, D), (H, W) = samples.shape, size
+    edges = np.arange(W) * D // W
+    loudest = max(1, np.abs(samples).max())
+    low, high = ((H - 1) / 2 * (1 + ends.reduceat(samples / loudest, edges, axis=1))
+                 for ends in (np.minimum, np.maximum))     # (N, W)
+    row = np.arange(H)[::-1, None]
+    ink = (row >= low[:, None] - 0.5) & (row <= high[:, None] + 0.5)     # (N, H, W)
+    grey = np.zeros((N, W)) if known is None else 170 * np.minimum.reduceat(known, edges, axis=1)
+    return np.where(ink, grey[:, None], 255).astype(np.uint8)[..., None]
+
+
 def exhibits(data, x):
     """What a run leaves beside its checkpoint, {name: bytes}: a piece of the test split, to try
-    compress.py on, and the samples x, which are printed where they are text."""
+    compress.py on, and the samples x (N, D), which are printed where they are text."""
     test, name = data.splits["test"].cpu(), PIECES[data.kind]
+    if data.kind == "audio":
+        shapes = waveforms(x.numpy() - data.K // 2)
+        return {name: wav(test[:2 * data.rate], data.rate), "samples.png": png(grid(shapes, 1)),
+                "samples.wav": wav(x.flatten(), data.rate)}
     if data.kind != "image":
         print("samples:", *(show(row, data.K) for row in x), sep="\n  ")
         return {name: to_bytes(test[:20000], data.K)}
@@ -578,42 +793,48 @@ class Source:
 
     def __init__(self, path, settings):
         self.path, self.kind, self.K = path, settings["kind"], settings["K"]
-        self.shape, begin = settings["shape"], 0
+        self.shape, begin = tuple(settings["shape"]), 0
         self.content = read(path, mapped=True)
         self.n = len(self.content)
+        self.array, end = None, self.n
         if self.kind != "bytes":                           # a model of bytes codes any file
             if self.content[:8].tobytes().startswith(PACKED):
                 raise ValueError(f"{path} is packed: unpack it first")
-            images = self.images = images_in(self.content, path) if self.kind == "image" else None
-            if images is None:
+            if self.kind != "text":
+                self.array = array_in(self.content, path)
+            if self.array is None:
                 refuse_foreign(self.content, path)
-        if self.kind == "image":
-            if images is None or images.shape[1:] != tuple(self.shape):
-                held = "no images" if images is None else f"images {images.shape[1:]}"
-                raise ValueError(f"{path} holds {held}, the model codes (C, H, W) = "
-                                 f"{tuple(self.shape)}")
+        if self.kind in ("image", "audio"):
+            found = () if self.array is None else self.array.shape
+            wanted = ("N", *self.shape) if self.kind == "image" else ("channels", "n")
+            if len(found) != len(wanted) or self.kind == "image" and found[1:] != wanted[1:]:
+                raise ValueError(f"{path} holds {found or 'something else'}, the model codes "
+                                 f"{self.kind} of shape {wanted}")
             begin = layout(self.content, path)[0]
-            self.n = self.images.size
-        self.head, self.tail = self.content[:begin], self.content[begin + self.n:]
+            self.n = self.array.size
+            end = begin + self.array.nbytes
+        self.head, self.tail = self.content[:begin], self.content[end:]
 
     def read(self, i, j):
-        """Symbols i..j, (j - i,) uint8; of images whole ones, colour by colour."""
-        if self.kind != "image":
+        """Symbols i..j, (j - i,) uint8; of images whole ones, colour by colour; of audio uint16,
+        channel by channel."""
+        if self.array is None:
             return torch.from_numpy(to_symbols(self.content[i:j], self.K, i))
-        D = math.prod(self.shape)
-        pixels = np.array(self.images[i // D:j // D]).reshape(-1)
-        if pixels.max(initial=0) >= self.K:
-            raise ValueError(f"{self.path} holds the value {pixels.max()}, the model knows 0 to "
+        part = np.array(self.array.flat[i:j])
+        if self.kind == "audio":
+            return torch.from_numpy(to_symbols(part.tobytes(), self.K))
+        if part.max(initial=0) >= self.K:
+            raise ValueError(f"{self.path} holds the value {part.max()}, the model knows 0 to "
                              f"{self.K - 1}; of 8-bit images it knows array // {256 // self.K}")
-        return torch.from_numpy(pixels)
+        return torch.from_numpy(part)
 
 
 def write_back(file, header, settings, parts):
     """The file that an archive was made of, or what parts (an iterator) hold of it, into an open
     file. Returns the number of symbols."""
     head, tail = (header[part].encode("latin-1") for part in ("head", "tail"))
-    if settings["kind"] == "image":
-        return write_images(file, head, tail, settings["shape"], header["length"], parts)
+    if settings["kind"] in ("image", "audio"):
+        return write_array(file, head, tail, settings, header["length"], parts)
     n = 0
     for part in parts:
         file.write(to_bytes(part, settings["K"]))
@@ -621,33 +842,43 @@ def write_back(file, header, settings, parts):
     return n
 
 
-def write_images(file, head, tail, shape, length, parts):
-    """`write_back` of images, each put where it was in the file."""
-    offset, stored, axes = layout(np.frombuffer(head, np.uint8), "the archive", whole=False)
+def write_array(file, head, tail, settings, length, parts):
+    """`write_back` of images and audio, each value put where it was in the file."""
+    content = np.frombuffer(head, np.uint8)
+    offset, shape, axes, kind = layout(content, "the archive", whole=False)
+    if settings["kind"] == "audio":
+        shape = (length // shape[1], shape[1])
     file.write(head)
-    file.truncate(offset + length)
-    images = np.memmap(file, np.uint8, "r+", offset, stored).transpose(axes)
-    n = 0
+    file.truncate(offset + length * np.dtype(kind).itemsize)
+    stored = np.memmap(file, kind, "r+", offset, shape) if length else np.empty(shape, kind)
+    array, n = stored.transpose(axes), 0
     for part in parts:
-        part = part.view(-1, *shape).numpy()
-        images[n:n + len(part)] = part
+        array.flat[n:n + len(part)] = np.frombuffer(to_bytes(part, max(256, settings["K"])), kind)
         n += len(part)
-    if n < len(images):                                    # some are left out: an array of its own
-        few = np.array(images[:n]).transpose(0, 2, 3, 1)
+    if n == length:
+        file.seek(0, os.SEEK_END)
+        file.write(tail)
+    else:                                                  # some are left out: a file of its own
+        few = array.flat[:n]
         file.truncate(0)
         file.seek(0)
-        np.save(file, few.squeeze(3) if shape[0] == 1 else few)
-    else:
-        images.base.flush()
-        file.seek(offset + length)
-        file.write(tail)
-    return n * math.prod(shape)
+        if settings["kind"] == "audio":
+            file.write(wav(to_symbols(few.tobytes(), settings["K"]), settings["rate"]))
+        else:
+            few = few.reshape(-1, *settings["shape"]).transpose(0, 2, 3, 1)
+            np.save(file, few.squeeze(3) if few.shape[3] == 1 else few)
+    return n
 
 
-def references(symbols, K):
+def references(symbols, K, rate=16000):
     """What others need for symbols (n,), taken as one file: {name: bits per dimension}."""
     share = np.bincount(symbols) / len(symbols)
     share = share[share > 0]
     found = {"uniform": float(np.log2(K)), "single symbols": float(-(share * np.log2(share)).sum())}
     stream = to_bytes(symbols, K)
-    return found | {name: 8 * len(pack(stream)) / len(stream) for name, pack in PACKERS.items()}
+    sizes = {name: len(pack(stream)) for name, pack in PACKERS.items()}
+    for name, command in SOUND_PACKERS.items():
+        if K == Audio.K and shutil.which(command[0]):
+            done = subprocess.run(command, input=wav(symbols, rate), capture_output=True)
+            sizes[name] = len(done.stdout)
+    return found | {name: 8 * size / len(symbols) for name, size in sizes.items() if size}

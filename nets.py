@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ardm import ARDM, UpscaleARDM, num_stages
+from ardm import ARDM, MixtureARDM, UpscaleARDM, num_stages
 
 # On a CPU, MKL chooses the kernel of a function when it is first called. Where two threads made
 # that call at once, one of them now and then got a coarse kernel, wrong by 1e-4, for that call:
@@ -185,8 +185,7 @@ class UNet(nn.Module):
         self.first = nn.Conv2d(inputs, dim - dim // 4, 3, padding=1)
         self.embed = nn.Embedding(K, dim // 4)
         self.mix = nn.Conv2d(C * (dim // 4), dim // 4, 1)
-        self.time = nn.Sequential(nn.Linear(dim, time), nn.SiLU(), nn.Linear(time, time),
-                                  nn.SiLU()) if time else None
+        self.time = Time(dim, time, math.prod(shape), stages) if time else None
         self.down = nn.ModuleList(ResBlock(dim, dim, time) for _ in range(depth))
         self.middle = nn.ModuleList([ResBlock(dim, dim, time)])
         if heads:
@@ -221,7 +220,7 @@ class UNet(nn.Module):
         inputs = torch.cat(inputs, dim=1).contiguous(memory_format=torch.channels_last)
         digits = self.embed(x).permute(0, 1, 4, 2, 3).flatten(1, 2)      # (B, C * dim/4, H, W)
         h = torch.cat((self.first(inputs), self.mix(digits)), dim=1)     # (B, dim, H, W)
-        h = F.silu(self.norm(self.body(h, self.time_features(t, s, D))))
+        h = F.silu(self.norm(self.body(h, self.time(t, s) if self.time else None)))
         pixels = h.permute(0, 2, 3, 1).reshape(B, 1, -1, h.shape[1])     # (B, 1, H * W, dim)
         logits = (pixels @ self.head + self.bias).flatten(1, 2)          # (B, D, num_outputs)
         if self.place is not None:
@@ -242,14 +241,6 @@ class UNet(nn.Module):
             h = block(torch.cat((h, skips.pop()), dim=1), time)
         return h
 
-    def time_features(self, t, s, D):
-        """How far the generation is, (B, 4 * dim); None with extras, as the mask tells it."""
-        if self.time is None:
-            return None
-        part = 1000 * (t + (s - 1) * D).to(self.head.dtype) / (self.stages * D)
-        angles = wave_angles(part, self.time[0].in_features)
-        return self.time(torch.cat((angles.sin(), angles.cos()), dim=-1))
-
     def neighbours(self, v, m, s):
         """Not in the paper: means of the known values around each variable, and the inputs as they
         differ from the nearest mean: small numbers, the same where an image is darker as a whole.
@@ -266,6 +257,19 @@ class UNet(nn.Module):
         means, counts = local_means(v, seen)               # (windows, B, C, H, W)
         near = means[-1]
         return [16 * (v - near) * seen, known, 8 * near, *16 * (means[:-1] - near), *counts], near
+
+
+class Time(nn.Sequential):
+    """How far the generation is: step t and stage s, (B,) each -> (B, out)."""
+
+    def __init__(self, dim, out, D, stages):
+        super().__init__(nn.Linear(dim, out), nn.SiLU(), nn.Linear(out, out), nn.SiLU())
+        self.D, self.stages = D, stages
+
+    def forward(self, t, s):
+        part = 1000 * (t + (s - 1) * self.D).to(self[0].weight.dtype) / (self.stages * self.D)
+        angles = wave_angles(part, self[0].in_features)
+        return super().forward(torch.cat((angles.sin(), angles.cos()), dim=-1))
 
 
 class ResBlock(nn.Module):
@@ -308,19 +312,20 @@ class PixelAttention(nn.Module):
         return x + self.out(h.permute(0, 1, 3, 2).reshape(B, dim, H, W))
 
 
-def local_means(v, seen, prior=0.3):
-    """Means of the seen values near each variable: v, seen (B, C, H, W), seen 0 or 1.
+def local_means(v, seen, windows=WINDOWS, prior=0.3, first=0.0):
+    """Means of the seen values near each variable: v and seen (0 to 1) (B, C, H, W), or (B, 1, D).
 
-    From the whole image to the smallest window, each mean also counts the mean of the window before
+    From the whole of x to the smallest window, each mean also counts the mean of the window before
     it, as `prior` values: where nothing is seen near by, the larger window speaks. Returns means
     and logarithms of the counts, (windows, B, C, H, W) each.
     """
-    v = v * seen
-    mean = v.sum((2, 3), keepdim=True) / (seen.sum((2, 3), keepdim=True) + prior)
+    v, places = v * seen, tuple(range(2, v.ndim))
+    pool = F.avg_pool2d if v.ndim == 4 else F.avg_pool1d
+    mean = (v.sum(places, keepdim=True) + prior * first) / (seen.sum(places, keepdim=True) + prior)
     means, counts = [], []
-    for width in WINDOWS:
-        total, count = (F.avg_pool2d(part, width, 1, width // 2, divisor_override=1)
-                        for part in (v, seen))
+    for width in windows:
+        n = width ** len(places)                           # of a mean back to a sum
+        total, count = (n * pool(part, width, 1, width // 2) for part in (v, seen))
         mean = (total + prior * mean) / (count + prior)
         means.append(mean)
         counts.append(torch.log1p(count) / 3)
@@ -344,6 +349,120 @@ def groups(width):
     return math.gcd(width, 32 if width >= 128 else 8)
 
 
+# -- Audio -----------------------------------------------------------------------------------------
+
+LOUDNESS = (513, 129, 33, 9)         # samples around, of which the local amplitude is measured
+FLOOR = 0.5                          # the least amplitude, in steps of the 16-bit scale
+
+
+class WaveNet(nn.Module):
+    """DiffWave for audio (App. D): a WaveNet that sees both sides, `depth` gated blocks with
+    dilations 1, 2, 4, .. 2048, 1, .. x may be of any length; D counts for the time alone.
+
+    stages, b: of an upscale model. mixture: the outputs are parameters of `ardm.log_mass`, for as
+    many logistics as num_outputs / 3, else logits of digits.
+    """
+
+    def __init__(self, K, D, num_outputs, dim=48, depth=9, stages=1, b=None, mixture=True,
+                 extras=True):
+        super().__init__()
+        self.K, self.num_outputs, self.stages, self.b = K, num_outputs, stages, b or K
+        self.mixture, self.extras = mixture, extras
+        time, features = 0 if extras else 4 * dim, 20 if extras else 2
+        self.time = Time(dim, time, D, stages) if time else None
+        self.embed = None if extras else nn.Embedding(K, dim // 4)
+        inputs = features + (stages if stages > 1 else 0)
+        self.first = nn.Conv1d(inputs, dim if extras else dim - dim // 4, 3, padding=1)
+        self.blocks = nn.ModuleList(GatedBlock(dim, 2 ** (i % 12), time) for i in range(depth))
+        self.last = nn.Conv1d(dim, dim, 1)
+        self.head = nn.Conv1d(dim, num_outputs, 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        start = torch.linspace(-2, 0, num_outputs // 3)[:, None] if mixture else None
+        self.register_buffer("start", start, persistent=False)           # wide and narrow ones
+
+    def forward(self, x, m, t, s):
+        """(B, D) values and mask, (B,) step and stage -> (B, D, num_outputs)."""
+        shown = torch.where(m, x, self.K // 2) if self.stages == 1 else x
+        h = None
+        if self.extras:
+            inputs, centre, amplitude = self.relative(x, m, s)
+        else:
+            v = 2 * shown[:, None].to(self.head.weight.dtype) / self.K - 1
+            inputs = [v, m[:, None].to(v.dtype)]
+        if self.stages > 1:
+            stage = F.one_hot(s - 1, self.stages)[..., None].to(inputs[0].dtype)
+            inputs.append(stage.expand(-1, -1, x.shape[1]))
+        h = self.first(torch.cat(inputs, dim=1))           # (B, dim, D)
+        if self.embed is not None:
+            h = torch.cat((h, self.embed(shown).mT), dim=1)
+        out = self.body(F.relu(h), self.time(t, s) if self.time else None)
+        if not self.mixture:
+            return out.mT
+        weight, place, width = out.to(torch.promote_types(out.dtype, torch.float32)).chunk(3, dim=1)
+        if not self.extras:                                # as released: spread over -1..1
+            n = self.num_outputs // 3
+            start = torch.linspace(1 / n - 1, 1 - 1 / n, n, device=out.device)[:, None]
+            place = (place + start + 1) * self.K / 2
+            width = (width - math.log(n)).clamp(min=-7) + math.log(self.K / 2)
+        else:
+            place = self.K // 2 + centre + amplitude * place
+            width = (amplitude.log() + width + self.start).clamp(min=-3)
+        return torch.cat((weight, place, width), dim=1).mT
+
+    def body(self, h, time):
+        """The gated blocks. (B, dim, D) -> (B, num_outputs, D)"""
+        skips = 0
+        for block in self.blocks:
+            h, skip = block(h, time)
+            skips = skips + skip
+        return self.head(F.relu(self.last(F.relu(skips * len(self.blocks) ** -0.5))))
+
+    def relative(self, x, m, s):
+        """Not in the paper: all in proportion to the local amplitude, so that loud and soft sound
+        look alike. -> [inputs], and for the outputs the centre and amplitude, (B, 1, D) each.
+
+        A value of which the first digits are known stands at the end of its interval that is
+        nearest to zero: at its middle a quiet place would look loud. It weighs 2% of a known one.
+        """
+        x, m, s = x[:, None], m[:, None], s[:, None, None]
+        unit = self.b ** (self.stages - s + 1 - m.long())  # values that the digits so far leave
+        low = x - self.K // 2
+        v = torch.maximum(low, (low + unit - 1).clamp(max=0)).to(self.head.weight.dtype)
+        known = m.to(v.dtype)
+        weight = torch.where(m, 1.0, 0.02 * (s > 1)).to(v.dtype)
+        power = v ** 2 + (unit / 64.0) ** 2                # what the missing digits may hold
+        powers, amounts = local_means(power.to(v.dtype), weight, LOUDNESS, first=(self.K / 64) ** 2)
+        loud = (powers + FLOOR ** 2).sqrt()
+        amplitude = loud[-1]
+        means, counts = local_means(v, weight)
+        near = means[-1]
+        seen = (weight > 0).to(v.dtype)
+        centre = torch.where(weight > 0, v, near)
+        return [(v - near) / amplitude * seen, v / amplitude * seen, near / amplitude, known,
+                *(means[:-1] - near) / amplitude, *counts, *amounts, amplitude.log() / 5,
+                *(loud[:-1] / amplitude).log(), (unit / amplitude).log() / 5,
+                ], centre, amplitude
+
+
+class GatedBlock(nn.Module):
+    """tanh(a) * sigmoid(b) of a dilated convolution -> the next block's input, and a skip."""
+
+    def __init__(self, dim, dilation, time=0):
+        super().__init__()
+        self.time = nn.Linear(time, dim) if time else None
+        self.gates = nn.Conv1d(dim, 2 * dim, 3, padding=dilation, dilation=dilation)
+        self.out = nn.Conv1d(dim, 2 * dim, 1)
+        for conv in (self.gates, self.out):
+            nn.init.kaiming_normal_(conv.weight)
+
+    def forward(self, x, time):
+        h = x if self.time is None else x + self.time(time)[:, :, None]
+        a, b = self.gates(h).chunk(2, dim=1)
+        out, skip = self.out(torch.tanh(a) * torch.sigmoid(b)).chunk(2, dim=1)
+        return (x + out) * 0.5 ** 0.5, skip
+
+
 # -- From settings or a checkpoint to a model ------------------------------------------------------
 
 def build(c):
@@ -354,16 +473,24 @@ def build(c):
     if dim < 4 or heads < 1 - image or dim % (2 * max(1, heads)):
         raise ValueError(f"--dim {dim} must be 4 or more, and a multiple of 2 * --heads = "
                          f"{2 * heads}; --heads may be 0 for images alone")
-    K, shape, b = c["K"], tuple(c["shape"]), c["branch"]
+    K, shape, b = c["K"], tuple(c["shape"]), c["branch"] or None
     S, D = 1 if b is None else num_stages(K, b), math.prod(shape)
     values = b is None or c["parametrization"] == "data"
     same = dict(num_outputs=K if values else S * b, dim=dim, depth=c["depth"], heads=heads,
                 stages=S, extras=c["recipe"] == "ours")
-    if image:
+    if c["kind"] == "audio":
+        mixture = b is None or c["parametrization"] == "mixture"
+        parameters = 3 * (3 if same["extras"] else 30)
+        del same["heads"]
+        same["num_outputs"] = parameters if mixture else S * b
+        net = WaveNet(K, D, b=b, mixture=mixture, **same)
+    elif image:
         net = UNet(K, shape, b=b, values=values, **same)
     else:
         net = Transformer(K, D, **same)
-    return ARDM(net, D, K) if b is None else UpscaleARDM(net, D, K, b, c["parametrization"])
+    if b is None:
+        return MixtureARDM(net, D, K) if c["kind"] == "audio" else ARDM(net, D, K)
+    return UpscaleARDM(net, D, K, b, c["parametrization"])
 
 
 def load(path, device=None):

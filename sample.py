@@ -4,10 +4,12 @@
     python sample.py --ckpt out/pydoc/ckpt.pt --calls 20 --frames         the process, step by step
     python sample.py --ckpt out/pydoc/ckpt.pt --prompt "the ____ of"      underscores are the blanks
     python sample.py --ckpt out/glyphs/ckpt.pt --inpaint top              test images from their top
+    python sample.py --ckpt out/tones/ckpt.pt --inpaint ends              test sounds: the middle
 
 It writes samples.txt and frames.txt, or samples.png, frames.png, inpaint.png and process.png, which
-moves, beside the checkpoint.
+moves, beside the checkpoint; of audio also samples.wav, one sound after the other.
 """
+import math
 import os
 import re
 from pathlib import Path
@@ -21,7 +23,8 @@ import nets
 import planner
 from ardm import known_first
 
-COMPLETIONS = 4                      # of each image that is filled in
+COMPLETIONS = 4                      # of each image or sound that is filled in
+AUDIO_CALLS = 64
 
 
 def read_prompt(prompt, model):
@@ -40,19 +43,30 @@ def read_prompt(prompt, model):
     return torch.from_numpy(datasets.to_symbols(stream, model.K)).long(), torch.tensor(known)
 
 
-def read_inpaint(rule, n, settings):
-    """--inpaint -> x (n * COMPLETIONS, D), n test images, and what is known of them, (D,)."""
-    C, H, W = settings["shape"]
-    row, column = torch.arange(H)[:, None], torch.arange(W)
-    known = {"top": row < H // 2, "left": column < W // 2}.get(rule)
-    if known is None:
-        raise ValueError(f"--inpaint {rule}: choose top or left, which says what is known")
-    data = datasets.load(settings["data"], bits=settings["bits"])
-    if data.digest != settings.get("sha256", data.digest) or data.shape != tuple(settings["shape"]):
-        raise ValueError(f"--inpaint: {data.name} is not what this model was trained on")
-    images = data.chunks("test")
-    x = images[torch.arange(n) * len(images) // n].long()
-    return x.repeat_interleave(COMPLETIONS, dim=0), known.expand(C, H, W).flatten()
+def read_inpaint(rule, n, settings, path):
+    """--inpaint -> x (n * COMPLETIONS, D), n test images or sounds (or those of the file at path),
+    and what is known of them, (D,)."""
+    shape = settings["shape"]
+    D, at = math.prod(shape), torch.arange(shape[-1])
+    halves = {"left": (at < shape[-1] // 2).expand(shape)}
+    if settings["kind"] == "image":
+        halves["top"] = (torch.arange(shape[1])[:, None] < shape[1] // 2).expand(shape)
+    else:
+        halves["ends"] = (at < D // 4) | (at >= D - D // 4)
+    if rule not in halves:
+        raise ValueError(f"--inpaint {rule}: choose {' or '.join(halves)}, which is what is known")
+    if path:
+        source = datasets.Source(path, settings)
+        found = source.read(0, source.n // D * D).view(-1, D)
+    else:
+        data = datasets.load(settings["data"], settings["length"], settings["bits"])
+        if data.digest != settings.get("sha256", data.digest) or list(data.shape) != list(shape):
+            raise ValueError(f"--inpaint: {data.name} is not what this model was trained on")
+        found = data.chunks("test")
+    if len(found) == 0:
+        raise ValueError(f"{path} holds less than the model's {D} symbols")
+    x = found[torch.arange(n) * len(found) // n].long()
+    return x.repeat_interleave(COMPLETIONS, dim=0), halves[rule].flatten()
 
 
 def make_plan(model, checkpoint, calls, n_known, D):
@@ -98,10 +112,11 @@ def draw(model, x, known, plan, order, args):
     (n, D), S, device = x.shape, model.S, next(model.parameters()).device
     rows = min(model.rows, 16 if device.type == "cpu" else 256)
     for first in range(0, n, rows):
-        numbers = np.stack([np.random.default_rng([args.seed, i]).random((2, S, D), np.float32)
-                            for i in range(first, first + rows)], axis=2)
-        u = torch.from_numpy(numbers[1]).to(device)        # (S, rows, D)
-        sigma = torch.from_numpy(numbers[0].argsort(axis=-1) + 1) if order is None else order
+        size = S + model.draws, D
+        numbers = np.stack([np.random.default_rng([args.seed, i]).random(size, np.float32)
+                            for i in range(first, first + rows)], axis=1)
+        u = torch.from_numpy(numbers[S:]).to(device)       # (draws, rows, D)
+        sigma = torch.from_numpy(numbers[:S].argsort(axis=-1) + 1) if order is None else order
         sigma = sigma.to(device).expand(S, rows, D)
         if known is not None:
             sigma = known_first(sigma, known.to(device))
@@ -113,8 +128,9 @@ def draw(model, x, known, plan, order, args):
 
 
 def pictures(given, known, x, steps, settings):
-    """The files to write, {name: bytes}. Samples: a grid. Completions: a row for each image, with
-    what was known of it, grey elsewhere. Frames: a row for each sample, and the same as a film."""
+    """The files to write of images, {name: bytes}. Samples: a grid. Completions: a row for each,
+    with what was known of it, grey elsewhere. Frames: a row for each sample, and the same as a
+    film."""
     def images(x, known=torch.tensor(True)):
         seen = datasets.to_images(known.expand(x.shape), settings["shape"], 2)
         return np.where(seen, datasets.to_images(x, settings["shape"], settings["K"]), 128)
@@ -137,19 +153,43 @@ def pictures(given, known, x, steps, settings):
     return files
 
 
+def sounds(known, x, steps, model, rate):
+    """The files to write of audio, {name: bytes}: all sounds in one, after each a tenth of a
+    second's silence; waveforms, with what was known in light grey; the frames of the first one."""
+    half = model.K // 2
+    pause = torch.full((len(x), rate // 10), half, dtype=torch.int32)
+    whole = torch.cat((x.int(), pause), dim=1).flatten()
+    shown = known.expand(x.shape).numpy() if known is not None else None
+    waves = datasets.waveforms(x.numpy().astype(int) - half, shown)
+    name = "samples" if known is None else "inpaint"
+    files = {f"{name}.wav": datasets.wav(whole.numpy(), rate),
+             f"{name}.png": datasets.png(datasets.grid(waves, 1))}
+    if steps:
+        states = []
+        for s, t, state, m in steps:
+            unit = torch.where(m, model.unit(s), model.unit(s - 1))      # what the digits so far
+            low = state - half                                           # leave: nearest to zero
+            states.append(torch.maximum(low, (low + unit - 1).clamp(max=0))[0])
+        waves = datasets.waveforms(torch.stack(states).numpy())
+        files["frames.png"] = datasets.png(datasets.grid(waves, 1))
+    return files
+
+
 def parse():
     """The command line, checked as far as can be without the model."""
     parser = datasets.Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--ckpt", required=True, help="a checkpoint of train.py")
     add("--n", type=int, default=8, help="how many samples (default 8)")
-    add("--calls", type=int, help="network calls (default: one for each unknown variable)")
+    add("--calls", type=int, help="network calls (default: one for each unknown variable; of audio "
+        f"{AUDIO_CALLS})")
     add("--order", default="random", help="random: a new order for each sample (default); or "
         "forward, backward, random:SEED, spaced:G")
     add("--prompt", help="text to keep, with _ for each blank (in a model of bytes for each byte), "
         "\\_ for an underscore")
-    add("--inpaint", metavar="top|left", help="keep this half of n test images and fill in the "
-        f"other, {COMPLETIONS} times each")
+    add("--inpaint", metavar="top|left|ends", help="keep this part of n test images (top, left) or "
+        f"sounds (left, ends) and fill in the other, {COMPLETIONS} times each")
+    add("--from", metavar="FILE", dest="source", help="with --inpaint: of this file's instead")
     add("--temperature", type=float, default=1.0, help="below 1: likelier and less varied; 0: the "
         "most probable (default 1)")
     add("--frames", action="store_true", help="also show what is known at up to 12 points of the "
@@ -168,17 +208,20 @@ def main():
     args = parse()
     model, checkpoint = nets.load(args.ckpt, args.device)
     settings = checkpoint["settings"]
-    image = settings["kind"] == "image"
-    if args.prompt is not None and image or args.inpaint and not image:
-        raise ValueError("--prompt is for text and --inpaint for images: this is a model of "
-                         f"{settings['kind']}")
+    image, audio = settings["kind"] == "image", settings["kind"] == "audio"
+    text = not image and not audio
+    if args.prompt is not None and not text or (args.inpaint or args.source) and text:
+        raise ValueError("--prompt is for text, --inpaint and --from for images and audio: this is "
+                         f"a model of {settings['kind']}")
     x, known = torch.zeros(1, model.D, dtype=torch.long), None
     if args.prompt is not None:
         x, known = read_prompt(args.prompt, model)
     x = x.expand(args.n, -1)                               # takes no memory
     if args.inpaint:
-        x, known = read_inpaint(args.inpaint, args.n, settings)
+        x, known = read_inpaint(args.inpaint, args.n, settings, args.source)
     n, D = x.shape
+    if audio and args.calls is None:
+        args.calls = AUDIO_CALLS
     order = None
     if args.order != "random":
         order = torch.from_numpy(planner.order(args.order, settings["shape"] if image else D))
@@ -187,20 +230,22 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     drawn, steps, shown = [], [], []
     for batch, sigma in draw(model, x, known, plan, order, args):
-        if args.frames and (not image or len(drawn) * len(batch) < 64):  # more would be no picture
+        if args.frames and (text or len(drawn) * len(batch) < 64):       # more would be no picture
             new = frames(model, batch, sigma, plan)
-            steps = new if not (image and steps) else [
+            steps = new if text or not steps else [
                 (s, t, torch.cat((x1, x2)), torch.cat((m1, m2)))
                 for (s, t, x1, m1), (_, _, x2, m2) in zip(steps, new)]
-        drawn.append(batch.to(torch.uint8))
-        if not image:
+        drawn.append(batch.to(torch.int32))
+        if text:
             shown += texts(batch, steps, model)
     drawn = torch.cat(drawn)
     if image:
         files = pictures(x, known, drawn, steps, settings)
+    elif audio:
+        files = sounds(known, drawn, steps, model, settings["rate"])
     else:
         files = {"samples.txt": b"".join(datasets.to_bytes(row, model.K) + b"\n" for row in drawn)}
-    if steps and not image:
+    if steps and text:
         files["frames.txt"] = "\n".join(shown).encode() + b"\n"
     for name, content in files.items():
         with datasets.write(folder / name) as file:

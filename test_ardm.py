@@ -9,6 +9,7 @@ order, a frequency of 0, a plan with a call of no variable, a decoder that reads
 """
 import bz2
 import gzip
+import hashlib
 import io
 import itertools
 import json
@@ -17,10 +18,12 @@ import math
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
 import tarfile
 import time
+import wave
 import zipfile
 import zlib
 from pathlib import Path
@@ -37,8 +40,8 @@ import nets
 import planner
 import sample
 import train
-from ardm import (ARDM, UpscaleARDM, bits_per_dim, known_first, num_stages, pick,
-                  sample_sigma, stratified_steps)
+from ardm import (ARDM, MixtureARDM, UpscaleARDM, bits_per_dim, digit_log_p, known_first, log_mass,
+                  num_stages, pick, sample_sigma, stratified_steps)
 
 HERE = Path(__file__).parent
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
@@ -50,7 +53,7 @@ class Table(nn.Module):
 
     def __init__(self, D, K, outputs=None, S=1, dtype=torch.float64):
         super().__init__()
-        self.D, self.K = D, K
+        self.D, self.K, self.num_outputs = D, K, outputs
         size = (S, (2 * K) ** D, D, outputs or K)
         table = torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=dtype)
         self.logits = nn.Parameter(table)
@@ -65,7 +68,7 @@ class Fixed(nn.Module):
 
     def __init__(self, logits):
         super().__init__()
-        self.logits, self.seen = nn.Parameter(logits), []
+        self.logits, self.seen, self.num_outputs = nn.Parameter(logits), [], len(logits)
 
     def forward(self, x, m, t, s):
         self.seen.append((x.clone(), m.clone(), t.clone()))
@@ -366,11 +369,11 @@ def test_digits_that_lead_nowhere_have_probability_zero(parametrization):
     assert torch.isfinite(model.net.logits.grad).all()
 
 
-@pytest.mark.parametrize("parametrization", ["data", "direct"])
+@pytest.mark.parametrize("parametrization", ["data", "direct", "mixture"])
 @pytest.mark.parametrize("K, b", [(3, 2), (4, 2), (5, 3)])
 def test_upscale_loss_over_all_orders_and_stages_is_the_bound(K, b, parametrization):
     S, x = num_stages(K, b), all_x(2, K)
-    outputs = K if parametrization == "data" else S * b
+    outputs = dict(data=K, direct=S * b, mixture=6)[parametrization]
     model = UpscaleARDM(Table(2, K, outputs, S), 2, K, b, parametrization)
     same = ONE.expand(len(x))
     losses = [model.loss(x, t * same, s * same, sigma.expand(len(x), 2))
@@ -409,6 +412,86 @@ def test_finer_digits_never_reach_the_network_before_their_stage():
     model.log_probs(other, m, s, s)
     (one, _, _), (two, _, _) = model.net.seen
     assert torch.equal(one, two) and (x != other).any()
+
+
+# -- ardm.py: a mixture of logistics over values that no softmax can hold --------------------------
+
+EXTREMES = list(itertools.product([-9e4, -3.0, 0.0, 32768.2, 65535.0, 2e5], [-7.0, 0.0, 3.0, 14.0]))
+
+
+def mixtures(dtype=torch.float64):
+    """Parameters of mixtures of two logistics, (n, 6): every pair of extremes."""
+    pairs = torch.tensor(list(itertools.product(EXTREMES, repeat=2)), dtype=dtype)       # (n, 2, 2)
+    weights = torch.tensor([0.3, -0.4], dtype=dtype).expand(len(pairs), 2)
+    return torch.cat((weights, pairs[..., 0], pairs[..., 1]), dim=1)
+
+
+def test_the_mass_of_an_interval_is_a_difference_of_sigmoids():
+    mixture = torch.tensor([0.2, -0.5, 3.1, 4.0, -0.3, 0.4]).double()
+    weight, centre, scale = mixture[:2].softmax(0), mixture[2:4], mixture[4:].exp()
+    for low, high in itertools.combinations(range(9), 2):
+        below = [0.0 if i == 0 else 1.0 if i == 8 else torch.sigmoid((i - 0.5 - centre) / scale)
+                 for i in (low, high)]
+        expected = (weight * (below[1] - below[0])).sum()
+        found = log_mass(mixture, torch.tensor(low), torch.tensor(high), 8).exp()
+        same(f"mass of {low}..{high - 1}", found, expected)
+
+
+def test_masses_sum_to_one_over_all_values_and_over_the_digits_of_any_prefix():
+    x, some = torch.arange(1 << 16), mixtures()
+    for row in some[::29]:
+        assert abs(log_mass(row, x, x + 1, 1 << 16).exp().sum().item() - 1) < 1e-6
+    for b, unit in ((2, 32768), (16, 4096), (16, 1), (256, 1), (4, 64)):
+        low = torch.randint(65536 // (b * unit), (len(some),), generator=seeded()) * b * unit
+        digits = low[:, None] + unit * torch.arange(b)
+        parts = log_mass(some[:, None], digits, digits + unit, 1 << 16)
+        whole = log_mass(some, low, low + b * unit, 1 << 16)
+        assert torch.allclose(parts.logsumexp(1), whole, rtol=1e-9, atol=1e-9)
+        log_p = digit_log_p(some, low, unit, b, 1 << 16)
+        assert torch.allclose(log_p, parts - whole[:, None], rtol=1e-9, atol=1e-9)
+
+
+def test_mixtures_have_finite_losses_and_gradients_in_float32_whatever_they_are():
+    for x in (0, 1, 32768, 65534, 65535):
+        mixture = mixtures(torch.float32).requires_grad_()
+        low = torch.full((len(mixture),), x)
+        loss = -log_mass(mixture, low, low + 1, 1 << 16)
+        loss.sum().backward()
+        assert loss.isfinite().all() and (loss > -1e-6).all() and mixture.grad.isfinite().all()
+
+
+def test_nll_of_an_upscale_mixture_is_the_sum_of_its_digits_log_masses():
+    mixture = torch.tensor([0.2, -0.5, 3.1, 9.0, -0.3, 0.9]).double()
+    model, x = UpscaleARDM(Fixed(mixture), 3, 16, 4, "mixture"), torch.tensor([[3, 0, 14]])
+    nats = 0.0
+    for value in x[0]:
+        for low, unit, before in ((value // 4 * 4, 4, 16), (value, 1, 4)):
+            above = value // before * before
+            nats -= (log_mass(mixture, low, low + unit, 16)
+                     - log_mass(mixture, above, above + before, 16)).item()
+    same("nll", model.nll(x), nats)
+    t, s = torch.tensor([2]), torch.tensor([2])
+    log_p = model.log_probs(x, torch.ones(1, 3).bool(), t, s)
+    same("log p of the digits", model.true_log_p(x, torch.ones(1, 3).bool(), t, s),
+         pick(log_p, model.symbol(x, s)))
+
+
+def test_an_order_agnostic_mixture_draws_and_codes_its_values_digit_by_digit():
+    K, D, x = 5, 2, all_x(2, 5)
+    model = MixtureARDM(Table(D, K, 6), D, K)
+    assert (model.S, model.A, model.draws) == (1, K, 1)
+    model.base, model.draws = 2, 3                         # as K = 65,536 has 16 and 4
+    plans = [None, [(1, 1, 2)]]
+    for plan in plans:
+        p = [(-model.nll(x, plan, sigma.expand(25, 2))).exp() for sigma in all_sigma(2)]
+        for each in p:
+            same("sum of p(x)", each.sum(), 1.0)
+        assert_drawn_with(model, plan, torch.stack(p).mean(dim=0))
+    losses = [model.loss(x, t * ONE.expand(25), sigma=sigma.expand(25, 2))
+              for t in (1, 2) for sigma in all_sigma(2)]
+    nll = torch.stack([model.nll(x, sigma=sigma.expand(25, 2)) for sigma in all_sigma(2)])
+    assert torch.allclose(torch.stack(losses).mean(dim=0), nll.mean(dim=0))
+    assert MixtureARDM(Fixed(torch.zeros(6)), 2, 1 << 16).draws == 4
 
 
 # -- nets.py ---------------------------------------------------------------------------------------
@@ -589,6 +672,61 @@ def test_logistic_is_the_density_of_the_logistic_distribution():
     z = (torch.arange(16) / 16 - 0.5 - location) / scale
     density = torch.exp(-z) / (1 + torch.exp(-z)) ** 2
     assert torch.allclose(nets.logistic(location, width, 16), torch.log(density), atol=1e-4)
+
+
+def wave_net(branch, recipe="ours", K=1 << 16):
+    c = dict(kind="audio", K=K, shape=[64], recipe=recipe, branch=branch, dim=8, depth=3, heads=1,
+             parametrization="mixture" if recipe == "ours" else "direct")
+    torch.manual_seed(0)
+    model = nets.build(c).double()
+    for p in model.parameters():                           # what begins as zeros speaks, too
+        p.data += 0.1 * torch.randn_like(p)
+    return model
+
+
+@pytest.mark.parametrize("recipe, branch", [("ours", None), ("ours", 16), ("paper", None),
+                                            ("paper", 16)])
+def test_wavenet_sees_both_sides_and_nothing_that_is_masked(recipe, branch):
+    model = wave_net(branch, recipe)
+    x, m = torch.randint(65536, (2, 64), generator=seeded()), torch.rand(2, 64) < 0.5
+    t, s = torch.tensor([20, 40]), torch.tensor([1, model.S])
+    unit = torch.where(m, model.unit(s), model.unit(s - 1))
+    finer = x // unit * unit + torch.randint(1 << 16, (2, 64)) % unit    # other digits below
+    one, other = model.predict(x, m, t, s), model.predict(finer, m, t, s)
+    assert torch.equal(one, other) and (x != finer).any()
+    for i in torch.nonzero(m[1])[[0, -1], 0]:
+        changed = x.clone()
+        changed[1, i] = (x[1, i] + 9000) % 65536
+        differs = (model.predict(changed, m, t, s) != one).any(dim=2)
+        assert differs[1, max(i - 4, 0):i + 5].all() and not differs[0].any()
+    short = model.predict(x[:, :10], m[:, :10], t, s)
+    assert short.shape[1] == 10
+
+
+def test_louder_sound_has_the_same_mixture_but_wider():
+    net, (t, s) = wave_net(None).net, (torch.tensor([20]), ONE)
+    m = torch.rand(1, 64, generator=seeded()) < 0.5
+    sound = torch.randint(-2000, 2000, (1, 64), generator=seeded())
+    soft, loud = (net(n * sound + 32768, m, t, s).chunk(3, dim=2) for n in (1, 8))
+    soft_places, loud_places = soft[1] - 32768, loud[1] - 32768
+    assert torch.median((loud_places / soft_places - 8).abs()) < 1.0
+    assert torch.median((loud[2] - soft[2] - math.log(8)).abs()) < 0.2
+
+
+def test_paper_audio_network_is_the_papers():
+    data = datasets.load("tones")
+    c = settings(data, size="paper", recipe="paper")
+    net = nets.build(vars(c) | dict(kind="audio", K=data.K, shape=data.shape)).net
+    assert (c.batch, c.branch, c.parametrization) == (256, 16, "direct")
+    dilations = [block.gates.dilation[0] for block in net.blocks]
+    assert dilations == [2 ** i for i in range(12)] * 3
+    assert net.embed.weight.shape == (65536, 64) and net.first.weight.shape == (192, 6, 3)
+    assert net.time[0].out_features == net.time[2].out_features == 1024
+    c = settings(data, size="tiny", recipe="paper", branch=0)
+    model = nets.build(vars(c) | dict(kind="audio", K=data.K, shape=data.shape))
+    assert model.net.num_outputs == 90 and (model.S, model.draws) == (1, 4)
+    bits = bits_per_dim(model.loss(data.batch(2, seeded()), generator=seeded()), data.D)
+    assert (abs(bits - 16) < 0.3).all()                    # begins as nearly uniform
 
 
 # -- planner.py ------------------------------------------------------------------------------------
@@ -973,6 +1111,119 @@ def test_small_values_are_taken_as_they_are_and_what_is_no_image_is_refused(tmp_
             datasets.load(str(path))
 
 
+def wav_bytes(samples, rate=8000, before=b"", after=b"", size=None, code=1, bits=16, riff=None):
+    """A WAV file of samples (n, channels), by hand."""
+    body = np.asarray(samples).astype("<i2").tobytes()
+    n = np.shape(samples)[1]
+    form = struct.pack("<HHIIHH", code, n, rate, 2 * n * rate, 2 * n, bits)
+    if code == 0xFFFE:
+        form += struct.pack("<HHIH", 22, 16, 0, 1) + b"\0\0\0\0\x10\0\x80\0\0\xaa\0\x38\x9b\x71"
+    size = len(body) if size is None else size
+    rest = b"WAVEfmt " + struct.pack("<I", len(form)) + form + before
+    rest += b"data" + struct.pack("<I", size) + body + after
+    return b"RIFF" + struct.pack("<I", len(rest) if riff is None else riff) + rest
+
+
+LIST = b"LIST\x05\0\0\0INFOx\0"                           # an odd chunk, and its pad byte
+
+
+@pytest.mark.parametrize("how", [
+    dict(), dict(before=LIST), dict(after=LIST), dict(code=0xFFFE), dict(size=0, riff=0),
+    dict(size=0xFFFFFFFF, riff=0xFFFFFFFF), dict(size=99999)])
+def test_samples_are_found_in_every_16_bit_wav_file(how, tmp_path):
+    samples = np.random.default_rng(0).integers(-32768, 32768, (50, 2))
+    samples[:2] = [[-32768, 32767], [0, -1]]
+    content = np.frombuffer(wav_bytes(samples, **how), np.uint8)
+    found = datasets.array_in(content, "x.wav")[:, :50]
+    assert np.array_equal(found, samples.T)
+    assert datasets.wav_layout(content, "x.wav")[2] == 8000
+    (tmp_path / "x.wav").write_bytes(content)
+    if "size" not in how:                                  # the length is right: read by `wave`
+        source = datasets.Source(tmp_path / "x.wav", dict(kind="audio", K=65536, shape=[8]))
+        assert source.n == 100 and source.read(0, 3).tolist() == [0, 32768, *(samples[2:3, 0] + 32768)]
+        assert source.read(40, 60).tolist() == (samples.T.reshape(-1)[40:60] + 32768).tolist()
+        whole = wav_bytes(samples, **how)
+        assert bytes(source.head) + samples.astype("<i2").tobytes() + bytes(source.tail) == whole
+
+
+def test_clips_are_read_from_folders_and_tars_and_other_sound_is_refused(tmp_path):
+    def clip(i, n=30):
+        return np.full((n, 1), i)
+
+    place = tmp_path / "clips"
+    place.mkdir()
+    for i in range(20):
+        (place / f"{i:02d}.wav").write_bytes(wav_bytes(clip(i)))
+    (place / "._00.wav").write_bytes(b"a Mac's")
+    (place / "00a.wav").write_bytes(wav_bytes(clip(0, 0)))               # no sample
+    (place / "00b.WAV").write_bytes(wav_bytes(np.array([[5, -5]])))       # one, in two channels
+    data = datasets.load(str(place), 10)
+    assert (data.kind, data.K, data.D, data.rate) == ("audio", 65536, 10, 8000)
+    parts = {name: part.numpy().astype(int) - 32768 for name, part in data.splits.items()}
+    assert set(parts["test"]) == {7, 17} and set(parts["valid"]) == {18, 19}
+    assert len(parts["train"]) == 16 * 30 + 2 and data.chunks("test").shape == (6, 10)
+    assert data.batch(3).shape == (3, 10) and data.batch(3).dtype == torch.int64
+    with tarfile.open(tmp_path / "clips.tgz", "w:gz") as archive:
+        archive.add(place, "clips")
+    assert datasets.load(str(tmp_path / "clips.tgz"), 10).digest == data.digest
+    (place / "testing_list.txt").write_text("03.wav\n")
+    (place / "validation_list.txt").write_text("04.wav\n05.wav\n")
+    listed = datasets.load(str(place), 10).splits
+    assert set(listed["test"].tolist()) == {32771} and len(listed["valid"]) == 60
+    one = tmp_path / "one"
+    one.write_bytes(gzip.compress(wav_bytes(np.arange(100)[:, None])))
+    parts = datasets.load(str(one), 5).splits
+    assert [len(part) for part in parts.values()] == [81, 9, 10] and parts["test"][0] == 32768 + 90
+    for name, content, words in (
+            ("8.wav", wav_bytes(clip(1), bits=8), "8 bits a sample, format 1, 1 channels"),
+            ("float.wav", wav_bytes(clip(1), code=3, bits=32), "32 bits a sample, format 3"),
+            ("torn.wav", wav_bytes(clip(1))[:30], "without a whole fmt chunk"),
+            ("short.wav", wav_bytes(clip(1)), "too few for"),
+            ("x.flac", b"fLaC" + bytes(900), "FLAC audio"),
+            ("x.tar", gzip.decompress((tmp_path / "clips.tgz").read_bytes())[:40000], "damaged")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=words):
+            datasets.load(str(tmp_path / name), 20)
+    (place / "22.wav").write_bytes(wav_bytes(clip(0), rate=16000))
+    with pytest.raises(ValueError, match="00.wav has 8000 samples a second, 22.wav has 16000"):
+        datasets.load(str(place), 10)
+
+
+def test_named_sounds_have_their_splits(tmp_path, monkeypatch):
+    monkeypatch.setenv("ARDM_DATA", str(tmp_path))
+    (tmp_path / "recordings").mkdir()
+    for name, i in (("7_x_4", 4), ("7_x_5", 5), ("7_x_14", 14)):
+        (tmp_path / "recordings" / f"{name}.wav").write_bytes(wav_bytes(np.full((40, 1), i)))
+    parts = datasets.load("fsdd", 4).splits
+    assert set(parts["test"].tolist()) == {32772} and 32782 in parts["train"]
+    path = tmp_path / "speech_commands_v0.02.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in (("./one/a.wav", wav_bytes(np.full((9, 1), 1))), ("bed/a.wav", b"RIFF"),
+                              ("nine/b.wav", wav_bytes(np.full((9, 1), 2))),
+                              ("zero/c.wav", wav_bytes(np.full((9, 1), 3))),
+                              ("./testing_list.txt", b"nine/b.wav\nbed/a.wav\n"),
+                              ("validation_list.txt", b"one/a.wav\n")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    with pytest.raises(ValueError, match="not the whole upstream file .* by its sha256"):
+        datasets.load("sc09")
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setitem(datasets.SOURCES, path.name, ("", sha256))
+    data = datasets.load("sc09")
+    assert data.D == 16000 and [int(part[0]) - 32768 for part in data.splits.values()] == [3, 1, 2]
+    assert all(len(part) == 16000 and part[9] == 32768 for part in data.splits.values())
+
+
+def test_tones_are_sounds_under_noise():
+    data = datasets.load("tones")
+    assert [len(part) for part in data.splits.values()] == [3200000, 320000, 320000]
+    sound = data.splits["test"].numpy().astype(int) - 32768
+    quiet = min(part.std() for part in sound.reshape(-1, 400))
+    assert 13 < quiet < 16.5 and np.abs(sound).max() < 20000
+    assert len(np.unique(data.chunks("test").numpy(), axis=0)) == len(data.chunks("test"))
+
+
 def test_batches_are_training_images_mirrored_and_turned_where_asked(tmp_path):
     np.save(tmp_path / "a.npy", pictures(20, (4, 4, 1)))
     data = datasets.load(str(tmp_path / "a.npy"))
@@ -1090,6 +1341,17 @@ def gallery(tmp_path_factory, request):
     branch = ["--branch", request.param] if request.param else []
     assert call(train, *SMALL, *branch, "--data", folder / "a.npy", "--out", folder / "run",
                 "--device", "cpu") == 0
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def studio(tmp_path_factory):
+    """The same on sound."""
+    folder = tmp_path_factory.mktemp("studio")
+    sound = 500 * np.sin(np.arange(3000) / 7) + 20 * np.random.default_rng(0).normal(size=3000)
+    (folder / "a.wav").write_bytes(wav_bytes(sound[:, None]))
+    assert call(train, "--steps", 60, "--dim", 8, "--depth", 3, "--passes", 2, "--length", 64,
+                "--data", folder / "a.wav", "--out", folder / "run", "--device", "cpu") == 0
     return folder / "run"
 
 
@@ -1292,6 +1554,37 @@ def test_images_are_sampled_completed_and_shown(gallery, tmp_path, monkeypatch):
         row = [rows[7 * i:7 * i + 6, 6 * j:6 * j + 5] for j in range(6)]
         assert np.array_equal(row[0], original) and (row[1][3:] == 128).all()
         assert all(np.array_equal(part[:3], original[:3]) for part in row[1:])
+
+
+def test_sounds_are_drawn_completed_and_shown(studio, tmp_path, capsys):
+    results = json.loads((studio / "results.json").read_text())
+    assert results["rate"] == 8000 and {"xz", "uniform"} < results["references"].keys()
+    assert results["bits_per_dim"] < 15 and "bits/sample" in train.describe(results)
+    ckpt = ("--ckpt", studio / "ckpt.pt", "--out", tmp_path)
+    for n in (2, 20):
+        assert call(sample, *ckpt, "--n", n, "--frames") == 0
+        assert "64 network calls" in capsys.readouterr().out
+        with wave.open(str(tmp_path / "samples.wav")) as file:
+            assert file.getframerate() == 8000 and file.getnframes() == n * (64 + 800)
+            drawn = np.frombuffer(file.readframes(64), "<i2")
+        if n == 2:
+            first = drawn
+    assert np.array_equal(first, drawn) and len(set(drawn.tolist())) > 30
+    assert call(sample, *ckpt, "--inpaint", "ends", "--n", 2, "--from", studio / "test.wav") == 0
+    test = datasets.array_in(datasets.read(studio / "test.wav"), "test")[0]
+    with wave.open(str(tmp_path / "inpaint.wav")) as file:
+        found = np.frombuffer(file.readframes(8 * 864), "<i2").reshape(8, 864)
+    assert np.array_equal(found[0, :16], test[:16]) and np.array_equal(found[3, 48:64], test[48:64])
+    assert not np.array_equal(found[0, 16:48], found[1, 16:48])
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "frames.png", "inpaint.png", "inpaint.wav", "samples.png", "samples.wav"]
+
+
+def test_waveforms_are_the_peaks_of_their_columns():
+    x = np.array([[0, 0, 100, -100, 50, 50, -50, -50]])
+    picture = datasets.waveforms(x, np.arange(8)[None] < 4, size=(5, 4))[0, :, :, 0]
+    assert picture.tolist() == [[255, 170, 255, 255], [255, 170, 0, 255], [170, 170, 255, 255],
+                                [255, 170, 255, 0], [255, 170, 255, 255]]
 
 
 # -- compress.py -----------------------------------------------------------------------------------
@@ -1552,6 +1845,37 @@ def test_image_files_come_back_byte_for_byte_whatever_is_around_the_pixels(galle
         assert back.read_bytes() == content
 
 
+def test_sound_files_come_back_byte_for_byte(studio, refused, tmp_path, capsys):
+    ckpt = ("--ckpt", studio / "ckpt.pt")
+    sound = np.frombuffer((studio / "test.wav").read_bytes()[44:], "<i2")[:200]
+    stereo = np.stack((sound, sound[::-1]), axis=1)
+    noise = np.random.default_rng(0).integers(-32768, 32768, (100, 1))
+    for samples, how in ((stereo, dict(before=LIST, after=LIST)), (np.zeros((150, 1)), {}),
+                         (sound[:0, None], {}), (sound[:1, None], dict(after=LIST)),
+                         (sound[:, None], dict(size=0xFFFFFFFF)), (noise, {})):
+        content = wav_bytes(samples, **how) + b"\0" * (samples is noise)
+        (tmp_path / "a.wav").write_bytes(content)
+        assert call(compress, "encode", *ckpt, "--calls", 12, tmp_path / "a.wav", tmp_path / "a") == 0
+        assert call(compress, "decode", *ckpt, tmp_path / "a", tmp_path / "b.wav") == 0
+        assert (tmp_path / "b.wav").read_bytes() == content
+        assert len((tmp_path / "a").read_bytes()) < len(content) + 230
+    (tmp_path / "a.wav").write_bytes(wav_bytes(stereo))
+    assert call(compress, "encode", *ckpt, "--block", 1, tmp_path / "a.wav", tmp_path / "a") == 0
+    assert call(compress, "decode", *ckpt, "--item", 1, tmp_path / "a", tmp_path / "b.wav") == 0
+    item = datasets.array_in(datasets.read(tmp_path / "b.wav"), "b")
+    assert np.array_equal(item, stereo.T.reshape(1, -1)[:, 64:128])
+    capsys.readouterr()
+    assert call(compress, "bench", *ckpt) == 0
+    assert "exact nll" in capsys.readouterr().out
+    for name, content in (("a.txt", b"some text"), ("a.npy", (HERE / "coder.py").read_bytes())):
+        (tmp_path / name).write_bytes(content)
+        refused(compress, "encode", *ckpt, tmp_path / name, tmp_path / "c", match="something else")
+    assert call(train, "--steps", 2, "--dim", 8, "--depth", 1, "--passes", 1, "--length", 64,
+                "--branch", 0, "--data", studio.parent / "a.wav", "--out", tmp_path / "run") == 0
+    refused(compress, "encode", "--ckpt", tmp_path / "run" / "ckpt.pt", tmp_path / "a.wav",
+            tmp_path / "c", match="order-agnostic model of audio cannot code")
+
+
 def test_other_models_than_of_bytes_refuse_packed_files(folder, gallery, refused, tmp_path):
     path = tmp_path / "in"
     for place in (folder, gallery):
@@ -1572,8 +1896,8 @@ ELSEWHERE = dict(ATEN_CPU_CAPABILITY="default", MKL_CBWR="COMPATIBLE", ONEDNN_MA
                  NPY_DISABLE_CPU_FEATURES=numpy_features(), OMP_NUM_THREADS="1")
 
 
-def test_archives_decode_on_a_simulated_other_machine(folder, gallery, tmp_path):
-    for place, name in ((folder, "test.txt"), (gallery, "test.npy")):
+def test_archives_decode_on_a_simulated_other_machine(folder, gallery, studio, tmp_path):
+    for place, name in ((folder, "test.txt"), (gallery, "test.npy"), (studio, "test.wav")):
         ckpt = ("--ckpt", place / "ckpt.pt", "--device", "cpu")
         assert call(compress, "encode", *ckpt, "--calls", 20, place / name,
                     tmp_path / "a") == 0

@@ -45,10 +45,16 @@ SIZES = {
     "image": {
         "tiny": dict(dim=64, depth=2, heads=0, batch=8, minutes=2.75),
         "small": dict(dim=128, depth=4, heads=4, batch=64, minutes=2.5),
-        "paper": dict(dim=256, depth=32, heads=1, batch=128, steps=1_170_000)}}
+        "paper": dict(dim=256, depth=32, heads=1, batch=128, steps=1_170_000)},
+    "audio": {
+        "tiny": dict(dim=48, depth=9, heads=1, batch=8, minutes=2.75),
+        "small": dict(dim=128, depth=20, heads=1, batch=32, minutes=2.5),
+        "paper": dict(dim=256, depth=36, heads=1, batch=256, steps=1_000_000)}}
 PAPER = {                            # App. D; where the paper is silent, the released code's values
     "text": dict(lr=5e-4, betas=(0.9, 0.99), weight_decay=1e-3, warmup=5000, clip=0.25, ema=0.995),
-    "image": dict(lr=1e-4, betas=(0.9, 0.999), weight_decay=0.0, warmup=1, clip=100.0, ema=0.9999)}
+    "image": dict(lr=1e-4, betas=(0.9, 0.999), weight_decay=0.0, warmup=1, clip=100.0, ema=0.9999),
+    "audio": dict(lr=1e-4, betas=(0.9, 0.999), weight_decay=0.0, warmup=15000, clip=1000.0,
+                  ema=0.995)}
 OURS = {                             # muon_lr and muon_decay are for the matrices of the blocks
     "tiny": dict(lr=6e-3, betas=(0.9, 0.95), weight_decay=0.0, muon_lr=0.03, muon_decay=0.1,
                  warmup=50, clip=1.0, ema=0.99),
@@ -72,10 +78,11 @@ class Settings:
                         choices=list(SIZES["text"]))
     recipe: str = setting("ours", "the paper's, or what learns more in minutes (default ours)",
                           choices=["paper", "ours"])
-    branch: int = setting(None, "b of an upscale model (without it: order-agnostic)")
-    parametrization: str = setting(None, "of an upscale model; default: direct for images in our "
-                                   "recipe, else data",
-                                   choices=["data", "direct"])
+    branch: int = setting(None, "b of an upscale model; 0, the default but for audio (16): "
+                          "order-agnostic")
+    parametrization: str = setting(None, "of an upscale model; default in our recipe: data for "
+                                   "text, direct for images, mixture for audio",
+                                   choices=["data", "direct", "mixture"])
     bits: int = setting(8, "kept of each 8-bit value of an image (default 8)", choices=range(1, 9))
     length: int = setting(None, "D of text: characters in a datapoint")
     dim: int = setting(None, "width of the network")
@@ -116,11 +123,11 @@ class Run:
         torch.manual_seed(c.seed)
         self.c = c
         self.settings = vars(c) | dict(kind=data.kind, K=data.K, shape=list(data.shape),
-                                       sha256=data.digest)
+                                       sha256=data.digest, rate=getattr(data, "rate", None))
         self.model = nets.build(self.settings).to(c.device)
         self.ema = copy.deepcopy(self.model).eval()
         self.ema.rows = nets.rows_at_once(self.ema)
-        kind = "image" if data.kind == "image" else "text"
+        kind = "text" if data.kind == "bytes" else data.kind
         self.hyper = PAPER[kind] if c.recipe == "paper" else OURS[c.size]
         self.optimizers = make_optimizers(self.model.net, c, self.hyper)
         self.loss = torch.compile(self.model.loss) if c.compile else self.model.loss
@@ -249,7 +256,7 @@ def learning_rate(c, hyper, step, progress):
 
 def make_optimizers(net, c, hyper):
     """Adam for everything; in our recipe Muon for the matrices of the blocks."""
-    matrices = {p: None for name, p in net.named_parameters() if p.ndim in (2, 4)
+    matrices = {p: None for name, p in net.named_parameters() if p.ndim > 1 and p.shape[1] > 1
                 and c.recipe == "ours" and re.match("blocks|down|middle|up", name)}
     rest = [p for p in net.parameters() if p not in matrices]
     optimizers = [torch.optim.AdamW(rest, lr=hyper["lr"] if c.lr is None else c.lr,
@@ -374,7 +381,7 @@ def evaluate(model, data, passes=None):
     if not np.isfinite(result["bits"]):
         raise ValueError("the network gives no numbers: its weights are damaged")
     L, L_test = (planner.smooth(each["L"], each["counts"]) for each in (found, result))
-    budgets = (5, 10, 20, 50) if len(data.shape) == 1 else (20, 50, 100, 200)
+    budgets = (20, 50, 100, 200) if data.kind in ("image", "audio") else (5, 10, 20, 50)
     plans = [planner.plan(L, n) for n in budgets if model.S <= n < L.size]
     plans.append(planner.full_plan(model.S, D))
     calls = [dict(calls=len(plan), predicted=planner.plan_cost(L_test, plan) / D)
@@ -383,7 +390,7 @@ def evaluate(model, data, passes=None):
     return dict(data=data.name, kind=data.kind, shape=list(data.shape), chunks=result["chunks"],
                 bits_per_dim=result["bits"], stderr=result["stderr"], passes=result["passes"],
                 L=found["L"], counts=found["counts"], L_smooth=L.tolist(), calls=calls,
-                references=datasets.references(symbols, data.K))
+                references=datasets.references(symbols, data.K, getattr(data, "rate", None)))
 
 
 def describe(r):
@@ -453,21 +460,24 @@ def parse():
 
 def load_data(c):
     """The data of these settings, on the device; --size decides the length of chunks of text."""
-    length = c.length or SIZES["text"][c.size]["length"]
-    data = datasets.load(c.data, length, c.bits, c.device)
+    data = datasets.load(c.data, c.length, c.bits, c.device, SIZES["text"][c.size]["length"])
     data.turns = data.flips and c.recipe == "paper"
     return data
 
 
 def complete(c, data):
     """Settings in which what was not given comes from the size."""
-    image = data.kind == "image"
-    preset = dict(SIZES["image" if image else "text"][c.size])
+    kind = "text" if data.kind == "bytes" else data.kind
+    image, preset = kind == "image", dict(SIZES[kind][c.size])
+    if kind == "audio":
+        preset |= dict(length=data.D, branch=16)
     if image and c.size == "tiny" and data.D < 1024:
         preset["batch"] *= 4                               # of small images more
     if c.steps or c.minutes:
         preset = preset | dict(steps=None, minutes=None)
-    preset["parametrization"] = "direct" if image and c.recipe == "ours" else "data"
+    ours = dict(text="data", image="direct", audio="mixture")
+    papers = dict(text="data", image="data", audio="direct")
+    preset["parametrization"] = (ours if c.recipe == "ours" else papers)[kind]
     missing = {name: value for name, value in preset.items() if getattr(c, name) is None}
     return dataclasses.replace(c, **missing)
 
@@ -537,8 +547,9 @@ def finish(run, data, folder, with_plot):
     if with_plot:
         plot(folder, results, run.log)
     print(describe(results))
-    L, image = np.array(results["L_smooth"]), data.kind == "image"
-    n, few, blanks = (16, 100, "--inpaint top") if image else (2, 20, '--prompt "the ____ of"')
+    L = np.array(results["L_smooth"])
+    n, few, blanks = dict(image=(16, 100, "--inpaint top"), audio=(4, 64, "--inpaint ends")).get(
+        data.kind, (2, 20, '--prompt "the ____ of"'))
     few = min(few, L.size)
     x = run.ema.sample(n, planner.plan(L, few), generator=run.generator).cpu()
     results = run.settings | results | dict(
@@ -585,7 +596,7 @@ def main():
     folder, lock = prepare_folder(c, going_on)
     sizes = ", ".join(f"{name} {len(part):,}" for name, part in data.splits.items())
     shape = " x ".join(map(str, data.shape))
-    top = max(int(part.max()) for part in data.splits.values())
+    top = max(int(part.cpu().numpy().max()) for part in data.splits.values())
     weights = sum(p.numel() for p in run.model.parameters())
     print(f"{data.name}: {data.kind} {shape}, K = {data.K}, values up to {top}; {sizes}; "
           f"{weights:,} weights on {c.device}; results go to {folder}")
