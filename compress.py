@@ -382,7 +382,7 @@ def run_bench(args):
     bits = encode_file(file, model, codec, source)
     rows = {"exact nll of this order and plan": bits / n,
             f"archive, {file.tell():,} bytes": 8 * file.tell() / n}
-    rows |= datasets.references(source.read(0, n).numpy(), model.K)
+    rows |= datasets.references(source.read(0, n).numpy(), model.K, codec.settings.get("rate"))
     print(f"{source.path}: {n:,} symbols, order {codec.order}, {len(codec.plan)} network calls; "
           "bits each:")
     for name, value in rows.items():

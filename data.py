@@ -312,7 +312,7 @@ def wavs(place):
                     content = archive.extractfile(member).read(LARGEST)
                     yield member.name.removeprefix("./"), np.frombuffer(content, np.uint8)
     except (tarfile.TarError, zlib.error, EOFError) as error:
-        raise ValueError(f"a tar file of clips is damaged ({error})")
+        raise ValueError(f"a tar file that cannot be read: {str(error).splitlines()[0]}")
 
 
 def array_in(content, name):
@@ -333,8 +333,8 @@ def refuse_foreign(content, name):
     if start[257:262] == b"ustar":
         found = ["a tar file"]
     if found:
-        raise ValueError(f"{name} is {found[0]}, which is not read: make it a text, a .npy of uint8 "
-                         "images, or a 16-bit .wav")
+        raise ValueError(f"{name} is {found[0]}, which is not read: make it a text, a .npy of "
+                         "uint8 images, or a 16-bit .wav")
 
 
 def folder():
@@ -450,32 +450,35 @@ class Audio(Text):
     """A stream of 16-bit samples, x = sample + 32,768, as uint16 on one device: the channels of the
     clips one after the other. A datapoint is a window of D = `length` samples.
 
-    train, valid, test: lists of (n,) int16. rate: samples a second.
+    clips: {name: (channels, n) int16}; valid, test: sets of names. Where none are named it is the
+    last tenth of what is left. rate: samples a second.
     """
     kind, K = "audio", 1 << 16
 
-    def __init__(self, name, train, valid, test, rate, length, device="cpu"):
+    def __init__(self, name, clips, rate, length, device="cpu", valid=frozenset(),
+                 test=frozenset()):
         self.name, self.D, self.shape, self.rate = name, length, (length,), rate
-        if not valid:
-            if len(train) < 10:                            # a few long ones are cut
-                train = np.array_split(np.concatenate([np.empty(0, np.int16), *train]), 10)
-            n = len(train) - len(train) // 10
-            train, valid = train[:n], train[n:]
+        parts = [sorted(part) for part in (clips.keys() - valid - test, valid, test)]
+        nothing = np.empty(0, np.int16)
+        streams = [np.concatenate([nothing, *(clips[clip].reshape(-1) for clip in part)])
+                   for part in parts]
+        for i, named in ((2, test), (1, valid)):
+            if not named:
+                streams[0], streams[i] = np.split(streams[0], [-(-len(streams[0]) * 9 // 10)])
         total, self.splits = hashlib.sha256(), {}
-        for part, clips in dict(train=train, valid=valid, test=test).items():
-            stream = np.concatenate([np.empty(0, np.int16), *clips]).view(np.uint16) ^ 0x8000
+        for part, stream in zip(("train", "valid", "test"), streams):
             if len(stream) < length:
                 raise ValueError(f"{name}: {len(stream)} samples are too few for {part} in windows "
                                  f"of {length}: use more sound or a smaller --length")
-            total.update(stream)
-            self.splits[part] = torch.from_numpy(stream).to(device)
+            total.update(np.ascontiguousarray(stream))
+            self.splits[part] = torch.from_numpy(stream.view(np.uint16) ^ 0x8000).to(device)
         self.digest = total.hexdigest()
 
 
-def audio(name, files, length=2048, device="cpu", takes=False, pad=0):
-    """The data set of .wav files, (name, content) each. The test: what testing_list.txt names, if
-    it is there; takes: _0.wav to _4.wav; else every tenth clip, of a single one the last tenth.
-    pad: zeros make the clips that long."""
+def audio(name, files, length=2048, device="cpu", test=None, pad=0):
+    """The data set of .wav files, (name, content) each. For the test: the names that match `test`;
+    without it, what testing_list.txt names if it is there; else every tenth clip. pad: zeros make
+    the clips that long."""
     clips, rates, lists = {}, {}, {}
     for file, content in files:
         if file.endswith("_list.txt"):
@@ -489,21 +492,13 @@ def audio(name, files, length=2048, device="cpu", takes=False, pad=0):
             raise ValueError(f"{name}: {first} has {one} samples a second, {second} has {other}: "
                              "make them alike")
     if not clips:
-        raise ValueError(f"{name} holds no .wav file")
-    order = sorted(clips)
+        raise ValueError(f"{name} is a folder or tar without a .wav file: name a file")
+    parts = dict(test=set(sorted(clips)[9::10]))
     if lists:
-        test, valid = (clips.keys() & lists.get(part, set()) for part in ("test", "vali"))
-    elif takes:
-        test, valid = {file for file in order if re.search(r"_[0-4]\.wav$", file)}, set()
-    else:
-        test, valid = set(order[9::10] or order[-1:]), set()
-    if len(order) == 1:
-        samples = clips[order[0]]
-        n = samples.shape[1] - samples.shape[1] // 10
-        clips = {"begin": samples[:, :n], order[0]: samples[:, n:]}
-    streams = [[clips[file].reshape(-1) for file in sorted(part)]
-               for part in (clips.keys() - test - valid, valid, test)]
-    return Audio(name, *streams, rate, length, device)
+        parts = {part: clips.keys() & lists.get(part[:4], set()) for part in ("valid", "test")}
+    if test:
+        parts = dict(test={file for file in clips if re.search(test, file)})
+    return Audio(name, clips, rate, length, device, **parts)
 
 
 def load(name, length=None, bits=8, device="cpu", chunk=64):
@@ -523,12 +518,12 @@ def load(name, length=None, bits=8, device="cpu", chunk=64):
         content = unpack(fetch("cifar-10-binary.tar.gz"), name)
         return Images(name, *cifar10(content, name), bits, device)
     if name == "tones":
-        clips = tones(240)
-        return Audio(name, clips[:200], clips[200:220], clips[220:], RATE, length or 2048, device)
+        return Audio(name, dict(enumerate(tones(240))), RATE, length or 2048, device,
+                     test=set(range(9, 240, 10)))
     if name == "fsdd":
         there = [*folder().rglob("recordings"), *folder().rglob("free-spoken-digit-dataset*.gz")]
         place = there[0] if there else fetch("v1.0.10.tar.gz").filename
-        return audio(name, wavs(place), length or 2048, device, takes=True)
+        return audio(name, wavs(place), length or 2048, device, test=r"_[0-4]\.wav$")
     if name == "sc09":
         digits = re.compile("(zero|one|two|three|four|five|six|seven|eight|nine)/|.*_list.txt")
         place = fetch("speech_commands_v0.02.tar.gz").filename
@@ -627,7 +622,7 @@ RATE = 8000                          # samples a second of `tones`
 
 
 def tones(n, seed=0):
-    """n clips of two seconds, (16000,) int16 each: four notes, each a plucked string, a sweep or a
+    """(n, 1, 16000) int16, n clips of two seconds: four notes, each a plucked string, a sweep or a
     pause, under noise of standard deviation 16: below 6.05 bits a sample nobody can come."""
     random = np.random.RandomState(seed)                   # the same numbers in every NumPy
     time = np.arange(4000) / RATE
@@ -645,7 +640,7 @@ def tones(n, seed=0):
     kind = random.randint(5, size=(n * 4, 1))
     notes = np.where(kind < 3, string, np.where(kind < 4, sweep, 0.0))
     sound = loudness * notes + 16 * random.randn(n * 4, 4000)
-    return list(np.rint(sound).clip(-32768, 32767).astype(np.int16).reshape(n, -1))
+    return np.rint(sound).clip(-32768, 32767).astype(np.int16).reshape(n, 1, -1)
 
 
 # -- Symbols, characters and pictures --------------------------------------------------------------
@@ -806,10 +801,11 @@ class Source:
                 refuse_foreign(self.content, path)
         if self.kind in ("image", "audio"):
             found = () if self.array is None else self.array.shape
-            wanted = ("N", *self.shape) if self.kind == "image" else ("channels", "n")
-            if len(found) != len(wanted) or self.kind == "image" and found[1:] != wanted[1:]:
+            image = self.kind == "image"
+            if found[1:] != self.shape if image else len(found) != 2:
+                wanted = f"(C, H, W) = {self.shape}" if image else "(channels, n), a .wav file"
                 raise ValueError(f"{path} holds {found or 'something else'}, the model codes "
-                                 f"{self.kind} of shape {wanted}")
+                                 + wanted)
             begin = layout(self.content, path)[0]
             self.n = self.array.size
             end = begin + self.array.nbytes
@@ -870,8 +866,9 @@ def write_array(file, head, tail, settings, length, parts):
     return n
 
 
-def references(symbols, K, rate=16000):
-    """What others need for symbols (n,), taken as one file: {name: bits per dimension}."""
+def references(symbols, K, rate=None):
+    """What others need for symbols (n,), taken as one file: {name: bits per dimension}. rate: of
+    audio."""
     share = np.bincount(symbols) / len(symbols)
     share = share[share > 0]
     found = {"uniform": float(np.log2(K)), "single symbols": float(-(share * np.log2(share)).sum())}

@@ -353,14 +353,15 @@ def groups(width):
 
 LOUDNESS = (513, 129, 33, 9)         # samples around, of which the local amplitude is measured
 FLOOR = 0.5                          # the least amplitude, in steps of the 16-bit scale
+NARROWEST = -3.0                     # log of the least scale of a logistic: machines must agree
 
 
 class WaveNet(nn.Module):
     """DiffWave for audio (App. D): a WaveNet that sees both sides, `depth` gated blocks with
-    dilations 1, 2, 4, .. 2048, 1, .. x may be of any length; D counts for the time alone.
+    dilations 1, 2, 4, .. 2048, 1, .. The input may have any length; D counts for the time alone.
 
-    stages, b: of an upscale model. mixture: the outputs are parameters of `ardm.log_mass`, for as
-    many logistics as num_outputs / 3, else logits of digits.
+    stages, b: of an upscale model. mixture: the outputs are parameters of `ardm.log_mass`, for
+    num_outputs / 3 logistics, not logits of digits.
     """
 
     def __init__(self, K, D, num_outputs, dim=48, depth=9, stages=1, b=None, mixture=True,
@@ -368,55 +369,62 @@ class WaveNet(nn.Module):
         super().__init__()
         self.K, self.num_outputs, self.stages, self.b = K, num_outputs, stages, b or K
         self.mixture, self.extras = mixture, extras
-        time, features = 0 if extras else 4 * dim, 20 if extras else 2
+        time, inputs = (0, 20) if extras else (4 * dim, 2)
+        inputs += stages if stages > 1 else 0
         self.time = Time(dim, time, D, stages) if time else None
         self.embed = None if extras else nn.Embedding(K, dim // 4)
-        inputs = features + (stages if stages > 1 else 0)
         self.first = nn.Conv1d(inputs, dim if extras else dim - dim // 4, 3, padding=1)
         self.blocks = nn.ModuleList(GatedBlock(dim, 2 ** (i % 12), time) for i in range(depth))
         self.last = nn.Conv1d(dim, dim, 1)
         self.head = nn.Conv1d(dim, num_outputs, 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
-        start = torch.linspace(-2, 0, num_outputs // 3)[:, None] if mixture else None
-        self.register_buffer("start", start, persistent=False)           # wide and narrow ones
 
     def forward(self, x, m, t, s):
         """(B, D) values and mask, (B,) step and stage -> (B, D, num_outputs)."""
-        shown = torch.where(m, x, self.K // 2) if self.stages == 1 else x
-        h = None
+        x, m = x[:, None], m[:, None]                      # (B, 1, D)
+        if self.stages == 1:
+            x = torch.where(m, x, self.K // 2)             # the value that is shown as 0
         if self.extras:
             inputs, centre, amplitude = self.relative(x, m, s)
         else:
-            v = 2 * shown[:, None].to(self.head.weight.dtype) / self.K - 1
-            inputs = [v, m[:, None].to(v.dtype)]
+            inputs = [2 * x.to(self.head.weight.dtype) / self.K - 1, m.to(self.head.weight.dtype)]
         if self.stages > 1:
             stage = F.one_hot(s - 1, self.stages)[..., None].to(inputs[0].dtype)
-            inputs.append(stage.expand(-1, -1, x.shape[1]))
+            inputs.append(stage.expand(-1, -1, x.shape[2]))
         h = self.first(torch.cat(inputs, dim=1))           # (B, dim, D)
         if self.embed is not None:
-            h = torch.cat((h, self.embed(shown).mT), dim=1)
-        out = self.body(F.relu(h), self.time(t, s) if self.time else None)
-        if not self.mixture:
-            return out.mT
-        weight, place, width = out.to(torch.promote_types(out.dtype, torch.float32)).chunk(3, dim=1)
-        if not self.extras:                                # as released: spread over -1..1
-            n = self.num_outputs // 3
-            start = torch.linspace(1 / n - 1, 1 - 1 / n, n, device=out.device)[:, None]
-            place = (place + start + 1) * self.K / 2
-            width = (width - math.log(n)).clamp(min=-7) + math.log(self.K / 2)
-        else:
-            place = self.K // 2 + centre + amplitude * place
-            width = (amplitude.log() + width + self.start).clamp(min=-3)
-        return torch.cat((weight, place, width), dim=1).mT
+            h = torch.cat((h, self.embed(x[:, 0]).mT), dim=1)
+        out = self.body(F.relu(h), None if self.time is None else self.time(t, s))
+        if self.mixture and self.extras:
+            out = self.around(out, centre, amplitude)
+        elif self.mixture:
+            out = self.spread(out)
+        return out.mT
 
     def body(self, h, time):
-        """The gated blocks. (B, dim, D) -> (B, num_outputs, D)"""
-        skips = 0
+        """The gated blocks, and the sum of what they say. (B, dim, D) -> (B, num_outputs, D)"""
+        total = 0.0
         for block in self.blocks:
             h, skip = block(h, time)
-            skips = skips + skip
-        return self.head(F.relu(self.last(F.relu(skips * len(self.blocks) ** -0.5))))
+            total = total + skip
+        h = F.relu(total * len(self.blocks) ** -0.5)
+        return self.head(F.relu(self.last(h)))
+
+    def spread(self, out):
+        """As released: logistics that begin evenly spread over all values."""
+        n = self.num_outputs // 3
+        weight, place, width = out.to(torch.promote_types(out.dtype, torch.float32)).chunk(3, dim=1)
+        start = torch.linspace(1 / n - 1, 1 - 1 / n, n, device=out.device)[:, None]
+        scale = (width - math.log(n)).clamp(min=-7) + math.log(self.K / 2)
+        return torch.cat((weight, (place + start + 1) * self.K / 2, scale), dim=1)
+
+    def around(self, out, centre, amplitude):
+        """Not in the paper: logistics around what is known, as wide as the sound is loud."""
+        weight, place, width = out.to(torch.promote_types(out.dtype, torch.float32)).chunk(3, dim=1)
+        start = torch.linspace(-2, 0, self.num_outputs // 3, device=out.device)[:, None]
+        scale = (amplitude.log() + start + width).clamp(min=NARROWEST)
+        return torch.cat((weight, self.K // 2 + centre + amplitude * place, scale), dim=1)
 
     def relative(self, x, m, s):
         """Not in the paper: all in proportion to the local amplitude, so that loud and soft sound
@@ -425,24 +433,22 @@ class WaveNet(nn.Module):
         A value of which the first digits are known stands at the end of its interval that is
         nearest to zero: at its middle a quiet place would look loud. It weighs 2% of a known one.
         """
-        x, m, s = x[:, None], m[:, None], s[:, None, None]
-        unit = self.b ** (self.stages - s + 1 - m.long())  # values that the digits so far leave
+        s, dtype = s[:, None, None], self.head.weight.dtype
+        unit = self.b ** (self.stages - s + 1 - m.long())  # how many values the digits so far leave
         low = x - self.K // 2
-        v = torch.maximum(low, (low + unit - 1).clamp(max=0)).to(self.head.weight.dtype)
-        known = m.to(v.dtype)
-        weight = torch.where(m, 1.0, 0.02 * (s > 1)).to(v.dtype)
-        power = v ** 2 + (unit / 64.0) ** 2                # what the missing digits may hold
-        powers, amounts = local_means(power.to(v.dtype), weight, LOUDNESS, first=(self.K / 64) ** 2)
-        loud = (powers + FLOOR ** 2).sqrt()
-        amplitude = loud[-1]
+        v = torch.maximum(low, (low + unit - 1).clamp(max=0)).to(dtype)
+        weight = torch.where(m, 1.0, 0.02 * (s > 1)).to(dtype)
+        seen = (weight > 0).to(dtype)
+        power = v ** 2 + (unit.to(dtype) / 64) ** 2        # and what the missing digits may hold
+        powers, amounts = local_means(power, weight, LOUDNESS, first=(self.K / 64) ** 2)
+        loud = (powers + FLOOR ** 2).sqrt()                # (windows, B, 1, D)
         means, counts = local_means(v, weight)
-        near = means[-1]
-        seen = (weight > 0).to(v.dtype)
-        centre = torch.where(weight > 0, v, near)
-        return [(v - near) / amplitude * seen, v / amplitude * seen, near / amplitude, known,
-                *(means[:-1] - near) / amplitude, *counts, *amounts, amplitude.log() / 5,
-                *(loud[:-1] / amplitude).log(), (unit / amplitude).log() / 5,
-                ], centre, amplitude
+        amplitude, near = loud[-1], means[-1]
+        inputs = [(v - near) / amplitude * seen, v / amplitude * seen, near / amplitude,
+                  m.to(dtype), (unit / amplitude).log() / 5, amplitude.log() / 5,
+                  *(means[:-1] - near) / amplitude, *(loud[:-1] / amplitude).log(), *counts,
+                  *amounts]
+        return inputs, torch.where(seen > 0, v, near), amplitude
 
 
 class GatedBlock(nn.Module):
@@ -469,28 +475,29 @@ def build(c):
     """An untrained ARDM from plain settings c: a dict with kind, K, shape, recipe, branch,
     parametrization, dim, depth and heads."""
     keep_freed_memory()
-    dim, heads, image = c["dim"], c["heads"], c["kind"] == "image"
-    if dim < 4 or heads < 1 - image or dim % (2 * max(1, heads)):
+    dim, heads, kind, way = c["dim"], c["heads"], c["kind"], c["parametrization"]
+    if dim < 4 or heads < (kind in ("text", "bytes")) or dim % (2 * max(1, heads)):
         raise ValueError(f"--dim {dim} must be 4 or more, and a multiple of 2 * --heads = "
-                         f"{2 * heads}; --heads may be 0 for images alone")
+                         f"{2 * heads}; --heads may not be 0 for text")
+    if way not in (("mixture", "direct") if kind == "audio" else ("data", "direct")):
+        raise ValueError(f"--parametrization {way} is not for {kind}")
     K, shape, b = c["K"], tuple(c["shape"]), c["branch"] or None
     S, D = 1 if b is None else num_stages(K, b), math.prod(shape)
-    values = b is None or c["parametrization"] == "data"
-    same = dict(num_outputs=K if values else S * b, dim=dim, depth=c["depth"], heads=heads,
-                stages=S, extras=c["recipe"] == "ours")
-    if c["kind"] == "audio":
-        mixture = b is None or c["parametrization"] == "mixture"
-        parameters = 3 * (3 if same["extras"] else 30)
-        del same["heads"]
-        same["num_outputs"] = parameters if mixture else S * b
-        net = WaveNet(K, D, b=b, mixture=mixture, **same)
-    elif image:
-        net = UNet(K, shape, b=b, values=values, **same)
+    values = b is None or way != "direct"
+    extras = c["recipe"] == "ours"
+    same = dict(num_outputs=K if values else S * b, dim=dim, depth=c["depth"], stages=S,
+                extras=extras)
+    if kind == "audio":
+        if values:                                         # three numbers for every logistic
+            same["num_outputs"] = 9 if extras else 90
+        net = WaveNet(K, D, b=b, mixture=values, **same)
+    elif kind == "image":
+        net = UNet(K, shape, b=b, values=values, heads=heads, **same)
     else:
-        net = Transformer(K, D, **same)
+        net = Transformer(K, D, heads=heads, **same)
     if b is None:
-        return MixtureARDM(net, D, K) if c["kind"] == "audio" else ARDM(net, D, K)
-    return UpscaleARDM(net, D, K, b, c["parametrization"])
+        return MixtureARDM(net, D, K) if kind == "audio" else ARDM(net, D, K)
+    return UpscaleARDM(net, D, K, b, way)
 
 
 def load(path, device=None):
@@ -547,8 +554,10 @@ def rows_at_once(model):
     device = next(model.parameters()).device
     if device.type != "cuda":
         return max(1, (1 << 12) // model.D)
-    widest = max(p.shape[0] for p in model.parameters() if p.ndim > 1)
-    each = model.D * (64 * widest + 64 * model.K + 8 * model.D)          # bytes of a datapoint
+    widest = max(layer.weight.shape[0] for layer in model.modules()
+                 if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d)))
+    outputs = getattr(model.net, "num_outputs", model.K)
+    each = model.D * (64 * widest + 64 * outputs + 8 * model.D)          # bytes of a datapoint
     return max(1, torch.cuda.mem_get_info(device)[0] // 4 // each)
 
 

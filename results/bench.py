@@ -1,7 +1,8 @@
 """The measurements: python -m results.bench SECTION [SECTION ...]
 
     text images             our recipe without each of its ingredients, in equal time
-    text8 paper mnist cifar10 glyphs    as a reader would run them, test data looked at once
+    text8 paper mnist cifar10 glyphs tones    as a reader would run them, test data looked at once
+    fsdd branches calls     audio: spoken digits, beside FLAC; stages; few network calls
     orders compress packers    orders of images; archives of text; PNG and WebP of images
     planner coder speed     seconds
     portable fuzz           what archives survive
@@ -207,6 +208,96 @@ def bench_glyphs(args):
     return [result("order-agnostic", run, data)]
 
 
+def bench_tones(args):
+    """The sounds that are made here, bits a sample of the test clips."""
+    data = datasets.load("tones")
+    run, data = trained("tones", data=data, minutes=args.minutes or 2.75)
+    others = datasets.references(data.splits["test"].numpy(), data.K, data.rate)
+    return [result("upscale-16", run, data),
+            *(dict(run=name, bits=bits) for name, bits in others.items())]
+
+
+# -- Audio: spoken digits --------------------------------------------------------------------------
+
+def bench_fsdd(args):
+    """Spoken digits (FSDD, 8 kHz, takes 0 to 4 for the test), bits a sample: the bound on 128
+    windows of 2,048; and the first 100 test clips by name, files with their headers, each coded by
+    itself in 64 network calls and back, byte for byte. FLAC and WavPack on the same files, and on
+    the windows as one file. Seconds of this machine for a second of sound."""
+    run, data = trained("fsdd", data=datasets.load("fsdd"), minutes=args.minutes or 20)
+    windows = train.spread(data.chunks("test"), 128)
+    found = train.bound(run.ema, windows, passes=16)
+    model, checkpoint = nets.load(RUNS / "fsdd" / "ckpt.pt")
+    plan = planner.plan(planner.smooth(checkpoint["L"], checkpoint["counts"]), 64)
+    ks = [[k for stage, _, k in plan if stage == s] for s in range(1, model.S + 1)]
+    codec = compress.Codec(model, checkpoint["settings"], "random:1", ks, 8)
+    path, total = RUNS / "fsdd" / "clip.wav", collections.Counter()
+    tar, = REAL.rglob("free-spoken-digit-dataset*.gz")
+    clips = sorted((name, content.tobytes()) for name, content in datasets.wavs(tar)
+                   if re.search(r"_[0-4]\.wav$", name))
+    for _, content in clips[:5 if args.quick else 100]:
+        path.write_bytes(content)
+        source, file = datasets.Source(path, checkpoint["settings"]), io.BytesIO()
+        begin = time.perf_counter()
+        compress.encode_file(file, model, codec, source)
+        middle = time.perf_counter()
+        file.seek(0)
+        header = compress.read_header(file, "archive")
+        parts = (part for _, part in compress.decode_file(file, codec, source.n))
+        with open(RUNS / "fsdd" / "back.wav", "w+b") as back:
+            datasets.write_back(back, header, checkpoint["settings"], parts)
+        total["decode"] += time.perf_counter() - middle
+        total["encode"] += middle - begin
+        assert (RUNS / "fsdd" / "back.wav").read_bytes() == content
+        total["n"] += source.n
+        total["ardm"] += 8 * len(file.getvalue())
+        for name, command in datasets.SOUND_PACKERS.items():
+            done = subprocess.run(command, input=content, capture_output=True)
+            total[name] += 8 * len(done.stdout)
+    seconds = total["n"] / data.rate
+    others = datasets.references(windows.numpy().flatten(), data.K, data.rate)
+    return [{"": f"upscale-16, {run.seconds / 60:.3g} minutes, {run.step} steps",
+             "windows": found["bits"], "stderr": found["stderr"],
+             "clips, coded": total["ardm"] / total["n"],
+             "encode with its proof, s/s": total["encode"] / seconds,
+             "decode, s/s": total["decode"] / seconds}] + [
+        {"": name, "windows": bits, "clips, coded": total[name] / total["n"] or ""}
+        for name, bits in others.items()]
+
+
+def bench_branches(args):
+    """FSDD with other numbers of stages, in equal time alone on the machine, bits a sample of 256
+    validation windows (in the paper on SC09: 6.29, 6.29, 6.30, 6.36, order-agnostic 7.93)."""
+    rows, data = [], datasets.load("fsdd")
+    for branch in (2, 4, 16, 256, 0):
+        run, _ = trained(data=data, minutes=args.minutes or 5, branch=branch)
+        found = train.bound(run.ema, train.spread(data.chunks("valid"), 256), passes=8)
+        rows.append(dict(b=branch or "order-agnostic", stages=run.model.S, bits=found["bits"],
+                         stderr=found["stderr"], steps=run.step))
+        print(" ", rows[-1])
+    return rows
+
+
+def bench_calls(args):
+    """The model of section fsdd by network calls, bits a sample: predicted from L_t for the planned
+    and the even split over the stages, and exact for the first on 8 test windows."""
+    model, checkpoint = nets.load(RUNS / "fsdd" / "ckpt.pt")
+    L, D = planner.smooth(checkpoint["L"], checkpoint["counts"]), model.D
+    x, rows = train.spread(datasets.load("fsdd").chunks("test"), 8).long(), []
+    for calls in (16, 32, 64, 128, 256, 512, 4 * D):
+        plan, even = planner.plan(L, calls), planner.uniform_plan(model.S, D, calls)
+        row = dict(calls=calls, planned=planner.plan_cost(L, plan) / D,
+                   even=planner.plan_cost(L, even) / D)
+        row["calls of each stage"] = ", ".join(str(sum(s == stage for stage, _, _ in plan))
+                                               for s in range(1, model.S + 1))
+        if calls <= 512:
+            nats = model.nll(x, plan, generator=torch.Generator().manual_seed(0))
+            row["exact"] = bits_per_dim(nats, D).mean().item()
+        rows.append(row)
+        print(" ", row)
+    return rows
+
+
 # -- Orders and archives ---------------------------------------------------------------------------
 
 def lattice(shape):
@@ -381,13 +472,15 @@ def bench_coder(args):
 
 
 def bench_speed(args):
-    """Whole training steps a second, on data of the released code's sizes; it makes 30.9 (text) and
-    12.6 (images) datapoints a second on such a machine, in float32."""
+    """Whole training steps a second, on data of the released code's sizes; it makes 30.9 (text),
+    12.6 (images) and 14.0 (audio) datapoints a second on such a machine, in float32."""
     rows = []
     text = dict(length=250, dim=256, depth=4, heads=4, batch=32)
     image = dict(dim=64, depth=4, heads=1, batch=16)
+    sound = dict(length=4000, dim=64, depth=10, batch=4)
     for name, data, given in (("text, 4 blocks of 256", datasets.load("pydoc", 250), text),
-                              ("images, 4 + 4 blocks of 64", datasets.load(str(CIFAR)), image)):
+                              ("images, 4 + 4 blocks of 64", datasets.load(str(CIFAR)), image),
+                              ("audio, 10 blocks of 64", datasets.load("tones", 4000), sound)):
         for recipe in ("ours", "paper"):
             c = train.Settings(**given, size="tiny", recipe=recipe, steps=1)
             run = train.Run(train.complete(c, data), data)
