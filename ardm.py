@@ -85,7 +85,7 @@ class ARDM(nn.Module):
         self.net = net
         self.D, self.K = D, K
         self.S, self.A = 1, K
-        self.draws = 1               # how often `choose` is asked to make a value: S, or more
+        self.draws = 1               # how often `choose` is asked for a value: S, of audio 4
 
     def unit(self, s):
         """The place value of the s-th of S digits in base A, A^(S-s), for s an int or (B,)."""
@@ -236,35 +236,22 @@ class UpscaleARDM(ARDM):
     """Upscale ARDM (Sec. 3.2, App. A.1): S stages, each generates a base-b digit, highest first.
 
     net: "data": (B, D, K) logits of the values, summed up to those of a digit;
-    "direct": (B, D, S * b) logits of the digits, those of stage s at [(s-1)b, sb);
-    "mixture": the parameters of `log_mass`, for a K that no softmax can hold.
+    "direct": (B, D, S * b) logits of the digits, those of stage s at [(s-1)b, sb).
     """
 
     def __init__(self, net, D, K, b, parametrization="data"):
         super().__init__(net, D, K)
-        if parametrization not in ("data", "direct", "mixture"):
-            raise ValueError(f"parametrization {parametrization!r}: choose data, direct or mixture")
+        if parametrization not in ("data", "direct"):
+            raise ValueError(f"parametrization {parametrization!r}: choose data or direct")
         self.S = self.draws = num_stages(K, b)
         self.A = b
         self.parametrization = parametrization
-
-    def true_log_p(self, x, m, t, s):
-        """log p of the digits that x has, (B, D) nats."""
-        if self.parametrization != "mixture":
-            return super().true_log_p(x, m, t, s)
-        mixture = self.logits(self.net_input(x, m, s), m, t, s, self.net.num_outputs)
-        low, before = self.coarsen(x, s), self.coarsen(x, s - 1)         # two masses, not b
-        return (log_mass(mixture, low, low + self.unit(s), self.K)
-                - log_mass(mixture, before, before + self.unit(s - 1), self.K))
 
     def log_probs(self, x, m, t, s):
         """log p of every digit of stage s: (B, D, b) nats, normalised over b."""
         x = self.net_input(x, m, s)
         if self.parametrization == "data":
             digits = self.sum_values(self.logits(x, m, t, s, self.K), x, s)
-        elif self.parametrization == "mixture":
-            mixture = self.logits(x, m, t, s, self.net.num_outputs)
-            return digit_log_p(mixture, self.coarsen(x, s - 1), self.unit(s), self.A, self.K)
         else:
             logits = self.logits(x, m, t, s, self.S * self.A)
             digits = logits.unflatten(-1, (self.S, self.A))              # (B, D, S, b)
@@ -288,77 +275,6 @@ class UpscaleARDM(ARDM):
             digits = torch.where(s[:, None, None] == stage, row, digits)
             logits = rows.logsumexp(dim=-1)
         return digits
-
-
-class MixtureARDM(ARDM):
-    """Order-agnostic ARDM of a K that no softmax can hold: net gives the parameters of `log_mass`.
-
-    A value is chosen digit by digit from one prediction: `choose` is asked `draws` times a call,
-    with log_p (n, 16), and its s counts the digits. There is no `log_probs`, and no (B, D, K).
-    """
-
-    def __init__(self, net, D, K):
-        super().__init__(net, D, K)
-        self.base = min(16, K)
-        self.draws = num_stages(K, self.base)
-
-    def place(self, digit):
-        """The place value of the digit of that number, from 1."""
-        return self.base ** (self.draws - digit)
-
-    def symbol(self, x, s):
-        """The digit number s of x, (B, D) in 0..15."""
-        return x // self.place(s) % self.base
-
-    def predict(self, x, m, t, s):
-        """The parameters of every variable's mixture, (B, D, outputs)."""
-        return self.logits(self.net_input(x, m, s), m, t, s, self.net.num_outputs)
-
-    def true_log_p(self, x, m, t, s):
-        """log p of the values that x has, (B, D) nats."""
-        return log_mass(self.predict(x, m, t, s), x, x + 1, self.K)
-
-    def decide(self, mixture, where, s, choose):
-        """Values (n,) of the variables in `where`, digit by digit from their mixtures (n, ...)."""
-        value = torch.zeros(len(mixture), dtype=torch.long, device=mixture.device)
-        for digit in range(1, self.draws + 1):
-            unit = self.place(digit)
-            log_p = digit_log_p(mixture, value, unit, self.base, self.K)
-            value = value + unit * choose(log_p, where, digit)
-        return value
-
-
-def log_mass(mixture, low, high, K):
-    """log of the mass that a mixture of logistics puts on the values low..high - 1 of 0..K-1.
-
-    mixture (..., 3n): logits of the n weights, the centres, logarithms of the scales; low and high
-    (...) integers. The first value owns all below it, the last all above: the K masses sum to 1.
-    With a and b = (boundary - centre) / scale, and w = b - a, the mass between is
-
-        sigmoid(b) - sigmoid(a) = sigmoid(b) sigmoid(-a) (1 - e^-w)
-
-    as a product, of which no digit is lost, however far out the interval lies.
-    """
-    weight, centre, log_scale = mixture.chunk(3, dim=-1)
-    low, high = low[..., None], high[..., None]
-    a = (low - 0.5 - centre) * torch.exp(-log_scale)
-    b = (high - 0.5 - centre) * torch.exp(-log_scale)
-    w = (high - low) * torch.exp(-log_scale)
-    first, last = low <= 0, high >= K
-    a = torch.where(first, -torch.inf, a)
-    b = torch.where(last, torch.inf, b)
-    w = torch.where(first | last, torch.inf, w)
-    log_p = F.logsigmoid(b) + F.logsigmoid(-a) + torch.log(-torch.expm1(-w))
-    return (weight.log_softmax(dim=-1) + log_p).logsumexp(dim=-1)
-
-
-def digit_log_p(mixture, low, unit, b, K):
-    """log p (..., b) of the digit that comes next after those that gave low (...): of the masses of
-    the b intervals of `unit` values from low on, normalised."""
-    unit = torch.as_tensor(unit, device=low.device)[..., None]
-    low = low[..., None] + torch.arange(b, device=low.device) * unit
-    log_p = log_mass(mixture[..., None, :], low, low + unit, K)
-    return log_p.masked_fill(low >= K, -torch.inf).log_softmax(dim=-1)
 
 
 def pick(log_p, a):

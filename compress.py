@@ -368,7 +368,8 @@ def run_info(args):
     """what an archive holds, without decoding it"""
     with open(args.input, "rb") as file:
         header = read_header(file, args.input)
-    print(f"{args.input}: {os.path.getsize(args.input):,} bytes, format {VERSION}")
+    size = f"{os.path.getsize(args.input):,} bytes, " * os.path.isfile(args.input)
+    print(f"{args.input}: {size}format {VERSION}")
     for name, value in header.items():
         print(f"  {name:8} {str(value)[:80]}")
 

@@ -531,6 +531,11 @@ def load(name, length=None, bits=8, device="cpu", chunk=64):
         return audio(name, files, length or 16000, device, pad=16000)
     if name in NAMES:
         return Text(name, fetch(f"{name}.zip"), length or chunk, device)
+    return load_file(name, length, bits, device, chunk)
+
+
+def load_file(name, length, bits, device, chunk):
+    """`load` of a path, or of FILE.npz:NAME, by what the first bytes say."""
     path, _, member = (name, "", "") if os.path.exists(name) else name.partition(".npz:")
     path += ".npz" if member else ""
     if not os.path.lexists(path):

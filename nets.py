@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ardm import ARDM, MixtureARDM, UpscaleARDM, num_stages
+from ardm import ARDM, UpscaleARDM, num_stages
 
 # On a CPU, MKL chooses the kernel of a function when it is first called. Where two threads made
 # that call at once, one of them now and then got a coarse kernel, wrong by 1e-4, for that call:
@@ -360,7 +360,7 @@ class WaveNet(nn.Module):
     """DiffWave for audio (App. D): a WaveNet that sees both sides, `depth` gated blocks with
     dilations 1, 2, 4, .. 2048, 1, .. The input may have any length; D counts for the time alone.
 
-    stages, b: of an upscale model. mixture: the outputs are parameters of `ardm.log_mass`, for
+    stages, b: of an upscale model. mixture: the outputs are parameters of `log_mass`, for
     num_outputs / 3 logistics, not logits of digits.
     """
 
@@ -469,6 +469,98 @@ class GatedBlock(nn.Module):
         return (x + out) * 0.5 ** 0.5, skip
 
 
+class MixtureARDM(ARDM):
+    """Order-agnostic ARDM of audio, whose K no softmax can hold: net gives what `log_mass` takes.
+
+    A value is chosen digit by digit from one prediction: `choose` is asked `draws` times a call,
+    with log_p (n, 16), and its s counts the digits. There is no `log_probs`, and no (B, D, K).
+    """
+
+    def __init__(self, net, D, K):
+        super().__init__(net, D, K)
+        self.base = min(16, K)
+        self.draws = num_stages(K, self.base)
+
+    def place(self, digit):
+        """The place value of the digit of that number, from 1."""
+        return self.base ** (self.draws - digit)
+
+    def symbol(self, x, s):
+        """The digit number s of x, (B, D) in 0..15."""
+        return x // self.place(s) % self.base
+
+    def predict(self, x, m, t, s):
+        """The parameters of every variable's mixture, (B, D, outputs)."""
+        return self.logits(self.net_input(x, m, s), m, t, s, self.net.num_outputs)
+
+    def true_log_p(self, x, m, t, s):
+        """log p of the values that x has, (B, D) nats."""
+        return log_mass(self.predict(x, m, t, s), x, x + 1, self.K)
+
+    def decide(self, mixture, where, s, choose):
+        """Values (n,) of the variables in `where`, digit by digit from their mixtures (n, ...)."""
+        value = torch.zeros(len(mixture), dtype=torch.long, device=mixture.device)
+        for digit in range(1, self.draws + 1):
+            unit = self.place(digit)
+            log_p = digit_log_p(mixture, value, unit, self.base, self.K)
+            value = value + unit * choose(log_p, where, digit)
+        return value
+
+
+class UpscaleMixture(UpscaleARDM):
+    """Upscale ARDM of audio: a digit has the mass of its interval, divided by that of the interval
+    that the digits before it leave (the data parametrisation of a K that no softmax can hold)."""
+
+    def mixture(self, x, m, t, s):
+        """The parameters of every variable's mixture, (B, D, outputs)."""
+        return self.logits(self.net_input(x, m, s), m, t, s, self.net.num_outputs)
+
+    def log_probs(self, x, m, t, s):
+        """log p of every digit of stage s: (B, D, b) nats, normalised over b."""
+        before = self.coarsen(x, s - 1)
+        return digit_log_p(self.mixture(x, m, t, s), before, self.unit(s), self.A, self.K)
+
+    def true_log_p(self, x, m, t, s):
+        """log p of the digits that x has, (B, D) nats: of two masses, not b."""
+        mixture = self.mixture(x, m, t, s)
+        digit, before = self.coarsen(x, s), self.coarsen(x, s - 1)
+        return (log_mass(mixture, digit, digit + self.unit(s), self.K)
+                - log_mass(mixture, before, before + self.unit(s - 1), self.K))
+
+
+def log_mass(mixture, low, high, K):
+    """log of the mass that a mixture of logistics puts on the values low..high - 1 of 0..K-1.
+
+    mixture (..., 3n): logits of the n weights, the centres, logarithms of the scales; low and high
+    (...) integers. The first value owns all below it, the last all above: the K masses sum to 1.
+    With a and b = (boundary - centre) / scale, and w = b - a, the mass between is
+
+        sigmoid(b) - sigmoid(a) = sigmoid(b) sigmoid(-a) (1 - e^-w)
+
+    as a product, of which no digit is lost, however far out the interval lies.
+    """
+    weight, centre, log_scale = mixture.chunk(3, dim=-1)
+    low, high = low[..., None], high[..., None]
+    a = (low - 0.5 - centre) * torch.exp(-log_scale)
+    b = (high - 0.5 - centre) * torch.exp(-log_scale)
+    w = (high - low) * torch.exp(-log_scale)
+    first, last = low <= 0, high >= K
+    a = torch.where(first, -torch.inf, a)
+    b = torch.where(last, torch.inf, b)
+    w = torch.where(first | last, torch.inf, w)
+    log_p = F.logsigmoid(b) + F.logsigmoid(-a) + torch.log(-torch.expm1(-w))
+    return (weight.log_softmax(dim=-1) + log_p).logsumexp(dim=-1)
+
+
+def digit_log_p(mixture, low, unit, b, K):
+    """log p (..., b) of the digit that comes next after those that gave low (...): of the masses of
+    the b intervals of `unit` values from low on, normalised."""
+    unit = torch.as_tensor(unit, device=low.device)[..., None]
+    low = low[..., None] + torch.arange(b, device=low.device) * unit
+    log_p = log_mass(mixture[..., None, :], low, low + unit, K)
+    return log_p.masked_fill(low >= K, -torch.inf).log_softmax(dim=-1)
+
+
 # -- From settings or a checkpoint to a model ------------------------------------------------------
 
 def build(c):
@@ -497,7 +589,7 @@ def build(c):
         net = Transformer(K, D, heads=heads, **same)
     if b is None:
         return MixtureARDM(net, D, K) if kind == "audio" else ARDM(net, D, K)
-    return UpscaleARDM(net, D, K, b, way)
+    return UpscaleMixture(net, D, K, b) if way == "mixture" else UpscaleARDM(net, D, K, b, way)
 
 
 def load(path, device=None):

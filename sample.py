@@ -69,6 +69,22 @@ def read_inpaint(rule, n, settings, path):
     return x.repeat_interleave(COMPLETIONS, dim=0), halves[rule].flatten()
 
 
+def read_known(args, model, settings):
+    """x (n, D) to begin with, and what of it is known: (D,), or None for nothing."""
+    text = settings["kind"] not in ("image", "audio")
+    if args.prompt is not None and not text or (args.inpaint or args.source) and text:
+        raise ValueError("--prompt is for text, --inpaint and --from for images and audio: this is "
+                         f"a model of {settings['kind']}")
+    if args.source and not args.inpaint:
+        raise ValueError("--from needs --inpaint, which says what is kept of the file")
+    if args.inpaint:
+        return read_inpaint(args.inpaint, args.n, settings, args.source)
+    x, known = torch.zeros(1, model.D, dtype=torch.long), None
+    if args.prompt is not None:
+        x, known = read_prompt(args.prompt, model)
+    return x.expand(args.n, -1), known                     # takes no memory
+
+
 def make_plan(model, checkpoint, calls, n_known, D):
     """The cheapest plan of so many network calls for what is unknown; without calls one variable
     per call, and without a measured L_t an even one."""
@@ -210,15 +226,7 @@ def main():
     settings = checkpoint["settings"]
     image, audio = settings["kind"] == "image", settings["kind"] == "audio"
     text = not image and not audio
-    if args.prompt is not None and not text or (args.inpaint or args.source) and text:
-        raise ValueError("--prompt is for text, --inpaint and --from for images and audio: this is "
-                         f"a model of {settings['kind']}")
-    x, known = torch.zeros(1, model.D, dtype=torch.long), None
-    if args.prompt is not None:
-        x, known = read_prompt(args.prompt, model)
-    x = x.expand(args.n, -1)                               # takes no memory
-    if args.inpaint:
-        x, known = read_inpaint(args.inpaint, args.n, settings, args.source)
+    x, known = read_known(args, model, settings)
     n, D = x.shape
     if audio and args.calls is None:
         args.calls = AUDIO_CALLS

@@ -41,8 +41,9 @@ import nets
 import planner
 import sample
 import train
-from ardm import (ARDM, MixtureARDM, UpscaleARDM, bits_per_dim, digit_log_p, known_first, log_mass,
-                  num_stages, pick, sample_sigma, stratified_steps)
+from ardm import (ARDM, UpscaleARDM, bits_per_dim, known_first, num_stages, pick,
+                  sample_sigma, stratified_steps)
+from nets import MixtureARDM, UpscaleMixture, digit_log_p, log_mass
 
 HERE = Path(__file__).parent
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
@@ -375,7 +376,9 @@ def test_digits_that_lead_nowhere_have_probability_zero(parametrization):
 def test_upscale_loss_over_all_orders_and_stages_is_the_bound(K, b, parametrization):
     S, x = num_stages(K, b), all_x(2, K)
     outputs = dict(data=K, direct=S * b, mixture=6)[parametrization]
-    model = UpscaleARDM(Table(2, K, outputs, S), 2, K, b, parametrization)
+    table = Table(2, K, outputs, S)
+    model = (UpscaleMixture(table, 2, K, b) if parametrization == "mixture" else
+             UpscaleARDM(table, 2, K, b, parametrization))
     same = ONE.expand(len(x))
     losses = [model.loss(x, t * same, s * same, sigma.expand(len(x), 2))
               for s in range(1, S + 1) for t in (1, 2) for sigma in all_sigma(2)]
@@ -413,86 +416,6 @@ def test_finer_digits_never_reach_the_network_before_their_stage():
     model.log_probs(other, m, s, s)
     (one, _, _), (two, _, _) = model.net.seen
     assert torch.equal(one, two) and (x != other).any()
-
-
-# -- ardm.py: a mixture of logistics over values that no softmax can hold --------------------------
-
-EXTREMES = list(itertools.product([-9e4, -3.0, 0.0, 32768.2, 65535.0, 2e5], [-7.0, 0.0, 3.0, 14.0]))
-
-
-def mixtures(dtype=torch.float64):
-    """Parameters of mixtures of two logistics, (n, 6): every pair of extremes."""
-    pairs = torch.tensor(list(itertools.product(EXTREMES, repeat=2)), dtype=dtype)       # (n, 2, 2)
-    weights = torch.tensor([0.3, -0.4], dtype=dtype).expand(len(pairs), 2)
-    return torch.cat((weights, pairs[..., 0], pairs[..., 1]), dim=1)
-
-
-def test_the_mass_of_an_interval_is_a_difference_of_sigmoids():
-    mixture = torch.tensor([0.2, -0.5, 3.1, 4.0, -0.3, 0.4]).double()
-    weight, centre, scale = mixture[:2].softmax(0), mixture[2:4], mixture[4:].exp()
-    for low, high in itertools.combinations(range(9), 2):
-        below = [0.0 if i == 0 else 1.0 if i == 8 else torch.sigmoid((i - 0.5 - centre) / scale)
-                 for i in (low, high)]
-        expected = (weight * (below[1] - below[0])).sum()
-        found = log_mass(mixture, torch.tensor(low), torch.tensor(high), 8).exp()
-        same(f"mass of {low}..{high - 1}", found, expected)
-
-
-def test_masses_sum_to_one_over_all_values_and_over_the_digits_of_any_prefix():
-    x, some = torch.arange(1 << 16), mixtures()
-    for row in some[::29]:
-        assert abs(log_mass(row, x, x + 1, 1 << 16).exp().sum().item() - 1) < 1e-6
-    for b, unit in ((2, 32768), (16, 4096), (16, 1), (256, 1), (4, 64)):
-        low = torch.randint(65536 // (b * unit), (len(some),), generator=seeded()) * b * unit
-        digits = low[:, None] + unit * torch.arange(b)
-        parts = log_mass(some[:, None], digits, digits + unit, 1 << 16)
-        whole = log_mass(some, low, low + b * unit, 1 << 16)
-        assert torch.allclose(parts.logsumexp(1), whole, rtol=1e-9, atol=1e-9)
-        log_p = digit_log_p(some, low, unit, b, 1 << 16)
-        assert torch.allclose(log_p, parts - whole[:, None], rtol=1e-9, atol=1e-9)
-
-
-def test_mixtures_have_finite_losses_and_gradients_in_float32_whatever_they_are():
-    for x in (0, 1, 32768, 65534, 65535):
-        mixture = mixtures(torch.float32).requires_grad_()
-        low = torch.full((len(mixture),), x)
-        loss = -log_mass(mixture, low, low + 1, 1 << 16)
-        loss.sum().backward()
-        assert loss.isfinite().all() and (loss > -1e-6).all() and mixture.grad.isfinite().all()
-
-
-def test_nll_of_an_upscale_mixture_is_the_sum_of_its_digits_log_masses():
-    mixture = torch.tensor([0.2, -0.5, 3.1, 9.0, -0.3, 0.9]).double()
-    model, x = UpscaleARDM(Fixed(mixture), 3, 16, 4, "mixture"), torch.tensor([[3, 0, 14]])
-    nats = 0.0
-    for value in x[0]:
-        for low, unit, before in ((value // 4 * 4, 4, 16), (value, 1, 4)):
-            above = value // before * before
-            nats -= (log_mass(mixture, low, low + unit, 16)
-                     - log_mass(mixture, above, above + before, 16)).item()
-    same("nll", model.nll(x), nats)
-    t, s = torch.tensor([2]), torch.tensor([2])
-    log_p = model.log_probs(x, torch.ones(1, 3).bool(), t, s)
-    same("log p of the digits", model.true_log_p(x, torch.ones(1, 3).bool(), t, s),
-         pick(log_p, model.symbol(x, s)))
-
-
-def test_an_order_agnostic_mixture_draws_and_codes_its_values_digit_by_digit():
-    K, D, x = 5, 2, all_x(2, 5)
-    model = MixtureARDM(Table(D, K, 6), D, K)
-    assert (model.S, model.A, model.draws) == (1, K, 1)
-    model.base, model.draws = 2, 3                         # as K = 65,536 has 16 and 4
-    plans = [None, [(1, 1, 2)]]
-    for plan in plans:
-        p = [(-model.nll(x, plan, sigma.expand(25, 2))).exp() for sigma in all_sigma(2)]
-        for each in p:
-            same("sum of p(x)", each.sum(), 1.0)
-        assert_drawn_with(model, plan, torch.stack(p).mean(dim=0))
-    losses = [model.loss(x, t * ONE.expand(25), sigma=sigma.expand(25, 2))
-              for t in (1, 2) for sigma in all_sigma(2)]
-    nll = torch.stack([model.nll(x, sigma=sigma.expand(25, 2)) for sigma in all_sigma(2)])
-    assert torch.allclose(torch.stack(losses).mean(dim=0), nll.mean(dim=0))
-    assert MixtureARDM(Fixed(torch.zeros(6)), 2, 1 << 16).draws == 4
 
 
 # -- nets.py ---------------------------------------------------------------------------------------
@@ -673,6 +596,86 @@ def test_logistic_is_the_density_of_the_logistic_distribution():
     z = (torch.arange(16) / 16 - 0.5 - location) / scale
     density = torch.exp(-z) / (1 + torch.exp(-z)) ** 2
     assert torch.allclose(nets.logistic(location, width, 16), torch.log(density), atol=1e-4)
+
+
+# -- nets.py: audio, a mixture of logistics over values that no softmax can hold -------------------
+
+EXTREMES = list(itertools.product([-9e4, -3.0, 0.0, 32768.2, 65535.0, 2e5], [-7.0, 0.0, 3.0, 14.0]))
+
+
+def mixtures(dtype=torch.float64):
+    """Parameters of mixtures of two logistics, (n, 6): every pair of extremes."""
+    pairs = torch.tensor(list(itertools.product(EXTREMES, repeat=2)), dtype=dtype)       # (n, 2, 2)
+    weights = torch.tensor([0.3, -0.4], dtype=dtype).expand(len(pairs), 2)
+    return torch.cat((weights, pairs[..., 0], pairs[..., 1]), dim=1)
+
+
+def test_the_mass_of_an_interval_is_a_difference_of_sigmoids():
+    mixture = torch.tensor([0.2, -0.5, 3.1, 4.0, -0.3, 0.4]).double()
+    weight, centre, scale = mixture[:2].softmax(0), mixture[2:4], mixture[4:].exp()
+    for low, high in itertools.combinations(range(9), 2):
+        below = [0.0 if i == 0 else 1.0 if i == 8 else torch.sigmoid((i - 0.5 - centre) / scale)
+                 for i in (low, high)]
+        expected = (weight * (below[1] - below[0])).sum()
+        found = log_mass(mixture, torch.tensor(low), torch.tensor(high), 8).exp()
+        same(f"mass of {low}..{high - 1}", found, expected)
+
+
+def test_masses_sum_to_one_over_all_values_and_over_the_digits_of_any_prefix():
+    x, some = torch.arange(1 << 16), mixtures()
+    for row in some[::29]:
+        assert abs(log_mass(row, x, x + 1, 1 << 16).exp().sum().item() - 1) < 1e-6
+    for b, unit in ((2, 32768), (16, 4096), (16, 1), (256, 1), (4, 64)):
+        low = torch.randint(65536 // (b * unit), (len(some),), generator=seeded()) * b * unit
+        digits = low[:, None] + unit * torch.arange(b)
+        parts = log_mass(some[:, None], digits, digits + unit, 1 << 16)
+        whole = log_mass(some, low, low + b * unit, 1 << 16)
+        assert torch.allclose(parts.logsumexp(1), whole, rtol=1e-9, atol=1e-9)
+        log_p = digit_log_p(some, low, unit, b, 1 << 16)
+        assert torch.allclose(log_p, parts - whole[:, None], rtol=1e-9, atol=1e-9)
+
+
+def test_mixtures_have_finite_losses_and_gradients_in_float32_whatever_they_are():
+    for x in (0, 1, 32768, 65534, 65535):
+        mixture = mixtures(torch.float32).requires_grad_()
+        low = torch.full((len(mixture),), x)
+        loss = -log_mass(mixture, low, low + 1, 1 << 16)
+        loss.sum().backward()
+        assert loss.isfinite().all() and (loss > -1e-6).all() and mixture.grad.isfinite().all()
+
+
+def test_nll_of_an_upscale_mixture_is_the_sum_of_its_digits_log_masses():
+    mixture = torch.tensor([0.2, -0.5, 3.1, 9.0, -0.3, 0.9]).double()
+    model, x = UpscaleMixture(Fixed(mixture), 3, 16, 4), torch.tensor([[3, 0, 14]])
+    nats = 0.0
+    for value in x[0]:
+        for low, unit, before in ((value // 4 * 4, 4, 16), (value, 1, 4)):
+            above = value // before * before
+            nats -= (log_mass(mixture, low, low + unit, 16)
+                     - log_mass(mixture, above, above + before, 16)).item()
+    same("nll", model.nll(x), nats)
+    t, s = torch.tensor([2]), torch.tensor([2])
+    log_p = model.log_probs(x, torch.ones(1, 3).bool(), t, s)
+    same("log p of the digits", model.true_log_p(x, torch.ones(1, 3).bool(), t, s),
+         pick(log_p, model.symbol(x, s)))
+
+
+def test_an_order_agnostic_mixture_draws_and_codes_its_values_digit_by_digit():
+    K, D, x = 5, 2, all_x(2, 5)
+    model = MixtureARDM(Table(D, K, 6), D, K)
+    assert (model.S, model.A, model.draws) == (1, K, 1)
+    model.base, model.draws = 2, 3                         # as K = 65,536 has 16 and 4
+    plans = [None, [(1, 1, 2)]]
+    for plan in plans:
+        p = [(-model.nll(x, plan, sigma.expand(25, 2))).exp() for sigma in all_sigma(2)]
+        for each in p:
+            same("sum of p(x)", each.sum(), 1.0)
+        assert_drawn_with(model, plan, torch.stack(p).mean(dim=0))
+    losses = [model.loss(x, t * ONE.expand(25), sigma=sigma.expand(25, 2))
+              for t in (1, 2) for sigma in all_sigma(2)]
+    nll = torch.stack([model.nll(x, sigma=sigma.expand(25, 2)) for sigma in all_sigma(2)])
+    assert torch.allclose(torch.stack(losses).mean(dim=0), nll.mean(dim=0))
+    assert MixtureARDM(Fixed(torch.zeros(6)), 2, 1 << 16).draws == 4
 
 
 def wave_net(branch, recipe="ours", K=1 << 16):
@@ -1200,7 +1203,7 @@ def test_clips_are_read_from_folders_and_tars_and_other_sound_is_refused(tmp_pat
             ("torn.wav", wav_bytes(clip(1))[:30], "without a whole fmt chunk"),
             ("short.wav", wav_bytes(clip(1)), "too few for"),
             ("x.flac", b"fLaC" + bytes(900), "FLAC audio"),
-            ("x.tar", gzip.decompress((tmp_path / "clips.tgz").read_bytes())[:40000], "cannot be read")):
+            ("x.tar", gzip.open(tmp_path / "clips.tgz").read()[:40000], "cannot be read")):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=words):
             datasets.load(str(tmp_path / name), 20)
@@ -2066,6 +2069,11 @@ def test_train_refuses_bad_input(refused, folder, tmp_path):
             (("--resume", "--evaluate", "x", *out), "not allowed with"),
             (("--seed", -1, *out), "--seed -1: choose"),
             (("--branch", -3, *out), "choose 2 to K = 27"), (("--bits", 9, *out), "invalid choice"),
+            (("--steps", 3, "--minutes", 1, *out), "give --steps or --minutes, not both"),
+            (("--bits", 5, *out), "--bits is for images"),
+            (("--data", "glyphs", "--length", 5, *out), "--length is for text and audio"),
+            (("--parametrization", "data", *out), "--parametrization is for an upscale model"),
+            (("--data", "tones", "--parametrization", "data", *out), "data is not for audio"),
             (("--branch", 28, *out), "choose 2 to K = 27"),
             (("--device", "abacus", *out), "--device abacus"),
             (("--resume", *out), "no such checkpoint"), (("--stepz", 3, *out), "unrecognized"),
@@ -2108,6 +2116,7 @@ def test_sample_refuses_bad_input(refused, folder, gallery, tmp_path):
             (("--prompt", "_" * 25), "25 characters, the model takes 24"),
             (("--prompt", "nothing to do"), "no blank"), (("--n", 0), "--n must be"),
             (("--order", "sideways"), "choose forward, backward"),
+            (("--from", "x"), "--inpaint and --from for"),
             (("--temperature", -1), "--temperature 0 or more"),
             (("--device", "meta"), "choose cuda, mps or cpu"),
             (("--inpaint", "top"), "--inpaint and --from for images")):

@@ -1,7 +1,7 @@
 """Training, evaluation and checkpoints.
 
     python train.py                                     about three minutes, no download
-    python train.py --data FILE --minutes 10            any text or bytes, or images (.npy, idx)
+    python train.py --data FILE --minutes 10            any text or bytes, images (.npy, idx), .wav
     python train.py --data cifar10 --branch 4           an upscale model of images
     python train.py --resume                            goes on with an interrupted run
     python train.py --evaluate out/pydoc/ckpt.pt        the number, its standard error, the protocol
@@ -73,7 +73,8 @@ def setting(default, help, **how):
 @dataclasses.dataclass
 class Settings:
     """All that decides a run; every field is a flag. None: `complete` fills it in, by --size."""
-    data: str = setting("pydoc", f"{', '.join(datasets.NAMES)}, or a file (default pydoc)")
+    data: str = setting("pydoc", f"{', '.join(datasets.NAMES)}, or a file or folder "
+                        "(default pydoc)")
     size: str = setting(None, "of network, batch and run; default: small on CUDA, else tiny",
                         choices=list(SIZES["text"]))
     recipe: str = setting("ours", "the paper's, or what learns more in minutes (default ours)",
@@ -84,7 +85,7 @@ class Settings:
                                    "text, direct for images, mixture for audio",
                                    choices=["data", "direct", "mixture"])
     bits: int = setting(8, "kept of each 8-bit value of an image (default 8)", choices=range(1, 9))
-    length: int = setting(None, "D of text: characters in a datapoint")
+    length: int = setting(None, "D of text or audio: characters or samples in a datapoint")
     dim: int = setting(None, "width of the network")
     depth: int = setting(None, "blocks of the network; of images: on each side")
     heads: int = setting(None, "attention heads; of images: in the middle, 0: no attention")
@@ -473,6 +474,14 @@ def complete(c, data):
         preset |= dict(length=data.D, branch=16)
     if image and c.size == "tiny" and data.D < 1024:
         preset["batch"] *= 4                               # of small images more
+    upscale = c.branch or preset.get("branch") and c.branch is None
+    for words, is_so in (("give --steps or --minutes, not both", c.steps and c.minutes),
+                         ("--bits is for images", c.bits < 8 and not image),
+                         ("--length is for text and audio", c.length and image),
+                         ("--parametrization is for an upscale model: give --branch, too",
+                          c.parametrization and not upscale)):
+        if is_so:
+            raise ValueError(words)
     if c.steps or c.minutes:
         preset = preset | dict(steps=None, minutes=None)
     ours = dict(text="data", image="direct", audio="mixture")
