@@ -11,7 +11,7 @@ big-endian:
 
     4, 1    "ARDM", and the format version, 8
     4, 4    h, the length of the header, and its CRC-32
-    h       header: JSON, deflated; see `encode_file`
+    h       header: JSON, deflated after TYPICAL; see `encode_file`
     then for every block of datapoints, in the order of the file:
     4       length of the stream; its top bit: the symbols are stored raw
     1       shift: the grid of coder.py moved by shift/256 of a step
@@ -51,6 +51,13 @@ from ardm import bits_per_dim
 MAGIC, VERSION = b"ARDM", 8
 BLOCK = 1 << 14                      # symbols in a block, about; twice as many at most
 LONGEST_HEADER = 1 << 22             # bytes
+TYPICAL = (                          # what deflated headers have in common: a part of the format
+    rb'"text" "bytes" "image" "forward" "spaced:63" "head":"\u0093NUMPY\u0001\u0000v\u0000{'
+    rb"'descr': '|u1', 'fortran_order': False, 'shape': (16, 28, 28), }             \n"
+    rb'{"kind":"audio","length":16384,"order":"random:1","plan":[[64,63,62,31,32,16,15]],'
+    rb'"tail":"","block":8,"weights":"0123456789abcdef","head":"RIFF\u0000\u0000WAVEfmt \u0010\u0000\u0000'
+    rb'\u0000\u0001\u0000\u0001\u0000@\u001f\u0000\u0000\u0080>\u0000\u0000\u0002\u0000\u0010'
+    rb'\u0000data\u0000\u0000"}')
 RAW = 1 << 31                        # the bit of a length that says: stored raw
 DAMAGED = b"\xff" * 5                # stands for a block that is not whole
 CALLS = {"image": 100, "audio": 64}       # of text a quarter of the variables
@@ -176,7 +183,8 @@ def encode_file(file, model, codec, source):
     text = json.dumps(header, separators=(",", ":")).encode()
     if len(text) > LONGEST_HEADER:
         raise ValueError(f"{source.path} holds {len(tail):,} bytes behind its images: too many")
-    text = zlib.compress(text, 9)
+    deflate = zlib.compressobj(9, wbits=-15, zdict=TYPICAL)
+    text = deflate.compress(text) + deflate.flush()
     file.write(struct.pack(">4sBII", MAGIC, VERSION, len(text), zlib.crc32(text)) + text)
     first = done = total = 0
     with tqdm(desc="encoding", unit="symbol", unit_scale=True, leave=False, disable=None,
@@ -205,12 +213,13 @@ def read_header(file, name):
     if start[4:5] != bytes([VERSION]):
         raise ValueError(f"{name} has another format version than {VERSION}, which this program "
                          f"reads: {start[4:5].hex()}")
+    inflate = zlib.decompressobj(-15, zdict=TYPICAL)
     try:
         length, check = struct.unpack(">II", start[5:])
         text = file.read(min(length, LONGEST_HEADER))
         if zlib.crc32(text) != check:
             raise ValueError
-        return dict(json.loads(zlib.decompressobj().decompress(text, LONGEST_HEADER)))
+        return dict(json.loads(inflate.decompress(text, LONGEST_HEADER)))
     except (ValueError, TypeError, RecursionError, struct.error, zlib.error):
         raise ValueError(f"{name} is damaged: its header is cut off or does not match its checksum")
 

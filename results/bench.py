@@ -2,7 +2,7 @@
 
     text images             our recipe without each of its ingredients, in equal time
     text8 paper mnist cifar10 glyphs tones    as a reader would run them, test data looked at once
-    fsdd branches calls     audio: spoken digits, beside FLAC; stages; few network calls
+    fsdd clips branches calls    audio: spoken digits, beside FLAC; stages; few network calls
     orders compress packers    orders of images; archives of text; PNG and WebP of images
     planner coder speed     seconds
     portable fuzz           what archives survive
@@ -221,48 +221,53 @@ def bench_tones(args):
 
 def bench_fsdd(args):
     """Spoken digits (FSDD, 8 kHz, takes 0 to 4 for the test), bits a sample: the bound on 128
-    windows of 2,048; and the first 100 test clips by name, files with their headers, each coded by
-    itself in 64 network calls and back, byte for byte. FLAC and WavPack on the same files, and on
-    the windows as one file. Seconds of this machine for a second of sound."""
+    windows of 2,048 of the test clips; others take the windows as one file."""
     run, data = trained("fsdd", data=datasets.load("fsdd"), minutes=args.minutes or 20)
     windows = train.spread(data.chunks("test"), 128)
     found = train.bound(run.ema, windows, passes=16)
+    others = datasets.references(windows.numpy().flatten(), data.K, data.rate)
+    return [dict(run="upscale-16", bits=found["bits"], stderr=found["stderr"], steps=run.step,
+                 minutes=run.seconds / 60), *(dict(run=name, bits=others[name]) for name in others)]
+
+
+def bench_clips(args):
+    """The first 100 test clips of FSDD by name, bits a sample: each file, its header included, is
+    coded by itself in 64 network calls by the model of section fsdd, and decoded, byte for byte;
+    the same files by FLAC and WavPack. Seconds of this machine for a second of sound."""
     model, checkpoint = nets.load(RUNS / "fsdd" / "ckpt.pt")
+    settings = checkpoint["settings"]
     plan = planner.plan(planner.smooth(checkpoint["L"], checkpoint["counts"]), 64)
     ks = [[k for stage, _, k in plan if stage == s] for s in range(1, model.S + 1)]
-    codec = compress.Codec(model, checkpoint["settings"], "random:1", ks, 8)
-    path, total = RUNS / "fsdd" / "clip.wav", collections.Counter()
-    tar, = REAL.rglob("free-spoken-digit-dataset*.gz")
+    codec = compress.Codec(model, settings, "random:1", ks, 8)
+    clip, back = RUNS / "fsdd" / "clip.wav", RUNS / "fsdd" / "back.wav"
+    total, (tar, *_) = collections.Counter(), REAL.rglob("free-spoken-digit-dataset*.gz")
     clips = sorted((name, content.tobytes()) for name, content in datasets.wavs(tar)
                    if re.search(r"_[0-4]\.wav$", name))
-    for _, content in clips[:5 if args.quick else 100]:
-        path.write_bytes(content)
-        source, file = datasets.Source(path, checkpoint["settings"]), io.BytesIO()
+    for _, content in clips[:100]:
+        clip.write_bytes(content)
+        source, file = datasets.Source(clip, settings), io.BytesIO()
         begin = time.perf_counter()
-        compress.encode_file(file, model, codec, source)
+        total["exact"] += compress.encode_file(file, model, codec, source)
         middle = time.perf_counter()
         file.seek(0)
         header = compress.read_header(file, "archive")
         parts = (part for _, part in compress.decode_file(file, codec, source.n))
-        with open(RUNS / "fsdd" / "back.wav", "w+b") as back:
-            datasets.write_back(back, header, checkpoint["settings"], parts)
+        with datasets.write(back) as out:
+            datasets.write_back(out, header, settings, parts)
         total["decode"] += time.perf_counter() - middle
         total["encode"] += middle - begin
-        assert (RUNS / "fsdd" / "back.wav").read_bytes() == content
+        assert back.read_bytes() == content
         total["n"] += source.n
-        total["ardm"] += 8 * len(file.getvalue())
+        total["archive"] += 8 * len(file.getvalue())
         for name, command in datasets.SOUND_PACKERS.items():
             done = subprocess.run(command, input=content, capture_output=True)
             total[name] += 8 * len(done.stdout)
-    seconds = total["n"] / data.rate
-    others = datasets.references(windows.numpy().flatten(), data.K, data.rate)
-    return [{"": f"upscale-16, {run.seconds / 60:.3g} minutes, {run.step} steps",
-             "windows": found["bits"], "stderr": found["stderr"],
-             "clips, coded": total["ardm"] / total["n"],
-             "encode with its proof, s/s": total["encode"] / seconds,
-             "decode, s/s": total["decode"] / seconds}] + [
-        {"": name, "windows": bits, "clips, coded": total[name] / total["n"] or ""}
-        for name, bits in others.items()]
+    sizes = {name: total[name] / total["n"] for name in ("exact", "archive", "FLAC -8",
+                                                         "WavPack -hhx6")}
+    seconds = total["n"] / settings["rate"]
+    return [{"": name, "bits": bits} for name, bits in sizes.items()] + [
+        {"": f"seconds to {way}", "for a second of sound": total[way] / seconds}
+        for way in ("encode", "decode")]
 
 
 def bench_branches(args):
