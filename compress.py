@@ -55,9 +55,9 @@ TYPICAL = (                          # what deflated headers have in common: a p
     rb'"text" "bytes" "image" "forward" "spaced:63" "head":"\u0093NUMPY\u0001\u0000v\u0000{'
     rb"'descr': '|u1', 'fortran_order': False, 'shape': (16, 28, 28), }             \n"
     rb'{"kind":"audio","length":16384,"order":"random:1","plan":[[64,63,62,31,32,16,15]],'
-    rb'"tail":"","block":8,"weights":"0123456789abcdef","head":"RIFF\u0000\u0000WAVEfmt \u0010\u0000\u0000'
-    rb'\u0000\u0001\u0000\u0001\u0000@\u001f\u0000\u0000\u0080>\u0000\u0000\u0002\u0000\u0010'
-    rb'\u0000data\u0000\u0000"}')
+    rb'"tail":"","block":8,"weights":"0123456789abcdef","head":"RIFF\u0000\u0000WAVEfmt \u0010'
+    rb'\u0000\u0000\u0000\u0001\u0000\u0001\u0000@\u001f\u0000\u0000\u0080>\u0000\u0000\u0002\u0000'
+    rb'\u0010\u0000data\u0000\u0000"}')
 RAW = 1 << 31                        # the bit of a length that says: stored raw
 DAMAGED = b"\xff" * 5                # stands for a block that is not whole
 CALLS = {"image": 100, "audio": 64}       # of text a quarter of the variables
