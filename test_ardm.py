@@ -1871,6 +1871,21 @@ def test_image_files_come_back_byte_for_byte_whatever_is_around_the_pixels(galle
         assert back.read_bytes() == content
 
 
+def test_sound_is_coded_with_a_wider_margin(studio, monkeypatch):
+    """A narrow logistic multiplies what machines differ by."""
+    model, checkpoint = nets.load(studio / "ckpt.pt", "cpu")
+    ks = [[16] * 4] * model.S
+    codec = compress.Codec(model, checkpoint["settings"], "random:1", ks, 8)
+    margins, found = [], coder.safe
+    monkeypatch.setattr(coder, "safe", lambda log_p, shift, margin: margins.append(margin) or (
+        found(log_p, shift, margin)))
+    codec.encode(torch.full((1, 2, 64), 32768, dtype=torch.uint16), 0)
+    assert set(margins) == {1e-8}
+    level = np.log(np.array([[0.5, 0.5]]))
+    near = -(np.floor(-level * 64) + 0.5 + 64 * 5e-9) / 64
+    assert coder.safe(near, 0, 1e-10) and not coder.safe(near, 0, 1e-8)
+
+
 def test_sound_files_come_back_byte_for_byte(studio, refused, tmp_path, capsys):
     ckpt = ("--ckpt", studio / "ckpt.pt")
     sound = np.frombuffer((studio / "test.wav").read_bytes()[44:], "<i2")[:200]
