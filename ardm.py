@@ -146,7 +146,7 @@ class ARDM(nn.Module):
         if sigma is None:
             sigma = sample_sigma(B, D, x.device, generator)              # sigma ~ U(S_D)
         m = sigma < t[:, None]                             # (B, D) True where x is known
-        log_p = self.true_log_p(x, m, t, s)                # (B, D) all variables at once
+        log_p = self.true_log_p(x, m, t, s)                # (B, D) log p(x_i | known), all at once
         log_p = torch.where(m, 0, log_p)                   # no product: -inf * 0 is NaN
         calL_t = log_p.sum(dim=1) / (D - t + 1)            # (B,) mean over the unknown variables
         return -self.S * D * calL_t

@@ -60,7 +60,7 @@ TYPICAL = (                          # what deflated headers have in common: a p
     rb'\u0010\u0000data\u0000\u0000"}')
 RAW = 1 << 31                        # the bit of a length that says: stored raw
 DAMAGED = b"\xff" * 5                # stands for a block that is not whole
-CALLS = {"image": 100, "audio": 64}       # of text a quarter of the variables
+CALLS = {"image": 100, "audio": 64}  # by default; of text a quarter of the variables
 
 
 class Codec:
