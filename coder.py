@@ -47,10 +47,10 @@ def grid_position(log_p, shift):
     return np.minimum(-log_p * GRID + shift / 256, DEEPEST) + 0.5
 
 
-def safe(log_p, shift=0, margin=MARGIN):
-    """True where no value lies within margin of a boundary of the shifted grid."""
+def safe(log_p, shift=0):
+    """True where no value lies within MARGIN of a boundary of the shifted grid."""
     position = grid_position(log_p, shift)
-    return not (np.abs(position - np.rint(position)) <= margin * GRID).any()
+    return not (np.abs(position - np.rint(position)) <= MARGIN * GRID).any()
 
 
 def quantize(log_p, shift=0):

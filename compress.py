@@ -22,9 +22,9 @@ datapoint is a block of its own. A stream starts from the CRC-32 of the block's 
 so a decoder that ends elsewhere has damaged bytes, or a block in a wrong place.
 
 The network runs in float64, where machines that were tried differ by less than 1e-12. If a
-log-probability of a block lies within coder.MARGIN (of audio 100 times that) of a rounding
-boundary, the block uses the next shift. So wherever numbers differ by less the same integers come
-out: on CPU or CUDA, with any number of threads and any batch.
+log-probability of a block lies within coder.MARGIN of a rounding boundary, the block uses the next
+shift. So wherever numbers differ by less the same integers come out: on CPU or CUDA, with any
+number of threads and any batch.
 """
 import copy
 import io
@@ -76,8 +76,6 @@ class Codec:
         self.model = copy.deepcopy(model).to(self.device).double()
         self.settings, self.block, self.order, self.ks = settings, block, order, plan
         self.dtype = torch.uint16 if model.K > 256 else torch.uint8
-        # A narrow logistic multiplies the differences between machines: up to 2e-10 was seen.
-        self.margin = coder.MARGIN * (100 if model.K > 256 else 1)
         if model.draws != model.S:
             raise ValueError("an order-agnostic model of audio cannot code: train one with "
                              "--branch 16")
@@ -123,7 +121,7 @@ class Codec:
             return a
 
         self.generate(true, note)
-        return [pack(x[i], calls, first + i, self.margin) for i, calls in enumerate(zip(*noted))]
+        return [pack(x[i], calls, first + i) for i, calls in enumerate(zip(*noted))]
 
     def decode(self, packed, rows, D, first):
         """Blocks from an archive -> (rows * D,) symbols each; None where one is damaged."""
@@ -152,11 +150,11 @@ class Codec:
             yield part if good else None
 
 
-def pack(x, calls, number, margin=coder.MARGIN):
+def pack(x, calls, number):
     """One block x (rows, D) as it stands in an archive, and -log2 p of it. calls: of every network
-    call log_p (n, A) and the symbols (n,) that it generates. margin: of the grid, in nats."""
+    call log_p (n, A) and the symbols (n,) that it generates."""
     safe = (shift for shift in range(256)
-            if all(coder.safe(log_p, shift, margin) for log_p, _ in calls))
+            if all(coder.safe(log_p, shift) for log_p, _ in calls))
     shift = next(safe, None)
     if shift is None:
         raise ValueError("no grid is safe for a block: take a smaller --block")

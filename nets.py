@@ -353,15 +353,16 @@ def groups(width):
 
 LOUDNESS = (513, 129, 33, 9)         # samples around, of which the local amplitude is measured
 FLOOR = 0.5                          # the least amplitude, in steps of the 16-bit scale
-NARROWEST = -3.0                     # log of the least scale of a logistic: machines must agree
+NARROWEST = -3.0                     # log of the least scale of a logistic
+STEEPEST = 6.0                       # and of the least and largest one in proportion to its reach
 
 
 class WaveNet(nn.Module):
     """DiffWave for audio (App. D): a WaveNet that sees both sides, `depth` gated blocks with
     dilations 1, 2, 4, .. 2048, 1, .. The input may have any length; D counts for the time alone.
 
-    stages, b: of an upscale model. mixture: the outputs are parameters of `log_mass`, for
-    num_outputs / 3 logistics, not logits of digits.
+    stages, b: of an upscale model. mixture: the outputs are what `log_mass` takes, an anchor and
+    three numbers for each logistic, not logits of digits.
     """
 
     def __init__(self, K, D, num_outputs, dim=48, depth=9, stages=1, b=None, mixture=True,
@@ -376,7 +377,7 @@ class WaveNet(nn.Module):
         self.first = nn.Conv1d(inputs, dim if extras else dim - dim // 4, 3, padding=1)
         self.blocks = nn.ModuleList(GatedBlock(dim, 2 ** (i % 12), time) for i in range(depth))
         self.last = nn.Conv1d(dim, dim, 1)
-        self.head = nn.Conv1d(dim, num_outputs, 1)
+        self.head = nn.Conv1d(dim, num_outputs - mixture, 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
@@ -386,7 +387,7 @@ class WaveNet(nn.Module):
         if self.stages == 1:
             x = torch.where(m, x, self.K // 2)             # the value that is shown as 0
         if self.extras:
-            inputs, centre, amplitude = self.relative(x, m, s)
+            inputs, *frame = self.relative(x, m, s)
         else:
             inputs = [2 * x.to(self.head.weight.dtype) / self.K - 1, m.to(self.head.weight.dtype)]
         if self.stages > 1:
@@ -397,7 +398,7 @@ class WaveNet(nn.Module):
             h = torch.cat((h, self.embed(x[:, 0]).mT), dim=1)
         out = self.body(F.relu(h), None if self.time is None else self.time(t, s))
         if self.mixture and self.extras:
-            out = self.around(out, centre, amplitude)
+            out = self.around(out, *frame)
         elif self.mixture:
             out = self.spread(out)
         return out.mT
@@ -416,19 +417,23 @@ class WaveNet(nn.Module):
         n = self.num_outputs // 3
         weight, place, width = out.to(torch.promote_types(out.dtype, torch.float32)).chunk(3, dim=1)
         start = torch.linspace(1 / n - 1, 1 - 1 / n, n, device=out.device)[:, None]
-        scale = (width - math.log(n)).clamp(min=-7) + math.log(self.K / 2)
-        return torch.cat((weight, (place + start + 1) * self.K / 2, scale), dim=1)
+        scale = (width - math.log(n)).clamp(-7, 7) + math.log(self.K / 2)
+        anchor = torch.full_like(weight[:, :1], self.K // 2)
+        return torch.cat((anchor, weight, (place + start) * self.K / 2, scale), dim=1)
 
-    def around(self, out, centre, amplitude):
-        """Not in the paper: logistics around what is known, as wide as the sound is loud."""
+    def around(self, out, anchor, centre, reach):
+        """Not in the paper: logistics around what is known, as wide as the sound is loud, or as the
+        interval that the digits so far leave. In proportion to that no number is large: machines
+        agree, and a scale that is to be without bounds stays in those of float32."""
         weight, place, width = out.to(torch.promote_types(out.dtype, torch.float32)).chunk(3, dim=1)
         start = torch.linspace(-2, 0, self.num_outputs // 3, device=out.device)[:, None]
-        scale = (amplitude.log() + start + width).clamp(min=NARROWEST)
-        return torch.cat((weight, self.K // 2 + centre + amplitude * place, scale), dim=1)
+        scale = reach.log() + (start + width).clamp(-STEEPEST, STEEPEST)
+        scale = scale.clamp(min=NARROWEST)
+        return torch.cat((anchor, weight, centre + reach * place, scale), dim=1)
 
     def relative(self, x, m, s):
         """Not in the paper: all in proportion to the local amplitude, so that loud and soft sound
-        look alike. -> [inputs], and for the outputs the centre and amplitude, (B, 1, D) each.
+        look alike. -> [inputs], and for `around` the anchor, centre and reach, (B, 1, D) each.
 
         A value of which the first digits are known stands at the end of its interval that is
         nearest to zero: at its middle a quiet place would look loud. It weighs 2% of a known one.
@@ -448,7 +453,8 @@ class WaveNet(nn.Module):
                   m.to(dtype), (unit / amplitude).log() / 5, amplitude.log() / 5,
                   *(means[:-1] - near) / amplitude, *(loud[:-1] / amplitude).log(), *counts,
                   *amounts]
-        return inputs, torch.where(seen > 0, v, near), amplitude
+        anchor = self.K // 2 + torch.where(seen > 0, v, 0.0)
+        return inputs, anchor, torch.where(seen > 0, 0.0, near), torch.minimum(amplitude, unit)
 
 
 class GatedBlock(nn.Module):
@@ -531,18 +537,19 @@ class UpscaleMixture(UpscaleARDM):
 def log_mass(mixture, low, high, K):
     """log of the mass that a mixture of logistics puts on the values low..high - 1 of 0..K-1.
 
-    mixture (..., 3n): logits of the n weights, the centres, logarithms of the scales; low and high
-    (...) integers. The first value owns all below it, the last all above: the K masses sum to 1.
+    mixture (..., 1 + 3n): the anchor, a whole number from which centres are counted; logits of the
+    n weights, the centres, logarithms of the scales. low and high (...) integers. The first value
+    owns all below it, the last all above: the K masses sum to 1.
     With a and b = (boundary - centre) / scale, and w = b - a, the mass between is
 
         sigmoid(b) - sigmoid(a) = sigmoid(b) sigmoid(-a) (1 - e^-w)
 
     as a product, of which no digit is lost, however far out the interval lies.
     """
-    weight, centre, log_scale = mixture.chunk(3, dim=-1)
+    anchor, (weight, centre, log_scale) = mixture[..., :1], mixture[..., 1:].chunk(3, dim=-1)
     low, high = low[..., None], high[..., None]
-    a = (low - 0.5 - centre) * torch.exp(-log_scale)
-    b = (high - 0.5 - centre) * torch.exp(-log_scale)
+    a = (low - anchor - 0.5 - centre) * torch.exp(-log_scale)
+    b = (high - anchor - 0.5 - centre) * torch.exp(-log_scale)
     w = (high - low) * torch.exp(-log_scale)
     first, last = low <= 0, high >= K
     a = torch.where(first, -torch.inf, a)
@@ -580,8 +587,8 @@ def build(c):
     same = dict(num_outputs=K if values else S * b, dim=dim, depth=c["depth"], stages=S,
                 extras=extras)
     if kind == "audio":
-        if values:                                         # three numbers for every logistic
-            same["num_outputs"] = 9 if extras else 90
+        if values:                                         # an anchor, and 3 or 30 logistics
+            same["num_outputs"] = 10 if extras else 91
         net = WaveNet(K, D, b=b, mixture=values, **same)
     elif kind == "image":
         net = UNet(K, shape, b=b, values=values, heads=heads, **same)
