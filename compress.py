@@ -297,19 +297,19 @@ def decode_file(file, codec, n, item=None):
 # -- The commands ----------------------------------------------------------------------------------
 
 def settle(args):
-    """model, codec and source by the command line. Text is read by `spaced` readers, with which an
-    even plan is the cheapest; images and audio in a random order, as L_t was measured in, by the
-    best plan."""
+    """model, codec and source by the command line. Text is read by `spaced` readers and audio in
+    halves, with which an even plan is the cheapest; images in a random order, as L_t was measured
+    in, by the best plan."""
     model, checkpoint = nets.load(args.ckpt, args.device)
     settings = checkpoint["settings"]
-    S, D, text = model.S, model.D, settings["kind"] not in CALLS
-    piece = Path(args.ckpt).parent / datasets.PIECES[settings["kind"]]
+    S, D, kind = model.S, model.D, settings["kind"]
+    piece = Path(args.ckpt).parent / datasets.PIECES[kind]
     source = datasets.Source(args.input or piece, settings)
-    usual = -(-S * D // 4) if text else min(S * D, CALLS[settings["kind"]])
+    usual = min(S * D, CALLS.get(kind, -(-S * D // 4)))
     calls = usual if args.calls is None else args.calls
     plan = planner.uniform_plan(S, D, calls)
     spaced = f"spaced:{-(-S * D // calls)}"
-    order = args.order or (spaced if text else "random:1")
+    order = args.order or {"image": "random:1", "audio": "halves"}.get(kind, spaced)
     if order.startswith("random") and checkpoint.get("L") is not None:
         plan = planner.plan(planner.smooth(checkpoint["L"], checkpoint["counts"]), calls)
     ks = [[k for stage, _, k in plan if stage == s] for s in range(1, S + 1)]
@@ -318,7 +318,7 @@ def settle(args):
         rows = min(source.n // D, max(4, 2048 // D))
         x = source.read(0, rows * D).view(1, rows, D)
         found = {order: sum(bits for _, bits in Codec(model, settings, order, ks, block).encode(
-            x, 0)) for order in (spaced, "forward", "random:1", "random:2") if rows}
+            x, 0)) for order in (spaced, "halves", "forward", "random:1") if rows}
         order = min(found, key=found.get, default=spaced)
     return model, Codec(model, settings, order, ks, block), source
 
@@ -421,8 +421,8 @@ def main():
         if name in ("encode", "bench"):
             add("--calls", type=int, help="network calls for a block (default: a quarter of the "
                 f"variables of a text, {CALLS['image']} for images, {CALLS['audio']} for audio)")
-            add("--order", help="forward, backward, random:SEED, spaced:G, or auto: the best of "
-                "several on this file")
+            add("--order", help="forward, backward, random:SEED, spaced:G, halves, or auto: "
+                "the best of several on this file")
             add("--block", type=int, help="datapoints that are decoded together (default: as many "
                 f"as have {BLOCK} symbols)")
         if name == "decode":

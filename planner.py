@@ -217,6 +217,8 @@ def order(rule, shape):
     forward, backward   text from its ends; an image row by row, the colours of a pixel together
     random:SEED         a permutation that depends on SEED and D alone, the same on every machine
     spaced:G            parts of ceil(D / G), at most G of them, are read side by side
+    halves              every gap between known ones is halved, again and again (van der Corput):
+                        what one call generates lies far apart, and later calls see both sides
     """
     name, _, number = rule.partition(":")
     C, D = shape[0] if np.size(shape) == 3 else 1, int(np.prod(shape))
@@ -225,10 +227,13 @@ def order(rule, shape):
         turn = sorted(range(D), key=lambda i: hashlib.sha256(f"{number}:{i}".encode()).digest())
     elif name == "spaced" and number.isdecimal() and int(number) > 0:
         turn = turn[np.argsort(np.arange(D) % -(-D // int(number)), kind="stable")]
+    elif rule == "halves":
+        turn = turn[np.argsort([int(f"{i:032b}"[::-1], 2) for i in range(D)])]
     elif rule == "backward":
         turn = turn[::-1]
     elif rule != "forward":
-        raise ValueError(f"order {rule!r}: choose forward, backward, random:SEED or spaced:G")
+        raise ValueError(f"order {rule!r}: choose forward, backward, random:SEED, spaced:G or "
+                         "halves")
     sigma = np.empty(D, dtype=np.int64)
     sigma[turn] = np.arange(1, D + 1)
     return sigma

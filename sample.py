@@ -200,7 +200,7 @@ def parse():
     add("--calls", type=int, help="network calls (default: one for each unknown variable; of audio "
         f"{AUDIO_CALLS})")
     add("--order", default="random", help="random: a new order for each sample (default); or "
-        "forward, backward, random:SEED, spaced:G")
+        "forward, backward, random:SEED, spaced:G, halves")
     add("--prompt", help="text to keep, with _ for each blank (in a model of bytes for each byte), "
         "\\_ for an underscore")
     add("--inpaint", metavar="top|left|ends", help="keep this part of n test images (top, left) or "

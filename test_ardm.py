@@ -920,12 +920,15 @@ def test_simple_plans_have_the_calls_and_the_steps(make):
 
 def test_orders_by_name():
     for shape in (1, 13, 64, (1, 4, 4), (3, 4, 6), (2, 5, 3)):
-        for rule in ("forward", "backward", "random:0", "random:7", "spaced:1", "spaced:5"):
+        for rule in ("forward", "backward", "random:0", "random:7", "spaced:1", "spaced:5", "halves"):
             assert sorted(planner.order(rule, shape)) == list(range(1, int(np.prod(shape)) + 1))
     assert planner.order("forward", 4).tolist() == [1, 2, 3, 4]
     assert planner.order("backward", (4,)).tolist() == [4, 3, 2, 1]
     assert planner.order("spaced:2", 6).tolist() == [1, 3, 5, 2, 4, 6]
     assert planner.order("random:1", 8).tolist() == [7, 8, 5, 6, 2, 4, 3, 1]
+    assert np.argsort(planner.order("halves", 8)).tolist() == [0, 4, 2, 6, 1, 5, 3, 7]
+    turns = np.argsort(planner.order("halves", 100))
+    assert all(np.diff(np.sort(turns[:n])).max() <= 256 / n for n in (4, 8, 16, 32, 64))
     turns = np.argsort(planner.order("spaced:4", 64)).reshape(16, 4)
     assert (np.diff(turns, axis=1) == 16).all()
     forward = planner.order("forward", (3, 2, 4)).reshape(3, 8)
@@ -1559,18 +1562,33 @@ def test_muon_goes_where_torchs_muon_goes(dtype):
         assert torch.allclose(ours, theirs, atol=0.02) and (ours - 1).abs().max() > 0.1
 
 
-def test_bound_and_L_agree_with_enumeration_and_count_every_character():
+def test_the_bound_agrees_with_enumeration_and_counts_every_character():
     model = uniform(10, 27)
     x = torch.zeros(7, 10, dtype=torch.uint8)
     found = train.bound(model, x, passes=20)
     assert math.isclose(found["bits"], math.log2(27), rel_tol=1e-6)
-    assert torch.allclose(found["L"], torch.tensor(math.log2(27)).double())
     assert sum(x.numel() for x, _, _ in model.net.seen) == 20 * 70
     model, x = ARDM(Table(3, 2, dtype=torch.float32), 3, 2), torch.tensor([[1, 0, 1], [0, 0, 1]])
     nll = torch.stack([model.nll(x, sigma=s.expand(2, 3)) for s in all_sigma(3)]).mean().item()
     found = train.bound(model, x.to(torch.uint8), passes=5000)
     assert math.isclose(found["bits"], bits_per_dim(nll, 3), rel_tol=0.02)
-    assert math.isclose(found["L"].sum() / 3, found["bits"], rel_tol=0.02)
+
+
+def test_components_agree_with_enumeration_and_meet_every_step_with_the_same_chunks():
+    model, x = ARDM(Table(3, 2, dtype=torch.float32), 3, 2), torch.tensor([[1, 0, 1], [0, 0, 1]])
+    expected = [torch.stack([model.loss(x, t * ONE.expand(2), sigma=s.expand(2, 3)).mean()
+                             for s in all_sigma(3)]).mean().item() / 3 for t in (1, 2, 3)]
+    L, counts = train.components(model, x.repeat(400, 1).to(torch.uint8))
+    assert counts.tolist() == [[2400, 1600, 800]]
+    for t, nats in enumerate(expected):
+        same(f"L_{t + 1}", L[0, t], bits_per_dim(nats, 1), rel=0.1)
+    model = UpscaleARDM(Fixed(torch.zeros(4)), 100, 4, 2)
+    L, counts = train.components(model, torch.arange(300).view(3, 100) % 4)
+    assert L.shape == (2, 100) and (L[counts > 0] - 1).abs().max() < 1e-6
+    met = counts[0].nonzero()[:, 0] + 1
+    assert met[0] == 1 and met[-1] == 100 and (met.diff() <= 1 + met[:-1] / 4).all()
+    masks = [m for _, m, _ in model.net.seen]
+    assert all((a <= b).all() for a, b in zip(masks[:len(met)], masks[1:len(met)]))
 
 
 def test_samples_are_repeatable_and_blanks_are_filled(folder, tmp_path, capsys):
@@ -1582,7 +1600,7 @@ def test_samples_are_repeatable_and_blanks_are_filled(folder, tmp_path, capsys):
         assert len(found[-1]) == n
     assert found[0] == found[1][:3]                        # sample i does not depend on --n
     assert all(re.fullmatch("[a-z ]{24}", line) for line in found[1]) and len(set(found[1])) > 30
-    for order in ("random", "forward", "backward", "random:3", "spaced:4"):
+    for order in ("random", "forward", "backward", "random:3", "spaced:4", "halves"):
         assert call(sample, "--ckpt", folder / "ckpt.pt", "--prompt", "the ____ of", "--frames",
                     "--order", order, "--n", 2, "--out", tmp_path) == 0
         assert "4 network calls" in capsys.readouterr().out

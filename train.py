@@ -15,6 +15,7 @@ import csv
 import dataclasses
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -324,8 +325,7 @@ def bound(model, chunks, passes=None, seconds=25):
     """The bound of Eq. 2 on chunks (N, D): one step t per chunk and pass, t and s stratified over
     all of them. Without passes: half a million variables a stage, or what these seconds allow.
 
-    -> dict: bits (per dim), stderr (over chunks), L and counts (S, D), L in bits, passes, chunks,
-    speed (variables a second).
+    -> dict: bits (per dim), stderr (over chunks), passes, chunks, speed (variables a second).
     """
     (N, D), S, device = chunks.shape, model.S, chunks.device
     end = float("inf") if passes else time.perf_counter() + seconds
@@ -334,22 +334,42 @@ def bound(model, chunks, passes=None, seconds=25):
     row = torch.arange(N, device=device).repeat(passes)
     t, s = stratified_steps(N * passes, S, D, device, generator)
     nats, met = torch.zeros(2, N, device=device)
-    L, counts = torch.zeros(2, S * D, device=device)
     begin, done = time.perf_counter(), 0
     for i, t, s in zip(*(each.split(model.rows) for each in (row, t, s))):
         loss = model.loss(chunks[i].long(), t, s, generator=generator)
-        step = (s - 1) * D + t - 1
-        for sums, place, value in ((nats, i, loss), (met, i, 1.0), (L, step, loss / (S * D)),
-                                   (counts, step, 1.0)):
-            sums.index_add_(0, place, value * torch.ones_like(loss))
+        nats.index_add_(0, i, loss)
+        met.index_add_(0, i, torch.ones_like(loss))
         done += len(i)
         if time.perf_counter() > end:
             break
     speed = done * D / (time.perf_counter() - begin)
-    L, counts = (each.cpu().double().view(S, D) for each in (L, counts))       # MPS has no float64
     return mean_and_error((nats / met)[met > 0], D) | dict(
-        L=bits_per_dim(L, 1) / counts, counts=counts, passes=-(-done // N), speed=speed,
-        chunks=int((met > 0).sum()))                       # L is NaN where a step was not met
+        passes=-(-done // N), speed=speed, chunks=int((met > 0).sum()))
+
+
+@torch.no_grad()
+def components(model, chunks, seconds=10):
+    """L_t of chunks (N, D) for plans: (S, D) bits, and of how many variables each is the mean.
+
+    Chunks differ by more than steps do. So all steps of a grid are met by the same chunks, each in
+    one order: by 1,024, or as many as these seconds allow. `planner.smooth` fills in the others.
+    """
+    S, D, end = model.S, model.D, time.perf_counter() + seconds
+    generator = torch.Generator(chunks.device).manual_seed(2)
+    x = spread(chunks, 1024)
+    x = x[torch.rand(len(x), device=x.device, generator=generator).argsort()].long()
+    steps = np.geomspace(1, D, 32).round().astype(int)
+    nats, counts = torch.zeros(2, S, D, dtype=torch.float64)
+    for x in x.split(model.rows):
+        sigma = sample_sigma(len(x), D, x.device, generator)
+        for s, t in itertools.product(range(1, S + 1), np.unique(steps).tolist()):
+            ones = torch.ones_like(sigma[:, 0])
+            left = D - t + 1                               # each row's loss is a mean over these
+            nats[s - 1, t - 1] += left * model.loss(x, t * ones, s * ones, sigma).sum().item()
+            counts[s - 1, t - 1] += left * len(x)
+        if time.perf_counter() > end:
+            break
+    return bits_per_dim(nats, S * D) / counts, counts
 
 
 def mean_and_error(nats, D):
@@ -371,26 +391,29 @@ def measure_plan(model, chunks, plan, most):
 
 
 def evaluate(model, data, passes=None):
-    """All that a run reports, put into words by `describe`. L, for plans, is from validation.
+    """All that a run reports, put into words by `describe`. L_t, for plans, is from validation: what
+    a plan is predicted to cost is the bound, and how much its sum of L_t is above that of all steps.
 
     Without passes it takes about a minute, by fewer datapoints if there are many.
     """
-    valid, test, D = data.chunks("valid"), data.chunks("test"), model.D
+    test, D = data.chunks("test"), model.D
     if passes is None and not test.is_cuda:
-        valid, test = spread(valid, max(64, MOST // 4 // D)), spread(test, max(64, MOST // D))
-    found, result = bound(model, valid, passes), bound(model, test, passes)
+        test = spread(test, max(64, MOST // D))
+    result = bound(model, test, passes)
     if not np.isfinite(result["bits"]):
         raise ValueError("the network gives no numbers: its weights are damaged")
-    L, L_test = (planner.smooth(each["L"], each["counts"]) for each in (found, result))
+    L_t, counts = components(model, data.chunks("valid"))
+    L = planner.smooth(L_t, counts)
     budgets = (20, 50, 100, 200) if data.kind in ("image", "audio") else (5, 10, 20, 50)
     plans = [planner.plan(L, n) for n in budgets if model.S <= n < L.size]
     plans.append(planner.full_plan(model.S, D))
-    calls = [dict(calls=len(plan), predicted=planner.plan_cost(L_test, plan) / D)
+    least = D * result["bits"] - L.sum()
+    calls = [dict(calls=len(plan), predicted=(least + planner.plan_cost(L, plan)) / D)
              | measure_plan(model, test, plan, int(3 * result["speed"])) for plan in plans]
     symbols = data.splits["test"].cpu().numpy().reshape(-1)
     return dict(data=data.name, kind=data.kind, shape=list(data.shape), chunks=result["chunks"],
                 bits_per_dim=result["bits"], stderr=result["stderr"], passes=result["passes"],
-                L=found["L"], counts=found["counts"], L_smooth=L.tolist(), calls=calls,
+                L=L_t, counts=counts, L_smooth=L.tolist(), calls=calls,
                 references=datasets.references(symbols, data.K, getattr(data, "rate", None)))
 
 

@@ -64,8 +64,7 @@ def trained(name=None, patches=(), data=None, **given):
         run = train.Run(train.complete(c, data), data)
         train.train(run, data, Path(folder))
     if name:
-        found = train.bound(run.ema, train.spread(data.chunks("valid"), 700))
-        run.L, run.counts = found["L"], found["counts"]
+        run.L, run.counts = train.components(run.ema, data.chunks("valid"))
         (RUNS / name).mkdir(parents=True, exist_ok=True)
         run.save(RUNS / name)
     return run, data
@@ -236,9 +235,7 @@ def bench_clips(args):
     the same files by FLAC and WavPack. Seconds of this machine for a second of sound."""
     model, checkpoint = nets.load(RUNS / "fsdd" / "ckpt.pt")
     settings = checkpoint["settings"]
-    plan = planner.plan(planner.smooth(checkpoint["L"], checkpoint["counts"]), 64)
-    ks = [[k for stage, _, k in plan if stage == s] for s in range(1, model.S + 1)]
-    codec = compress.Codec(model, settings, "random:1", ks, 8)
+    codec = compress.Codec(model, settings, "halves", [[model.D // 16] * 16] * model.S, 8)
     clip, back = RUNS / "fsdd" / "clip.wav", RUNS / "fsdd" / "back.wav"
     total, (tar, *_) = collections.Counter(), REAL.rglob("free-spoken-digit-dataset*.gz")
     clips = sorted((name, content.tobytes()) for name, content in datasets.wavs(tar)
@@ -285,19 +282,26 @@ def bench_branches(args):
 
 def bench_calls(args):
     """The model of section fsdd by network calls, bits a sample: predicted from L_t for the planned
-    and the even split over the stages, and exact for the first on 8 test windows."""
+    and the even split over the stages, and exact on 32 test windows, in random orders and in halves
+    (evenly)."""
     model, checkpoint = nets.load(RUNS / "fsdd" / "ckpt.pt")
-    L, D = planner.smooth(checkpoint["L"], checkpoint["counts"]), model.D
-    x, rows = train.spread(datasets.load("fsdd").chunks("test"), 8).long(), []
-    for calls in (16, 32, 64, 128, 256, 512, 4 * D):
-        plan, even = planner.plan(L, calls), planner.uniform_plan(model.S, D, calls)
+    L, S, D = planner.smooth(checkpoint["L"], checkpoint["counts"]), model.S, model.D
+    x, rows = train.spread(datasets.load("fsdd").chunks("test"), 32).long(), []
+    halves = torch.from_numpy(planner.order("halves", D)).expand(x.shape)
+
+    def exact(plan, sigma=None):
+        nats = model.nll(x, plan, sigma, generator=torch.Generator().manual_seed(0))
+        return bits_per_dim(nats, D).mean().item()
+
+    for calls in (16, 32, 64, 128, S * D):
+        plan, even = planner.plan(L, calls), planner.uniform_plan(S, D, calls)
         row = dict(calls=calls, planned=planner.plan_cost(L, plan) / D,
                    even=planner.plan_cost(L, even) / D)
         row["calls of each stage"] = ", ".join(str(sum(s == stage for stage, _, _ in plan))
-                                               for s in range(1, model.S + 1))
-        if calls <= 512:
-            nats = model.nll(x, plan, generator=torch.Generator().manual_seed(0))
-            row["exact"] = bits_per_dim(nats, D).mean().item()
+                                               for s in range(1, S + 1))
+        if calls <= 128:
+            row |= {"exact, planned": exact(plan), "exact, even": exact(even),
+                    "exact, halves": exact(even, halves)}
         rows.append(row)
         print(" ", row)
     return rows
@@ -383,7 +387,7 @@ def bench_packers(args):
 
 def bench_portable(args):
     """How far float32 and float64 differ on a simulated older machine (no AVX, one thread), in
-    nats; coder.MARGIN is 1e-10, of audio 1e-8. Less than e^-18 is all alike to the coder."""
+    nats; coder.MARGIN is 1e-10. Less than e^-18 is all alike to the coder."""
     code = ("import sys, torch, nets\nmodel, _ = nets.load(sys.argv[1], 'cpu')\n"
             "x = torch.arange(8 * model.D).view(8, -1) % model.K\n"
             "t, s = torch.full((8,), 5), torch.arange(8) % model.S + 1\n"
