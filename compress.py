@@ -142,12 +142,10 @@ class Codec:
         for i, block in enumerate(packed):
             part, end = x[i], decoders[i].end
             if block[0] & 128:                             # stored raw, behind the checksum
-                size = self.dtype.itemsize
-                raw = bytearray(block[9:9 + (len(block) - 9) // size * size] or bytes(size))
-                part = torch.frombuffer(raw, dtype=self.dtype)
+                whole = len(block) == 9 + part.nbytes
+                part = torch.frombuffer(bytearray(block[9:]), dtype=self.dtype) if whole else part
                 end = int.from_bytes(block[5:9], "big")
-            good = len(part) == rows * D and end == checksum(part, first + i)
-            yield part if good else None
+            yield part if end == checksum(part, first + i) else None
 
 
 def pack(x, calls, number):

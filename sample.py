@@ -183,9 +183,8 @@ def sounds(known, x, steps, model, rate):
     if steps:
         states = []
         for s, t, state, m in steps:
-            unit = torch.where(m, model.unit(s), model.unit(s - 1))      # what the digits so far
-            low = state - half                                           # leave: nearest to zero
-            states.append(torch.maximum(low, (low + unit - 1).clamp(max=0))[0])
+            unit = torch.where(m, model.unit(s), model.unit(s - 1))      # what the digits leave
+            states.append(nets.nearest_to_zero(state - half, unit)[0])
         waves = datasets.waveforms(torch.stack(states).numpy())
         files["frames.png"] = datasets.png(datasets.grid(waves, 1))
     return files

@@ -4,7 +4,7 @@
     text8 paper mnist cifar10 glyphs tones    as a reader would run them, test data looked at once
     fsdd clips branches calls    audio: spoken digits, beside FLAC; stages; few network calls
     orders compress packers    orders of images; archives of text; PNG and WebP of images
-    absorbing               absorbing diffusion and the ARDM, from one network
+    plans absorbing         planned, even and cosine; absorbing diffusion, from one network
     planner coder speed     seconds
     portable fuzz           what archives survive
     gpu                     training steps on one CUDA GPU, and with --minutes what they learn
@@ -341,6 +341,39 @@ def bench_orders(args):
             rows.append(dict(model=name, order=rule, bits=bits.mean().item(),
                              stderr=(bits.std() / len(bits) ** 0.5).item()))
             print(" ", rows[-1])
+    return rows
+
+
+def bench_plans(args):
+    """Plans of few network calls, bits of test data: predicted from the L_t of validation data, and
+    exact for the same data in the same random orders; last, structured orders (`spaced:G`, an even
+    plan), which keep apart what one call generates. The standard errors are those of differences to
+    the planned one."""
+    rows = []
+    for name, count, budgets in (("text8-ours", 200, (5, 10, 20, 50)), ("mnist", 100, (20, 50, 100)),
+                                 ("cifar10-order-agnostic", 16, (20, 50))):
+        model, checkpoint = nets.load(RUNS / name / "ckpt.pt")
+        shape, D = checkpoint["settings"]["shape"], model.D
+        data = text8_prefix() if name == "text8-ours" else datasets.load(
+            "mnist" if name == "mnist" else str(CIFAR))
+        (L,) = planner.smooth(*train.components(model, data.chunks("valid"), seconds=30))
+        x = train.spread(data.chunks("test"), count).long()
+        for calls in budgets:
+            even, planned = planner.uniform_plan(1, D, calls), planner.plan(L, calls)
+            ways = {"planned": (planned, None), "even": (even, None),
+                    "cosine": (planner.cosine_plan(1, D, calls), None)}
+            rule = f"spaced:{-(-D // calls)}"
+            ways[rule] = even, torch.from_numpy(planner.order(rule, shape)).expand(x.shape)
+            best = None
+            for way, (plan, sigma) in ways.items():
+                generator = torch.Generator().manual_seed(0)
+                bits = bits_per_dim(model.nll(x, plan, sigma, generator), D)
+                best = bits if best is None else best
+                predicted = planner.plan_cost(L, plan) / D if sigma is None else ""
+                rows.append(dict(model=name, calls=calls, plan=way, predicted=predicted,
+                                 exact=bits.mean().item(),
+                                 stderr=((bits - best).std() / len(x) ** 0.5).item()))
+                print(" ", rows[-1])
     return rows
 
 
