@@ -42,7 +42,7 @@ import nets
 import planner
 import sample
 import train
-from ardm import (ARDM, UpscaleARDM, bits_per_dim, known_first, num_stages, pick,
+from ardm import (ARDM, UpscaleARDM, bits_per_dim, drawing, known_first, num_stages, pick,
                   sample_sigma, stratified_steps)
 from nets import MixtureARDM, UpscaleMixture, digit_log_p, log_mass
 
@@ -1747,6 +1747,59 @@ def test_samples_are_repeatable_and_blanks_are_filled(folder, tmp_path, capsys):
         frames = [line[-11:] for line in (tmp_path / "frames.txt").read_text().splitlines()]
         assert [frame.count("_") for frame in frames] == [4, 3, 2, 1, 0] * 2
         assert frames[0] == "the ____ of" and (order != "forward" or frames[1][5:] == "___ of")
+
+
+def test_a_terminal_shows_how_text_fills_in(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "17")
+    monkeypatch.setenv("LINES", "4")                       # two samples and a place for the cursor
+    flags = ("--ckpt", folder / "ckpt.pt", "--n", 3, "--calls", 4, "--out", tmp_path)
+    assert call(sample, *flags, "--watch") == 0
+    film, printed = capsys.readouterr().out.split("\x1b[2A\x1b[J")
+    states = [part.split("\x1b[2K")[1:] for part in film.split("\x1b[2A")[1:]]
+    assert len(states) == 4 and all(len(rows) == 2 for rows in states)
+    for row in range(2):
+        shown = [re.sub(r"\x1b\[\dm|\n", "", rows[row]) for rows in states]
+        assert {len(text) for text in shown} == {16} and "\u00b7" not in shown[-1]
+        dots = [16, *(text.count("\u00b7") for text in shown)]
+        new = [rows[row].count("\x1b[1m") for rows in states]
+        assert new == [before - after for before, after in zip(dots, dots[1:])]
+        assert printed.splitlines()[row].startswith(shown[-1])           # then the whole of it
+    assert call(sample, *flags) == 0 and printed == capsys.readouterr().out      # no terminal
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert call(sample, *flags, "--watch") == 0 and "\x1b[1m" not in capsys.readouterr().out
+
+
+def test_letters_of_several_bytes_and_of_double_width_are_shown_whole(monkeypatch):
+    text = "aé漢\n".encode()
+    x, known, new = torch.tensor(list(text)), torch.ones(7).bool(), torch.arange(7) == 2
+    assert list(sample.characters(x, known, new, 256)) == [
+        ("a", False), ("é", True), ("漢", False), (" ", False)]
+    known[4] = False
+    assert "".join(part for part, _ in sample.characters(x, known, new, 256)) == "aé··· "
+    monkeypatch.setenv("COLUMNS", "5")
+    monkeypatch.setenv("NO_COLOR", "")
+    assert sample.line([("漢", True), ("漢", False), ("漢", False)]) == "漢漢"
+
+
+def test_the_confident_order_takes_the_surest_first_and_keeps_what_is_known(folder, gallery,
+                                                                            tmp_path):
+    model, x = UpscaleARDM(Table(4, 4, S=2), 4, 4, 2), torch.tensor([[3, 1, 2, 0], [0, 2, 1, 1]])
+    known, plan = torch.tensor([True, False, False, False]), [(1, 2, 1), (1, 3, 2), (2, 2, 3)]
+    choose = drawing(torch.rand(2, 2, 4, generator=seeded()))
+    found, sigma = model.generate_surest(x, plan, known, choose)
+    for i in range(2):
+        row, m = x[i:i + 1], known[None]
+        for s, t, k in plan:
+            m = known[None] if t == 2 else m
+            log_p = model.log_probs(row, m, t * ONE, s * ONE)[0]
+            order = [j for j in log_p.amax(dim=1).argsort(descending=True).tolist() if not m[0, j]]
+            assert sorted(order[:k]) == (sigma[s - 1, i] == t).nonzero()[:, 0].tolist()
+            m = m | (sigma[s - 1, i:i + 1] == t)
+            row = torch.where(m, model.coarsen(found[i:i + 1], s), row)
+    assert torch.equal(found[:, 0], x[:, 0]) and not sigma[:, :, 0].any()
+    for place in (folder, gallery):
+        assert call(sample, "--ckpt", place / "ckpt.pt", "--order", "confident", "--n", 2, "--calls",
+                    8, "--frames", "--out", tmp_path / "x") == 0
 
 
 def test_in_a_prompt_an_underscore_is_a_blank_and_an_escaped_one_is_itself():
