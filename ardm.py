@@ -191,17 +191,28 @@ class ARDM(nn.Module):
             sigma = known_first(sigma, known)
         if u is None:
             u = torch.rand(self.draws, *x.shape, device=x.device, generator=generator)
+        return self.generate(x, plan, sigma, drawing(u, temperature))
 
-        def draw(log_p, where, s):
-            best = log_p.argmax(dim=-1)
-            if temperature < 1e-6:
-                return best
-            cdf = torch.softmax(log_p / temperature, dim=-1).cumsum(dim=-1)
-            target = u[s - 1][where][:, None] * cdf[:, -1:]
-            a = torch.searchsorted(cdf, target, right=True)[:, 0]        # the first cdf above it,
-            return torch.where(a < cdf.shape[1], a, best)  # so never a symbol of probability 0
+    @torch.no_grad()
+    def generate_surest(self, x, plan, known, choose):
+        """Not in the paper, and not the model's distribution: each call generates those k variables
+        of which the network is surest, as many text-diffusion models do.
 
-        return self.generate(x, plan, sigma, draw)
+        x (B, D), of which known, a bool mask, is kept. Returns x, and when each variable was
+        generated, (S, B, D): the t of its call, or 0.
+        """
+        B, D = x.shape
+        sigma = torch.where(known, 0, D + 1).expand(self.S, B, D).clone()
+        for s, t, k in plan:
+            m, ones = sigma[s - 1] < t, torch.ones_like(x[:, 0])
+            log_p = self.log_probs(x, m, t * ones, s * ones)
+            sure = log_p.amax(dim=-1).masked_fill(m, -torch.inf)
+            where = torch.zeros_like(m).scatter(1, sure.topk(k).indices, True)
+            a = torch.zeros_like(x)
+            a[where] = choose(log_p[where], where, s)
+            x = torch.where(where, self.refine(x, a, s), x)
+            sigma[s - 1][where] = t
+        return x, sigma
 
     def nll(self, x, plan=None, sigma=None, generator=None):
         """-log p(x | sigma), (B,) nats: exact for the process that the plan describes.
@@ -275,6 +286,20 @@ class UpscaleARDM(ARDM):
             digits = torch.where(s[:, None, None] == stage, row, digits)
             logits = rows.logsumexp(dim=-1)
         return digits
+
+
+def drawing(u, temperature=1.0):
+    """A `choose` that draws from p^(1/temperature); the numbers u (draws, B, D) in [0, 1) decide."""
+    def draw(log_p, where, s):
+        best = log_p.argmax(dim=-1)
+        if temperature < 1e-6:
+            return best
+        cdf = torch.softmax(log_p / temperature, dim=-1).cumsum(dim=-1)
+        target = u[s - 1][where][:, None] * cdf[:, -1:]
+        a = torch.searchsorted(cdf, target, right=True)[:, 0]            # the first cdf above it,
+        return torch.where(a < cdf.shape[1], a, best)      # so never a symbol of probability 0
+
+    return draw
 
 
 def pick(log_p, a):

@@ -440,8 +440,7 @@ class WaveNet(nn.Module):
         """
         s, dtype = s[:, None, None], self.head.weight.dtype
         unit = self.b ** (self.stages - s + 1 - m.long())  # how many values the digits so far leave
-        low = x - self.K // 2
-        v = torch.maximum(low, (low + unit - 1).clamp(max=0)).to(dtype)
+        v = nearest_to_zero(x - self.K // 2, unit).to(dtype)
         weight = torch.where(m, 1.0, 0.02 * (s > 1)).to(dtype)
         seen = (weight > 0).to(dtype)
         power = v ** 2 + (unit.to(dtype) / 64) ** 2        # and what the missing digits may hold
@@ -455,6 +454,11 @@ class WaveNet(nn.Module):
                   *amounts]
         anchor = self.K // 2 + torch.where(seen > 0, v, 0.0)
         return inputs, anchor, torch.where(seen > 0, 0.0, near), torch.minimum(amplitude, unit)
+
+
+def nearest_to_zero(low, unit):
+    """Of the integers low, low + 1, .. low + unit - 1 that which is nearest to zero, (...) each."""
+    return torch.maximum(low, (low + unit - 1).clamp(max=0))
 
 
 class GatedBlock(nn.Module):

@@ -14,6 +14,7 @@ L is (S, D), or (D,) for one stage, in any unit; L[s-1, t-1] is the component of
 This file needs NumPy alone.
 """
 import hashlib
+import math
 
 import numpy as np
 
@@ -150,6 +151,29 @@ def check_budget(budget, S, D):
     """ValueError for a number of network calls that no plan has."""
     if not S <= budget <= S * D:
         raise ValueError(f"{budget} network calls: choose {S} to {S * D}")
+
+
+def absorbing_bound(L, T, q):
+    """The bound of absorbing diffusion in T steps (App. C), by the network whose L (D,) it is: in
+    the unit of L, per variable. q(u): the part that is absorbed at time u, from q(0) = 0 to q(1) =
+    1, growing.
+
+    At step i each variable is absorbed with probability q_i = q(i / T), by itself; so n of them
+    are, binomially, and D - n are known. Backwards, an absorbed one appears with probability r_i =
+    (q_i - q_{i-1}) / q_i and costs -log p of its value, L_{D-n+1} on the average; whether it appears
+    is alike in both directions and costs nothing. The bound is the sum over i and n of
+    r_i P(n) n L_{D-n+1}.
+    """
+    L, log_factorial = np.asarray(L, dtype=np.float64), np.vectorize(math.lgamma)
+    D, total = len(L), 0.0
+    n = np.arange(1, D + 1)
+    log_choose = math.lgamma(D + 1) - log_factorial(n + 1) - log_factorial(D - n + 1)
+    for i in range(1, T + 1):
+        before, now = q((i - 1) / T), q(i / T)
+        known = np.where(n < D, (D - n) * np.log(max(1 - now, 1e-300)), 0.0)
+        P = np.exp(log_choose + n * np.log(now) + known)
+        total += (now - before) / now * (P * n * L[::-1]).sum()          # L[::-1][n-1] is L_{D-n+1}
+    return total / D
 
 
 # -- The dynamic programme -------------------------------------------------------------------------

@@ -9,9 +9,15 @@
 It writes samples.txt and frames.txt, or samples.png, frames.png, inpaint.png and process.png, which
 moves, beside the checkpoint; of audio also samples.wav, one sound after the other.
 """
+import argparse
 import math
 import os
 import re
+import shutil
+import sys
+import time
+import unicodedata
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +27,7 @@ from tqdm import tqdm
 import data as datasets
 import nets
 import planner
-from ardm import known_first
+from ardm import drawing, known_first
 
 COMPLETIONS = 4                      # of each image or sound that is filled in
 AUDIO_CALLS = 64
@@ -127,20 +133,74 @@ def draw(model, x, known, plan, order, args):
     numbers of its own, and all batches have one size: sample i does not depend on --n."""
     (n, D), S, device = x.shape, model.S, next(model.parameters()).device
     rows = min(model.rows, 16 if device.type == "cpu" else 256)
+    known = torch.zeros(D) > 0 if known is None else known
+    known = known.to(device)
     for first in range(0, n, rows):
         size = S + model.draws, D
         numbers = np.stack([np.random.default_rng([args.seed, i]).random(size, np.float32)
                             for i in range(first, first + rows)], axis=1)
         u = torch.from_numpy(numbers[S:]).to(device)       # (draws, rows, D)
         sigma = torch.from_numpy(numbers[:S].argsort(axis=-1) + 1) if order is None else order
-        sigma = sigma.to(device).expand(S, rows, D)
-        if known is not None:
-            sigma = known_first(sigma, known.to(device))
+        sigma = known_first(sigma.to(device).expand(S, rows, D), known)
         batch = x[torch.arange(first, first + rows).clamp(max=n - 1)].to(device)
+        choose, shown = drawing(u, args.temperature), min(rows, n - first)
+        if args.watch:
+            shown = min(shown, shutil.get_terminal_size().lines - 2)
+            choose = watched(choose, model, batch[:shown], known)
         with tqdm(plan, desc=f"sample {first + 1} of {n}", unit="call", leave=False,
-                  disable=None) as calls:
-            batch = model.sample(rows, calls, sigma, batch, temperature=args.temperature, u=u)
+                  disable=args.watch or None) as calls:
+            if args.order == "confident":
+                batch, sigma = model.generate_surest(batch, calls, known, choose)
+            else:
+                batch = model.generate(batch, calls, sigma, choose)
+        if args.watch:
+            print(f"\x1b[{shown}A\x1b[J", end="")          # what follows stands in its place
         yield batch[:n - first].cpu(), sigma[:, :n - first].cpu()
+
+
+def watched(choose, model, x, known):
+    """`choose` that shows in a terminal how the first rows of text, x (n, D), fill in: blanks as
+    dots, the newest characters bold. A line ends at the edge of the window."""
+    n, state, m = len(x), x.clone(), known.expand(x.shape).clone()
+    print("\n" * (n - 1))
+
+    def show(log_p, where, s):
+        chosen = choose(log_p, where, s)
+        a, new = torch.zeros_like(where, dtype=torch.long), where[:n]
+        a[where] = chosen
+        state.copy_(torch.where(new, model.refine(state, a[:n], s), state))
+        m.logical_or_(new & (s == model.S))                # earlier stages know a part of it
+        lines = [line(characters(*row, model.K)) for row in zip(state, m, new)]
+        print(f"\x1b[{n}A" + "".join(f"\x1b[2K{text}\n" for text in lines), end="", flush=True)
+        time.sleep(0.05)
+        return chosen
+
+    return show
+
+
+def line(parts):
+    """(character, whether it is new) each -> a line no wider than the window, the new ones bold."""
+    bold, plain = ("", "") if "NO_COLOR" in os.environ else ("\x1b[1m", "\x1b[0m")
+    text, room = "", shutil.get_terminal_size().columns - 1
+    for part, is_new in parts:
+        room -= 2 if unicodedata.east_asian_width(part) in "WF" else 1
+        if room >= 0:
+            text += f"{bold}{part}{plain}" if is_new else part
+    return text
+
+
+def characters(x, known, new, K):
+    """Yields (character, whether it is new) of text x (D,), a dot where a byte of it is missing."""
+    stream, i = datasets.to_bytes(x.cpu(), K), 0
+    while i < len(stream):
+        n, text = 1, "\u00b7"
+        for end in range(i + 1, i + 5):
+            with suppress(UnicodeDecodeError):
+                if known[i:end].all():
+                    n, text = end - i, stream[i:end].decode()
+                    break
+        yield text if text.isprintable() else " ", bool(new[i:i + n].any())
+        i += n
 
 
 def pictures(given, known, x, steps, settings):
@@ -183,9 +243,8 @@ def sounds(known, x, steps, model, rate):
     if steps:
         states = []
         for s, t, state, m in steps:
-            unit = torch.where(m, model.unit(s), model.unit(s - 1))      # what the digits so far
-            low = state - half                                           # leave: nearest to zero
-            states.append(torch.maximum(low, (low + unit - 1).clamp(max=0))[0])
+            unit = torch.where(m, model.unit(s), model.unit(s - 1))      # what the digits leave
+            states.append(nets.nearest_to_zero(state - half, unit)[0])
         waves = datasets.waveforms(torch.stack(states).numpy())
         files["frames.png"] = datasets.png(datasets.grid(waves, 1))
     return files
@@ -199,8 +258,11 @@ def parse():
     add("--n", type=int, default=8, help="how many samples (default 8)")
     add("--calls", type=int, help="network calls (default: one for each unknown variable; of audio "
         f"{AUDIO_CALLS})")
-    add("--order", default="random", help="random: a new order for each sample (default); or "
-        "forward, backward, random:SEED, spaced:G, halves")
+    add("--order", default="random", help="random: a new order for each sample (default); forward, "
+        "backward, random:SEED, spaced:G, halves; or confident: what the network is surest of, which "
+        "is no longer the model's distribution")
+    add("--watch", action=argparse.BooleanOptionalAction, help="show how text fills in (default: in "
+        "a terminal)")
     add("--prompt", help="text to keep, with _ for each blank (in a model of bytes for each byte), "
         "\\_ for an underscore")
     add("--inpaint", metavar="top|left|ends", help="keep this part of n test images (top, left) or "
@@ -228,10 +290,15 @@ def main():
     text = not image and not audio
     x, known = read_known(args, model, settings)
     n, D = x.shape
+    if args.watch is None:
+        args.watch = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    args.watch &= text and not args.frames
     if audio and args.calls is None:
         args.calls = AUDIO_CALLS
     order = None
-    if args.order != "random":
+    if args.order == "confident" and audio:
+        raise ValueError("--order confident is for text and images")
+    if args.order not in ("random", "confident"):
         order = torch.from_numpy(planner.order(args.order, settings["shape"] if image else D))
     plan = make_plan(model, checkpoint, args.calls, 0 if known is None else int(known.sum()), D)
     folder = Path(args.out or Path(args.ckpt).parent)

@@ -8,6 +8,7 @@ that leaks, a mask of sigma <= t, digits from the least significant end, symbols
 order, a frequency of 0, a plan with a call of no variable, a decoder that reads another grid.
 """
 import bz2
+import contextlib
 import gzip
 import hashlib
 import io
@@ -41,7 +42,7 @@ import nets
 import planner
 import sample
 import train
-from ardm import (ARDM, UpscaleARDM, bits_per_dim, known_first, num_stages, pick,
+from ardm import (ARDM, UpscaleARDM, bits_per_dim, drawing, known_first, num_stages, pick,
                   sample_sigma, stratified_steps)
 from nets import MixtureARDM, UpscaleMixture, digit_log_p, log_mass
 
@@ -918,6 +919,38 @@ def test_simple_plans_have_the_calls_and_the_steps(make):
                 plan()
 
 
+@pytest.mark.parametrize("T", [1, 2, 4, 7])
+@pytest.mark.parametrize("q", [lambda u: u, lambda u: 1 - math.cos(math.pi / 2 * u)],
+                         ids=["linear", "cosine"])
+def test_absorbing_bound_equals_enumeration_of_the_whole_chain(T, q):
+    """Every way in which three variables may be absorbed, each at a step of its own."""
+    D, x, at = 3, torch.tensor([[1, 0, 1]]), [q(i / T) for i in range(T + 1)]
+    model, nats = ARDM(Table(D, 2), D, 2), 0.0
+    for times in itertools.product(range(1, T + 1), repeat=D):
+        log_q = sum(math.log(at[i] - at[i - 1]) for i in times)
+        log_p = 0.0
+        for i in range(1, T + 1):
+            m = torch.tensor([[time > i for time in times]])             # not yet absorbed at i
+            appears = (at[i] - at[i - 1]) / at[i]
+            log_x = pick(model.log_probs(x, m, ONE, ONE), x)[0]
+            for j, time in enumerate(times):
+                if time == i:
+                    log_p += math.log(appears) + log_x[j].item()
+                elif time < i:
+                    log_p += math.log(1 - appears)
+        nats += math.exp(log_q) * (log_q - log_p)
+    L = [torch.stack([model.loss(x, t * ONE, sigma=s[None]) for s in all_sigma(D)]).mean().item() / D
+         for t in (1, 2, 3)]
+    same("bound", planner.absorbing_bound(L, T, q), nats / D)
+
+
+def test_absorbing_bound_becomes_the_ardms_with_many_steps():
+    L = np.geomspace(4, 0.5, 300)
+    found = [planner.absorbing_bound(L, T, lambda u: u) for T in (1, 10, 100, 10_000)]
+    assert found == sorted(found, reverse=True) and abs(found[0] - 4) < 1e-9
+    assert abs(found[-1] - L.mean()) < 0.001 < found[-2] - L.mean()
+
+
 def test_orders_by_name():
     for shape in (1, 13, 64, (1, 4, 4), (3, 4, 6), (2, 5, 3)):
         for rule in ("forward", "backward", "random:0", "random:7", "spaced:1", "spaced:5", "halves"):
@@ -1469,8 +1502,7 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(tmp_path, device, recip
     c = train.complete(c, data)
 
     def go(run, upto):
-        return [train.train_step(run, data.batch(c.batch, run.generator)).item()
-                for _ in range(run.step, upto)]
+        return [train.train_step(run, run.draw(data)).item() for _ in range(run.step, upto)]
 
     whole, part, again = (train.Run(c, data) for _ in range(3))
     losses = go(whole, 8)
@@ -1478,9 +1510,10 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(tmp_path, device, recip
     part.L = torch.arange(16.0)[None]
     part.save(tmp_path)
     checkpoint = torch.load(tmp_path / "ckpt.pt", weights_only=True)
-    again.restore(checkpoint | dict(generator=torch.zeros(16, dtype=torch.uint8)))    # elsewhere
-    assert "begin anew" in capsys.readouterr().out
+    again.restore(checkpoint | dict(settings=checkpoint["settings"] | dict(device="mps")))
+    assert "other random numbers" in capsys.readouterr().out
     again.restore(checkpoint)
+    assert capsys.readouterr().out == ""
     assert torch.equal(again.L, part.L) and go(again, 8) == losses[5:]
     for a, b in zip(whole.ema.parameters(), again.ema.parameters()):
         assert torch.equal(a, b)
@@ -1546,6 +1579,111 @@ def test_rates_rise_and_fall_and_every_weight_has_one_optimiser():
     assert {p.ndim for p in muon} == {2} and len(muon) == 2 * 4 + 2 * 2
 
 
+def test_a_batch_in_parts_has_the_same_gradient():
+    data, found = datasets.load("pydoc", 16), []
+    for fits in (12, 5, 1, 0):
+        run = train.Run(settings(data, batch=12, dim=8, depth=1, heads=1), data)
+        run.model.net.head.weight.data.normal_(generator=seeded())
+        loss, sizes = run.loss, []
+
+        def short(x, *how):
+            sizes.append(len(x))
+            if len(x) > fits:
+                raise torch.OutOfMemoryError("full")
+            return loss(x, *how)
+
+        run.loss = short
+        with pytest.raises(torch.OutOfMemoryError) if fits == 0 else contextlib.nullcontext():
+            bits = train.train_step(run, run.draw(data))
+            found.append(torch.cat([bits[None], *(p.grad.flatten() for p in run.model.parameters())]))
+            assert sizes[-12 // run.parts:] == [12 // run.parts] * run.parts
+    assert all(torch.allclose(found[0], other, rtol=1e-4, atol=1e-6) for other in found[1:])
+
+
+@pytest.mark.parametrize("kind", ["text", "image", "audio"])
+@pytest.mark.parametrize("branch", [0, 4])
+@pytest.mark.parametrize("recipe", ["ours", "paper"])
+def test_forward_loss_and_backward_are_one_graph(kind, branch, recipe):
+    """A break would be a synchronisation with the GPU in every step."""
+    K, shape = dict(text=(27, [16]), image=(256, [3, 8, 8]), audio=(1 << 16, [64]))[kind]
+    way = "mixture" if kind == "audio" and recipe == "ours" else "direct"
+    model = nets.build(dict(kind=kind, K=K, shape=shape, recipe=recipe, branch=branch, dim=8,
+                            depth=2, heads=2, parametrization=way))
+    x, (t, s) = torch.randint(K, (3, model.D)), torch.ones(2, 3, dtype=torch.long)
+    torch._dynamo.reset()
+    found = torch._dynamo.explain(model.loss)(x, t, s, sample_sigma(3, model.D))
+    assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
+
+
+PAIR = """
+import os, signal, sys, torch, data as datasets, train
+rank, folder = train.join(), sys.argv[1]
+data = datasets.load("pydoc", 16)
+c = train.Settings(size="tiny", device="cpu", steps=10, batch=6, dim=8, depth=1, heads=1)
+run = train.Run(train.complete(c, data), data)
+clip, kept = train.nn.utils.clip_grad_norm_, []
+def keep(weights, most):
+    weights = list(weights)
+    kept.append(torch.cat([p.grad.flatten() for p in weights]).clone())
+    clip(weights, most)
+train.nn.utils.clip_grad_norm_ = keep
+assert train.train(run, data, train.Path(folder))
+run.c.steps = 10 ** 9
+save = run.draw
+def late(data):
+    if rank == 0 and run.step == 15:
+        os.kill(os.getpid(), signal.SIGTERM)               # the first process alone is told to stop
+    return save(data)
+run.draw = late
+weights = torch.cat([p.detach().flatten() for p in run.model.parameters()])
+assert not train.train(run, data, train.Path(folder))
+torch.save([kept[0], weights, run.step], f"{folder}/{rank}.pt")
+"""
+
+
+def torchrun(script, *arguments):
+    command = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script)
+    return subprocess.run([sys.executable, *map(str, command + arguments)], capture_output=True,
+                          text=True, timeout=200, env={**os.environ, "PYTHONPATH": str(HERE),
+                                                       "OMP_NUM_THREADS": "1"})
+
+
+def test_two_processes_train_as_one_and_stop_together(tmp_path):
+    (tmp_path / "pair.py").write_text(PAIR)
+    done = torchrun(tmp_path / "pair.py", tmp_path)
+    assert done.returncode == 0, done.stderr
+    (first, weights, step), (second, other, step2) = (torch.load(tmp_path / f"{rank}.pt")
+                                                      for rank in (0, 1))
+    assert torch.equal(first, second) and torch.equal(weights, other) and step == step2 == 16
+    assert nets.load(tmp_path / "ckpt.pt")[1]["step"] == 16              # an ordinary checkpoint
+    data = datasets.load("pydoc", 16)
+    c = settings(data, batch=6, dim=8, depth=1, heads=1)
+    gradients = []
+    for rank in (0, 1):
+        run = train.Run(c, data)
+        run.rank, run.processes = rank, 2
+        x, g = run.draw(data), run.generator
+        t, s = stratified_steps(3, 1, 16, generator=g)
+        train.backward(run, x, t, s, sample_sigma(3, 16, generator=g))
+        gradients.append(torch.cat([p.grad.flatten() for p in run.model.parameters()]))
+    assert torch.allclose((gradients[0] + gradients[1]) / 2, first, rtol=1e-5, atol=1e-7)
+    assert not torch.allclose(*gradients, rtol=1e-2)       # each has drawn its own
+
+
+def test_torchrun_trains_and_one_that_fails_ends_all(tmp_path, monkeypatch):
+    flags = [*QUICK, "--passes", 1, "--device", "cpu", "--out", tmp_path / "run"]
+    done = torchrun(HERE / "train.py", *flags)
+    assert done.returncode == 0 and done.stdout.count("test:") == 1, done.stderr
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["steps"] == 30
+    begin = time.monotonic()
+    done = torchrun(HERE / "train.py", *flags, "--batch", 15)
+    assert done.returncode != 0 and time.monotonic() - begin < 60
+    assert "--batch 15: take a multiple of 2 processes" in done.stderr
+    monkeypatch.setenv("WORLD_SIZE", "2")                  # left over, and nobody else is there
+    monkeypatch.setenv("RANK", "1")
+    assert train.join() == 0
+
+
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_muon_goes_where_torchs_muon_goes(dtype):
@@ -1609,6 +1747,59 @@ def test_samples_are_repeatable_and_blanks_are_filled(folder, tmp_path, capsys):
         frames = [line[-11:] for line in (tmp_path / "frames.txt").read_text().splitlines()]
         assert [frame.count("_") for frame in frames] == [4, 3, 2, 1, 0] * 2
         assert frames[0] == "the ____ of" and (order != "forward" or frames[1][5:] == "___ of")
+
+
+def test_a_terminal_shows_how_text_fills_in(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "17")
+    monkeypatch.setenv("LINES", "4")                       # two samples and a place for the cursor
+    flags = ("--ckpt", folder / "ckpt.pt", "--n", 3, "--calls", 4, "--out", tmp_path)
+    assert call(sample, *flags, "--watch") == 0
+    film, printed = capsys.readouterr().out.split("\x1b[2A\x1b[J")
+    states = [part.split("\x1b[2K")[1:] for part in film.split("\x1b[2A")[1:]]
+    assert len(states) == 4 and all(len(rows) == 2 for rows in states)
+    for row in range(2):
+        shown = [re.sub(r"\x1b\[\dm|\n", "", rows[row]) for rows in states]
+        assert {len(text) for text in shown} == {16} and "\u00b7" not in shown[-1]
+        dots = [16, *(text.count("\u00b7") for text in shown)]
+        new = [rows[row].count("\x1b[1m") for rows in states]
+        assert new == [before - after for before, after in zip(dots, dots[1:])]
+        assert printed.splitlines()[row].startswith(shown[-1])           # then the whole of it
+    assert call(sample, *flags) == 0 and printed == capsys.readouterr().out      # no terminal
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert call(sample, *flags, "--watch") == 0 and "\x1b[1m" not in capsys.readouterr().out
+
+
+def test_letters_of_several_bytes_and_of_double_width_are_shown_whole(monkeypatch):
+    text = "aé漢\n".encode()
+    x, known, new = torch.tensor(list(text)), torch.ones(7).bool(), torch.arange(7) == 2
+    assert list(sample.characters(x, known, new, 256)) == [
+        ("a", False), ("é", True), ("漢", False), (" ", False)]
+    known[4] = False
+    assert "".join(part for part, _ in sample.characters(x, known, new, 256)) == "aé··· "
+    monkeypatch.setenv("COLUMNS", "5")
+    monkeypatch.setenv("NO_COLOR", "")
+    assert sample.line([("漢", True), ("漢", False), ("漢", False)]) == "漢漢"
+
+
+def test_the_confident_order_takes_the_surest_first_and_keeps_what_is_known(folder, gallery,
+                                                                            tmp_path):
+    model, x = UpscaleARDM(Table(4, 4, S=2), 4, 4, 2), torch.tensor([[3, 1, 2, 0], [0, 2, 1, 1]])
+    known, plan = torch.tensor([True, False, False, False]), [(1, 2, 1), (1, 3, 2), (2, 2, 3)]
+    choose = drawing(torch.rand(2, 2, 4, generator=seeded()))
+    found, sigma = model.generate_surest(x, plan, known, choose)
+    for i in range(2):
+        row, m = x[i:i + 1], known[None]
+        for s, t, k in plan:
+            m = known[None] if t == 2 else m
+            log_p = model.log_probs(row, m, t * ONE, s * ONE)[0]
+            order = [j for j in log_p.amax(dim=1).argsort(descending=True).tolist() if not m[0, j]]
+            assert sorted(order[:k]) == (sigma[s - 1, i] == t).nonzero()[:, 0].tolist()
+            m = m | (sigma[s - 1, i:i + 1] == t)
+            row = torch.where(m, model.coarsen(found[i:i + 1], s), row)
+    assert torch.equal(found[:, 0], x[:, 0]) and not sigma[:, :, 0].any()
+    for place in (folder, gallery):
+        assert call(sample, "--ckpt", place / "ckpt.pt", "--order", "confident", "--n", 2, "--calls",
+                    8, "--frames", "--out", tmp_path / "x") == 0
 
 
 def test_in_a_prompt_an_underscore_is_a_blank_and_an_escaped_one_is_itself():

@@ -5,6 +5,7 @@
     python train.py --data cifar10 --branch 4           an upscale model of images
     python train.py --resume                            goes on with an interrupted run
     python train.py --evaluate out/pydoc/ckpt.pt        the number, its standard error, the protocol
+    torchrun --nproc_per_node=2 train.py                on two GPUs, each with half of every batch
 
 A run writes ckpt.pt, log.csv, a piece of the test split, samples.png of images and results.json.
 """
@@ -29,7 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
@@ -134,6 +135,12 @@ class Run:
         self.optimizers = make_optimizers(self.model.net, c, self.hyper)
         self.loss = torch.compile(self.model.loss) if c.compile else self.model.loss
         self.generator = torch.Generator(c.device).manual_seed(c.seed)
+        self.rank, self.processes = 0, 1                   # of those that torchrun has started
+        if distributed.is_initialized():
+            self.rank, self.processes = distributed.get_rank(), distributed.get_world_size()
+        if c.batch % self.processes:
+            raise ValueError(f"--batch {c.batch}: take a multiple of {self.processes} processes")
+        self.parts = 1                                     # of a batch, for want of memory
         self.step = 0
         self.seconds = 0.0
         self.L = self.counts = None                        # measured at the end
@@ -143,6 +150,12 @@ class Run:
     def progress(self):
         """The part of the run that is done, 0..1: of its steps, or of its time."""
         return self.step / self.c.steps if self.c.steps else self.seconds / (60 * self.c.minutes)
+
+    def draw(self, data):
+        """This process's part of a batch, (B, D). Seed, process and step alone decide what a step
+        draws: a resumed run goes on as if it had never stopped."""
+        self.generator.manual_seed(hash((self.c.seed, self.rank, self.step)))
+        return data.batch(self.c.batch // self.processes, generator=self.generator)
 
     def save(self, folder):
         """Writes ckpt.pt; ValueError, and the old one stays, if the weights are no numbers."""
@@ -164,10 +177,9 @@ class Run:
             raise ValueError("this checkpoint holds weights alone: it cannot be resumed")
         self.model.load_state_dict(checkpoint["model"])
         self.ema.load_state_dict(checkpoint["ema"])
-        try:
-            self.generator.set_state(checkpoint["generator"])
-        except (RuntimeError, TypeError):                  # of another kind of device
-            print("the random numbers begin anew: this is not the run that was never stopped")
+        if checkpoint["settings"]["device"][:3] != self.c.device[:3]:
+            print("another device has other random numbers: this is not the run that was never "
+                  "stopped")
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer"]):
             optimizer.load_state_dict(state)
         vars(self).update({name: checkpoint[name] for name in PLAIN if name != "settings"})
@@ -181,10 +193,15 @@ def train(run, data, folder):
     old = [signal.signal(number, lambda *_: stop.append(1)) for number in signals]
     saved = said = time.perf_counter()
     begin = saved - run.seconds
-    bar = tqdm(total=1.0, initial=min(run.progress, 1.0), mininterval=0.5, disable=None,
+    bar = tqdm(total=1.0, initial=min(run.progress, 1.0), mininterval=0.5,
+               disable=True if run.rank else None,
                bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}")
-    while run.progress < 1 and not stop:
-        x = data.batch(run.c.batch, generator=run.generator)
+    while True:
+        now = torch.tensor([time.perf_counter() - begin, len(stop)], dtype=torch.float64)
+        run.seconds, stopping = share(now).tolist()
+        if run.progress >= 1 or stopping:
+            break
+        x = run.draw(data)
         try:
             losses.append(train_step(run, x))
         except Exception as error:                         # whatever a missing compiler brings up
@@ -193,7 +210,8 @@ def train(run, data, folder):
             print(f"going on without torch.compile ({type(error).__name__})", file=sys.stderr)
             run.loss = run.model.loss
             continue
-        run.seconds = time.perf_counter() - begin
+        if run.rank:                                       # the first process tells and saves
+            continue
         if run.step % 10 == 0:                             # seldom: reading the loss waits for it
             loss = torch.stack([*losses]).mean().item()
             bar.set_postfix_str(f"step {run.step}, {loss:.3f} bits/{datasets.UNITS[data.kind]}",
@@ -210,7 +228,8 @@ def train(run, data, folder):
             run.save(folder)
             saved = time.perf_counter()
     bar.close()
-    run.save(folder)
+    if run.rank == 0:
+        run.save(folder)
     for number, handler in zip(signals, old):
         signal.signal(number, handler)
     return run.progress >= 1
@@ -233,20 +252,68 @@ def train_step(run, x):
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate * group["full_lr"]
-        optimizer.zero_grad()
     draw = dict(device=x.device, generator=run.generator)  # here: a compiled loss cannot draw
     t, s = stratified_steps(B, run.model.S, D, **draw)
     sigma = sample_sigma(B, D, **draw)
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=nets.has_bf16(run.c.device)):
-        loss = bits_per_dim(run.loss(x, t, s, sigma), D).mean()
-    loss.backward()
+    loss = None
+    while loss is None:
+        loss = backward(run, x, t, s, sigma)
+    for p in run.model.parameters():
+        share(p.grad, mean=True)
     nn.utils.clip_grad_norm_(run.model.parameters(), run.hyper["clip"])
     for optimizer in run.optimizers:
         optimizer.step()
     run.step += 1
     decay = min(run.hyper["ema"], 1 - 1 / (1 + 0.02 * run.step))   # forgets the beginning
     get_ema_multi_avg_fn(decay)([*run.ema.parameters()], [*run.model.parameters()], run.step)
-    return loss.detach()
+    return loss
+
+
+def backward(run, x, t, s, sigma):
+    """The gradient of the mean loss, as a sum over run.parts equal parts of the batch. Returns the
+    loss; None where memory is too short, and from then on there are more parts."""
+    B, D = x.shape
+    total = torch.zeros((), device=x.device)
+    run.model.zero_grad()
+    try:
+        for part in zip(*(each.chunk(run.parts) for each in (x, t, s, sigma))):
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=nets.has_bf16(run.c.device)):
+                loss = bits_per_dim(run.loss(*part), D).sum() / B
+            loss.backward()
+            total += loss.detach()
+    except torch.OutOfMemoryError:
+        run.parts = next((n for n in range(run.parts + 1, B + 1) if B % n == 0), 0)
+        if not run.parts:
+            raise
+        return None
+    return total
+
+
+def join():
+    """Joins the processes that torchrun has started, each on a GPU of its own. The rank of this
+    one: 0 without torchrun, whatever is left of it in the environment."""
+    if not distributed.is_torchelastic_launched():
+        return 0
+    if torch.cuda.is_available():
+        card = int(os.environ["LOCAL_RANK"])
+        if card >= torch.cuda.device_count():
+            raise ValueError(f"--nproc_per_node: there are {torch.cuda.device_count()} GPUs")
+        torch.cuda.set_device(card)
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    return distributed.get_rank()
+
+
+def share(numbers, mean=False):
+    """A tensor, in place: for every process what the first one has, or the mean of all."""
+    try:
+        if distributed.is_initialized() and mean:
+            distributed.all_reduce(numbers)
+            numbers /= distributed.get_world_size()
+        elif distributed.is_initialized():
+            distributed.broadcast(numbers, 0)
+    except RuntimeError as error:
+        raise ValueError(f"another process of this run has ended: {str(error).splitlines()[0]}")
+    return numbers
 
 
 def learning_rate(c, hyper, step, progress):
@@ -266,7 +333,8 @@ def make_optimizers(net, c, hyper):
                                     fused=not c.device.startswith("mps"))]
     if matrices:
         optimizers.append(Muon(matrices, hyper["muon_lr"], hyper["muon_decay"],
-                               torch.bfloat16 if nets.has_bf16(c.device) else torch.float32))
+                               torch.bfloat16 if nets.has_bf16(c.device) else torch.float32,
+                               c.compile))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["full_lr"] = group["lr"]
@@ -278,8 +346,9 @@ class Muon(torch.optim.Optimizer):
     matrix is learnt at one rate. A convolution is the matrix of its outputs and all its inputs.
     torch.optim.Muon takes matrices alone, one by one, and rounds to bfloat16 on any machine."""
 
-    def __init__(self, matrices, lr, decay, dtype=torch.float32):
+    def __init__(self, matrices, lr, decay, dtype=torch.float32, compiled=False):
         self.dtype = dtype
+        self.orthogonal = torch.compile(orthogonal) if compiled else orthogonal
         super().__init__(matrices, dict(lr=lr, decay=decay, momentum=0.95))
 
     @torch.no_grad()
@@ -290,14 +359,15 @@ class Muon(torch.optim.Optimizer):
             by_shape[p.shape].append(p)
             if p not in self.state:
                 self.state[p]["mean"] = torch.zeros_like(p)
-            mean = self.state[p]["mean"].lerp_(p.grad, 1 - group["momentum"])
-            p.grad.lerp_(mean, group["momentum"])          # Nesterov's: a step ahead
         for (rows, *columns), same in by_shape.items():
-            steps = orthogonal(torch.stack([p.grad.flatten(1) for p in same]).to(self.dtype))
+            gradients, means = [p.grad for p in same], [self.state[p]["mean"] for p in same]
+            torch._foreach_lerp_(means, gradients, 1 - group["momentum"])
+            torch._foreach_lerp_(gradients, means, group["momentum"])    # Nesterov's: a step ahead
+            steps = self.orthogonal(torch.stack([p.flatten(1) for p in gradients]).to(self.dtype))
+            steps = [step.view_as(p).to(p.dtype) for p, step in zip(same, steps)]
+            torch._foreach_mul_(same, 1 - group["lr"] * group["decay"])
             size = group["lr"] * max(1, rows / math.prod(columns)) ** 0.5
-            for p, step in zip(same, steps):
-                p.mul_(1 - group["lr"] * group["decay"])
-                p.sub_(step.view_as(p), alpha=size)
+            torch._foreach_add_(same, steps, alpha=-size)
 
 
 def orthogonal(X):
@@ -604,6 +674,9 @@ def finish(run, data, folder, with_plot):
 def main():
     """A new run, one that goes on, or a checkpoint evaluated."""
     given, going_on, path, with_plot = parse()
+    rank = join()
+    if rank:                                               # one process talks
+        sys.stdout = open(os.devnull, "w")
     if with_plot and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib: pip install matplotlib")
     if path:                                               # nothing is written but the picture
@@ -625,7 +698,8 @@ def main():
         finished = (Path(c.out) / "results.json").exists() or run.step > (c.steps or run.step)
         if run.progress >= 1 and finished:
             raise ValueError(f"the run is at step {run.step}, its end: give it more --steps")
-    folder, lock = prepare_folder(c, going_on)
+    share(torch.zeros(1), mean=True)                       # all have read the checkpoint
+    folder, lock = prepare_folder(c, going_on) if rank == 0 else (Path(c.out), None)
     sizes = ", ".join(f"{name} {len(part):,}" for name, part in data.splits.items())
     shape = " x ".join(map(str, data.shape))
     top = max(int(part.cpu().numpy().max()) for part in data.splits.values())
@@ -634,7 +708,7 @@ def main():
           f"{weights:,} weights on {c.device}; results go to {folder}")
     try:
         if train(run, data, folder):
-            return finish(run, data, folder, with_plot)
+            return finish(run, data, folder, with_plot) if rank == 0 else None
     except KeyboardInterrupt:                              # in the evaluation
         pass
     print(f"stopped at step {run.step} and saved; go on with: python train.py --resume --out "

@@ -4,8 +4,10 @@
     text8 paper mnist cifar10 glyphs tones    as a reader would run them, test data looked at once
     fsdd clips branches calls    audio: spoken digits, beside FLAC; stages; few network calls
     orders compress packers    orders of images; archives of text; PNG and WebP of images
+    plans absorbing         planned, even and cosine; absorbing diffusion, from one network
     planner coder speed     seconds
     portable fuzz           what archives survive
+    gpu                     training steps on one CUDA GPU, and with --minutes what they learn
 
 Each keeps its rows in results/bench.json, with the machine and the day, and results/README.md is
 written anew. Real data is looked for in the folder ARDM_DATA. Run it alone on the machine.
@@ -28,6 +30,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from torch.utils import flop_counter
 
 import coder
 import compress
@@ -161,9 +164,9 @@ def result(name, run, data, **more):
     return row
 
 
-def text8_prefix(length=250):
+def text8_prefix(length=250, device="cpu"):
     """The first 6,877,825 characters of text8, the last 200,000 of them for the test."""
-    data = datasets.load(str(REAL / "text8" / "text8_prefix.zip"), length)
+    data = datasets.load(str(REAL / "text8" / "text8_prefix.zip"), length, device=device)
     stream = torch.cat(list(data.splits.values()))[:6_877_825]
     data.splits = dict(train=stream[:-220_000], valid=stream[-220_000:-200_000],
                        test=stream[-200_000:])
@@ -341,6 +344,61 @@ def bench_orders(args):
     return rows
 
 
+def bench_plans(args):
+    """Plans of few network calls, bits of test data: predicted from the L_t of validation data, and
+    exact for the same data in the same random orders; last, structured orders (`spaced:G`, an even
+    plan), which keep apart what one call generates. The standard errors are those of differences to
+    the planned one."""
+    rows = []
+    for name, count, budgets in (("text8-ours", 200, (5, 10, 20, 50)), ("mnist", 100, (20, 50, 100)),
+                                 ("cifar10-order-agnostic", 16, (20, 50))):
+        model, checkpoint = nets.load(RUNS / name / "ckpt.pt")
+        shape, D = checkpoint["settings"]["shape"], model.D
+        data = text8_prefix() if name == "text8-ours" else datasets.load(
+            "mnist" if name == "mnist" else str(CIFAR))
+        (L,) = planner.smooth(*train.components(model, data.chunks("valid"), seconds=30))
+        x = train.spread(data.chunks("test"), count).long()
+        for calls in budgets:
+            even, planned = planner.uniform_plan(1, D, calls), planner.plan(L, calls)
+            ways = {"planned": (planned, None), "even": (even, None),
+                    "cosine": (planner.cosine_plan(1, D, calls), None)}
+            rule = f"spaced:{-(-D // calls)}"
+            ways[rule] = even, torch.from_numpy(planner.order(rule, shape)).expand(x.shape)
+            best = None
+            for way, (plan, sigma) in ways.items():
+                generator = torch.Generator().manual_seed(0)
+                bits = bits_per_dim(model.nll(x, plan, sigma, generator), D)
+                best = bits if best is None else best
+                predicted = planner.plan_cost(L, plan) / D if sigma is None else ""
+                rows.append(dict(model=name, calls=calls, plan=way, predicted=predicted,
+                                 exact=bits.mean().item(),
+                                 stderr=((bits - best).std() / len(x) ** 0.5).item()))
+                print(" ", rows[-1])
+    return rows
+
+
+def bench_absorbing(args):
+    """The paper's Table 1 from one network, the model of section text8: bits/char by the L_t of
+    its validation chunks. Absorbing diffusion with T steps, a linear and a cosine part q(u) that
+    is absorbed, how many of its steps write anything, and the ARDM. (In the paper, by a network for
+    each: absorbing 1.45 with 1,000 steps, 1.47 with 256, 1.56 with 20; OA-ARDM 1.43 with 250, 1.51
+    with 20.)"""
+    model, _ = nets.load(RUNS / "text8-ours" / "ckpt.pt")
+    L, counts = train.components(model, text8_prefix().chunks("valid"), seconds=60)
+    (L,), D, rows = planner.smooth(L, counts), model.D, []
+    schedules = {"linear": lambda u: u, "cosine": lambda u: 1 - np.cos(np.pi / 2 * u)}
+    for T in (1000, 256, 64, 20):
+        for name, q in schedules.items():
+            parts = np.diff(q(np.arange(T + 1) / T))
+            rows.append({"": f"absorbing diffusion, {name}", "steps": T,
+                         "steps that write": float(sum(1 - (1 - parts) ** D)),
+                         "bits": planner.absorbing_bound(L, T, q)})
+    for calls in (D, 64, 20):
+        rows.append({"": "ARDM, planned", "steps": calls, "steps that write": float(calls),
+                     "bits": planner.plan_cost(L, planner.plan(L, calls)) / D})
+    return rows
+
+
 def bench_compress(args):
     """The first 20,000 characters of the test text of text8 against network calls: bits/char of the
     archive, beside the exact nll and general packers, and seconds."""
@@ -501,6 +559,82 @@ def bench_speed(args):
                          "datapoints a second": given["batch"] / seconds})
             print(" ", rows[-1])
     return rows
+
+
+# -- One CUDA GPU ----------------------------------------------------------------------------------
+
+def every_size(device):
+    """(words, data, settings) of what `gpu` measures; on a CPU the small ones, to try the code."""
+    noise = np.random.default_rng(0).integers(256, size=(600, 3, 32, 32), dtype=np.uint8)
+    images = datasets.Images("noise", noise[:500], noise[500:], device=device)
+    for size in ("small", "paper") if device == "cuda" else ("tiny",):
+        recipe = "paper" if size == "paper" else "ours"
+        given = dict(size=size, recipe=recipe, device=device, steps=10 ** 9)
+        yield f"text, {size}", datasets.load("pydoc", 250, device=device), given
+        yield f"images, {size}", images, given
+        yield f"images, {size}, upscale-4", images, given | dict(branch=4)
+        yield f"audio, {size}", datasets.load("tones", device=device), given
+
+
+def milliseconds(step, n, busy=False):
+    """Of one step: of the clock, and (busy) of the GPU at work."""
+    for _ in range(5):                                     # compiles, and finds its memory
+        step()
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    kinds = torch.profiler.ProfilerActivity
+    watch = torch.profiler.profile(activities=[kinds.CUDA]) if busy else contextlib.nullcontext()
+    wait()
+    with watch:
+        begin = time.perf_counter()
+        for _ in range(n):
+            step()
+        wait()
+        clock = 1000 * (time.perf_counter() - begin) / n
+    at_work = sum(event.self_device_time_total for event in watch.key_averages()) if busy else 0
+    return clock, at_work / 1000 / n
+
+
+def bench_gpu(args):
+    """A training step of every size on one CUDA GPU: variables a second, the part of the card's own
+    bfloat16 matrix product (8,192 x 8,192) that the counted operations of forward and backward
+    reach, and the part of the time in which the GPU is busy. With --minutes, what `small` learns in
+    so many on text8 and CIFAR-10, too."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    square = torch.randn(2, *[8192 if device == "cuda" else 512] * 2, device=device).bfloat16()
+    most = 2 * square.shape[1] ** 3 / milliseconds(lambda: square[0] @ square[1], 20)[0]
+    rows = []
+    for words, data, given in every_size(device):
+        run = train.Run(train.complete(train.Settings(**given), data), data)
+        x = data.batch(2)
+        with flop_counter.FlopCounterMode(display=False) as counter:
+            run.model.loss(x).sum().backward()
+        n = 30 if device == "cuda" else 2
+        clock, _ = milliseconds(lambda: train.train_step(run, run.draw(data)), n)
+        _, busy = milliseconds(lambda: train.train_step(run, run.draw(data)), n, device == "cuda")
+        operations = counter.get_total_flops() / 2 * run.c.batch
+        rows.append(dict(step=words, weights=sum(p.numel() for p in run.model.parameters()),
+                         batch=run.c.batch, parts=run.parts, milliseconds=clock,
+                         variables_a_second=round(1000 * run.c.batch * data.D / clock),
+                         of_the_product=operations / clock / most, busy=busy / clock))
+        print(" ", rows[-1])
+        del run
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    size = "small" if device == "cuda" else "tiny"
+    return rows + (list(learns(size, device, args.minutes)) if args.minutes else [])
+
+
+def learns(size, device, minutes):
+    """Rows of what `gpu` trains: text8 prefix in chunks of 250, its last 200,000 characters, and
+    CIFAR-10, order-agnostic and upscale-4, its test images; with the seconds of the evaluation."""
+    for words, branch in (("text8", 0), ("CIFAR-10", 0), ("CIFAR-10, upscale-4", 4)):
+        data = datasets.load(str(CIFAR), device=device) if "CIFAR" in words else text8_prefix(
+            device=device)
+        run, _ = trained(data=data, size=size, device=device, minutes=minutes, branch=branch)
+        begin = time.perf_counter()
+        train.evaluate(run.ema, data)
+        seconds = time.perf_counter() - begin
+        yield result(words, run, data, seconds_of_evaluation=seconds)
 
 
 # -- What was measured -----------------------------------------------------------------------------
