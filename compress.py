@@ -413,8 +413,8 @@ def main():
         if name != "info":
             add("--ckpt", required=name != "decode", help="a checkpoint of train.py"
                 + " (default: looked for in out/*/ and results/)" * (name == "decode"))
-            add("--device", help="cuda, mps or cpu; the network runs in float64, which a consumer GPU "
-                "does 32 to 64 times slower than float32")
+            add("--device", help="cuda, mps or cpu; the network runs in float64, in which consumer "
+                "GPUs are 32 to 64 times slower than in float32")
         if name in ("encode", "decode"):
             add("output", metavar="OUT", help="a file, or -")
         if name in ("encode", "bench"):

@@ -160,9 +160,9 @@ def absorbing_bound(L, T, q):
 
     At step i each variable is absorbed with probability q_i = q(i / T), by itself; so n of them
     are, binomially, and D - n are known. Backwards, an absorbed one appears with probability r_i =
-    (q_i - q_{i-1}) / q_i and costs -log p of its value, L_{D-n+1} on the average; whether it appears
-    is alike in both directions and costs nothing. The bound is the sum over i and n of
-    r_i P(n) n L_{D-n+1}.
+    (q_i - q_{i-1}) / q_i and costs -log p of its value, L_{D-n+1} on the average. Whether it does
+    is alike in both directions and costs nothing. The bound is the sum over i and n of r_i P(n) n
+    L_{D-n+1}.
     """
     L, log_factorial = np.asarray(L, dtype=np.float64), np.vectorize(math.lgamma)
     D, total = len(L), 0.0

@@ -259,10 +259,10 @@ def parse():
     add("--calls", type=int, help="network calls (default: one for each unknown variable; of audio "
         f"{AUDIO_CALLS})")
     add("--order", default="random", help="random: a new order for each sample (default); forward, "
-        "backward, random:SEED, spaced:G, halves; or confident: what the network is surest of, which "
-        "is no longer the model's distribution")
-    add("--watch", action=argparse.BooleanOptionalAction, help="show how text fills in (default: in "
-        "a terminal)")
+        "backward, random:SEED, spaced:G, halves; or confident: first what the network is surest "
+        "of, which is no longer the model's distribution")
+    add("--watch", action=argparse.BooleanOptionalAction, help="show how text fills in (default: "
+        "in a terminal)")
     add("--prompt", help="text to keep, with _ for each blank (in a model of bytes for each byte), "
         "\\_ for an underscore")
     add("--inpaint", metavar="top|left|ends", help="keep this part of n test images (top, left) or "

@@ -350,7 +350,8 @@ def bench_plans(args):
     plan), which keep apart what one call generates. The standard errors are those of differences to
     the planned one."""
     rows = []
-    for name, count, budgets in (("text8-ours", 200, (5, 10, 20, 50)), ("mnist", 100, (20, 50, 100)),
+    for name, count, budgets in (("text8-ours", 200, (5, 10, 20, 50)),
+                                 ("mnist", 100, (20, 50, 100)),
                                  ("cifar10-order-agnostic", 16, (20, 50))):
         model, checkpoint = nets.load(RUNS / name / "ckpt.pt")
         shape, D = checkpoint["settings"]["shape"], model.D
