@@ -289,7 +289,7 @@ class UpscaleARDM(ARDM):
 
 
 def drawing(u, temperature=1.0):
-    """A `choose` that draws from p^(1/temperature); the numbers u (draws, B, D) in [0, 1) decide."""
+    """A `choose` that draws from p^(1/temperature), by numbers u (draws, B, D) in [0, 1)."""
     def draw(log_p, where, s):
         best = log_p.argmax(dim=-1)
         if temperature < 1e-6:

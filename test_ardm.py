@@ -926,21 +926,21 @@ def test_absorbing_bound_equals_enumeration_of_the_whole_chain(T, q):
     """Every way in which three variables may be absorbed, each at a step of its own."""
     D, x, at = 3, torch.tensor([[1, 0, 1]]), [q(i / T) for i in range(T + 1)]
     model, nats = ARDM(Table(D, 2), D, 2), 0.0
-    for times in itertools.product(range(1, T + 1), repeat=D):
-        log_q = sum(math.log(at[i] - at[i - 1]) for i in times)
+    for absorbed in itertools.product(range(1, T + 1), repeat=D):
+        log_q = sum(math.log(at[i] - at[i - 1]) for i in absorbed)
         log_p = 0.0
         for i in range(1, T + 1):
-            m = torch.tensor([[time > i for time in times]])             # not yet absorbed at i
+            m = torch.tensor([[step > i for step in absorbed]])          # not yet at i
             appears = (at[i] - at[i - 1]) / at[i]
             log_x = pick(model.log_probs(x, m, ONE, ONE), x)[0]
-            for j, time in enumerate(times):
-                if time == i:
+            for j, step in enumerate(absorbed):
+                if step == i:
                     log_p += math.log(appears) + log_x[j].item()
-                elif time < i:
+                elif step < i:
                     log_p += math.log(1 - appears)
         nats += math.exp(log_q) * (log_q - log_p)
-    losses = [[model.loss(x, t * ONE, sigma=s[None]).item() for s in all_sigma(D)] for t in (1, 2, 3)]
-    L = np.mean(losses, axis=1) / D
+    L = [np.mean([model.loss(x, t * ONE, sigma=s[None]).item() for s in all_sigma(D)]) / D
+         for t in (1, 2, 3)]
     same("bound", planner.absorbing_bound(L, T, q), nats / D)
 
 

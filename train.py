@@ -461,8 +461,8 @@ def measure_plan(model, chunks, plan, most):
 
 
 def evaluate(model, data, passes=None):
-    """All that a run reports, put into words by `describe`. L_t, for plans, is from validation: what
-    a plan is predicted to cost is the bound, and how much its sum of L_t is above that of all steps.
+    """All that a run reports, put into words by `describe`. L_t, for plans, is from validation: a
+    plan is predicted to cost the bound, and what its sum of L_t has above that of all steps.
 
     Without passes it takes about a minute, by fewer datapoints if there are many.
     """

@@ -610,8 +610,12 @@ def bench_gpu(args):
         with flop_counter.FlopCounterMode(display=False) as counter:
             run.model.loss(x).sum().backward()
         n = 30 if device == "cuda" else 2
-        clock, _ = milliseconds(lambda: train.train_step(run, run.draw(data)), n)
-        _, busy = milliseconds(lambda: train.train_step(run, run.draw(data)), n, device == "cuda")
+
+        def step(run=run, data=data):
+            train.train_step(run, run.draw(data))
+
+        clock, _ = milliseconds(step, n)
+        _, busy = milliseconds(step, n, device == "cuda")
         operations = counter.get_total_flops() / 2 * run.c.batch
         rows.append(dict(step=words, weights=sum(p.numel() for p in run.model.parameters()),
                          batch=run.c.batch, parts=run.parts, milliseconds=clock,
