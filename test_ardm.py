@@ -727,6 +727,12 @@ def test_nothing_of_the_size_of_all_values_is_ever_made(branch):
     assert max(largest) < 2 * 64 * 16 * 300
 
 
+def test_the_integer_nearest_to_zero_is_found():
+    low, unit = torch.meshgrid(torch.arange(-20, 20), torch.arange(1, 9), indexing="ij")
+    expected = [min(range(i, i + n), key=abs) for i, n in zip(low.flatten(), unit.flatten())]
+    assert nets.nearest_to_zero(low, unit).flatten().tolist() == expected
+
+
 def test_louder_sound_has_the_same_mixture_but_wider():
     net, (t, s) = wave_net(None).net, (torch.tensor([20]), ONE)
     m = torch.rand(1, 64, generator=seeded()) < 0.5
@@ -1506,7 +1512,9 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(tmp_path, device, recip
         return [train.train_step(run, run.draw(data)).item() for _ in range(run.step, upto)]
 
     whole, part, again = (train.Run(c, data) for _ in range(3))
+    first = whole.draw(data)
     losses = go(whole, 8)
+    assert not torch.equal(first, whole.draw(data))        # every step has its own
     assert go(part, 5) == losses[:5]
     part.L = torch.arange(16.0)[None]
     part.save(tmp_path)
@@ -1772,6 +1780,15 @@ def test_a_terminal_shows_how_text_fills_in(folder, tmp_path, monkeypatch, capsy
     assert call(sample, *flags, "--watch") == 0 and "\x1b[1m" not in capsys.readouterr().out
 
 
+def test_a_terminal_shows_no_letter_of_which_only_the_first_digit_is_known(capsys):
+    model, nothing = UpscaleARDM(None, 8, 27, 6), torch.zeros(8).bool()
+    show = sample.watched(lambda log_p, where, s: torch.ones(8, dtype=torch.long), model,
+                          torch.zeros(1, 8, dtype=torch.long), nothing)
+    for s, text in ((1, "\u00b7" * 8), (2, "g" * 8)):                   # 1 * 6 + 1: the seventh
+        show(None, ~nothing[None], s)
+        assert re.sub(r"\x1b\[\d*\w", "", capsys.readouterr().out).strip() == text
+
+
 def test_letters_of_several_bytes_and_of_double_width_are_shown_whole(monkeypatch):
     text = "aé漢\n".encode()
     x, known, new = torch.tensor(list(text)), torch.ones(7).bool(), torch.arange(7) == 2
@@ -2020,6 +2037,11 @@ def test_incompressible_blocks_are_stored_raw_with_their_checksum():
     assert unpack(model, archive, K=256) == noise
     with pytest.raises(ValueError, match="block 1"):
         unpack(model, archive[:-9] + b"x" + archive[-8:], K=256)
+    codec = compress.Codec(model, dict(shape=[24]), "forward", [[24]], 2)
+    x = torch.from_numpy(np.frombuffer(noise[:48], np.uint8).reshape(1, 2, 24).copy())
+    (packed, _), = codec.encode(x, 0)
+    found = codec.decode([packed, packed + b"x", packed[:-1]], 2, 24, 0)
+    assert [part is not None for part in found] == [True, False, False]
 
 
 def test_an_upscale_model_meets_no_impossible_digit_in_damaged_bytes():
