@@ -196,10 +196,8 @@ class ARDM(nn.Module):
     @torch.no_grad()
     def generate_surest(self, x, plan, known, choose):
         """Not in the paper, and not the model's distribution: each call generates those k variables
-        of which the network is surest, as many text-diffusion models do.
-
-        x (B, D), of which known, a bool mask, is kept. Returns x, and when each variable was
-        generated, (S, B, D): the t of its call, or 0.
+        of which the network is surest, as many text-diffusion models do. x (B, D), of which known,
+        a bool mask, is kept. Returns x, and the t at which each was generated, or 0: (S, B, D).
         """
         B, D = x.shape
         sigma = torch.where(known, 0, D + 1).expand(self.S, B, D).clone()

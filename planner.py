@@ -10,11 +10,9 @@ Since L does not increase (Eq. 4), the best i does not fall as j grows: one more
 O(D log D), not O(D^2). And the cheapest cost is convex in the number of calls: calls can be given
 one at a time to the stage where they save most, and the split is still exact.
 
-L is (S, D), or (D,) for one stage, in any unit; L[s-1, t-1] is the component of step t in stage s.
-This file needs NumPy alone.
+L is (S, D), or (D,) for one stage, in any unit; L[s-1, t-1] is of step t in stage s. NumPy alone.
 """
 import hashlib
-import math
 
 import numpy as np
 
@@ -96,7 +94,7 @@ def plan(L, budget):
 
 
 def costs(L, budgets=None):
-    """{budget: cost of the cheapest plan}, for the given budgets or for all from S to S*D."""
+    """{budget: cost of the cheapest plan}, for the given budgets or all from S to S*D."""
     budgets = range(len(np.atleast_2d(L)), np.size(L) + 1) if budgets is None else list(budgets)
     curve = [cost for _, cost, _ in hand_out(L, budgets)]
     return {budget: curve[budget - 1] for budget in budgets}
@@ -104,8 +102,7 @@ def costs(L, budgets=None):
 
 def plan_cost(L, plan):
     """What a plan costs (Eq. 3): the sum of k * L_t over its calls, in the unit of L."""
-    L = np.atleast_2d(L)
-    return float(sum(k * L[s - 1, t - 1] for s, t, k in plan))
+    return float(sum(k * np.atleast_2d(L)[s - 1, t - 1] for s, t, k in plan))
 
 
 def full_plan(S, D):
@@ -128,8 +125,7 @@ def by_curve(S, D, budget, curve):
     check_budget(budget, S, D)
     calls = []
     for s in range(1, S + 1):
-        n = budget // S + (s <= budget % S)                # the remainder to the early stages
-        done = 0
+        n, done = budget // S + (s <= budget % S), 0       # the remainder to the early stages
         for i in range(1, n + 1):                          # every call generates something
             j = min(max(round(D * float(curve(i / n))), done + 1), D - n + i)
             calls.append((s, done + 1, j - done))
@@ -154,25 +150,20 @@ def check_budget(budget, S, D):
 
 
 def absorbing_bound(L, T, q):
-    """The bound of absorbing diffusion in T steps (App. C), by the network whose L (D,) it is: in
-    the unit of L, per variable. q(u): the part that is absorbed at time u, from q(0) = 0 to q(1) =
-    1, growing.
+    """The bound of absorbing diffusion in T steps (App. C) by the network of L (D,), per variable.
+    q(u): the part that is absorbed at time u, growing from q(0) = 0 to q(1) = 1.
 
-    At step i each variable is absorbed with probability q_i = q(i / T), by itself; so n of them
-    are, binomially, and D - n are known. Backwards, an absorbed one appears with probability r_i =
-    (q_i - q_{i-1}) / q_i and costs -log p of its value, L_{D-n+1} on the average. Whether it does
-    is alike in both directions and costs nothing. The bound is the sum over i and n of r_i P(n) n
-    L_{D-n+1}.
+    At step i each variable is absorbed with probability q_i = q(i / T): n of them, binomially.
+    Backwards each of these appears with probability r_i = (q_i - q_{i-1}) / q_i, at the price of
+    L_{D-n+1}, which is L[::-1][n-1]. The bound is the sum over i and n of r_i P(n) n L_{D-n+1}.
     """
-    L, log_factorial = np.asarray(L, dtype=np.float64), np.vectorize(math.lgamma)
-    D, total = len(L), 0.0
+    L, D, total = np.asarray(L), len(L), 0.0
     n = np.arange(1, D + 1)
-    log_choose = math.lgamma(D + 1) - log_factorial(n + 1) - log_factorial(D - n + 1)
+    log_choose = np.log((D - n + 1) / n).cumsum()          # of the ways in which n are absorbed
     for i in range(1, T + 1):
         before, now = q((i - 1) / T), q(i / T)
-        known = np.where(n < D, (D - n) * np.log(max(1 - now, 1e-300)), 0.0)
-        P = np.exp(log_choose + n * np.log(now) + known)
-        total += (now - before) / now * (P * n * L[::-1]).sum()          # L[::-1][n-1] is L_{D-n+1}
+        log_P = log_choose + n * np.log(now) + (D - n) * np.log(max(1 - now, 1e-300))
+        total += (now - before) / now * (np.exp(log_P) * n * L[::-1]).sum()
     return total / D
 
 
@@ -241,8 +232,7 @@ def order(rule, shape):
     forward, backward   text from its ends; an image row by row, the colours of a pixel together
     random:SEED         a permutation that depends on SEED and D alone, the same on every machine
     spaced:G            parts of ceil(D / G), at most G of them, are read side by side
-    halves              every gap between known ones is halved, again and again (van der Corput):
-                        what one call generates lies far apart, and later calls see both sides
+    halves              every gap between known ones is halved, again and again (van der Corput)
     """
     name, _, number = rule.partition(":")
     C, D = shape[0] if np.size(shape) == 3 else 1, int(np.prod(shape))
@@ -256,8 +246,7 @@ def order(rule, shape):
     elif rule == "backward":
         turn = turn[::-1]
     elif rule != "forward":
-        raise ValueError(f"order {rule!r}: choose forward, backward, random:SEED, spaced:G or "
-                         "halves")
+        raise ValueError(f"order {rule!r}: choose forward, backward, random:SEED, spaced:G, halves")
     sigma = np.empty(D, dtype=np.int64)
     sigma[turn] = np.arange(1, D + 1)
     return sigma
