@@ -145,7 +145,7 @@ def draw(model, x, known, plan, order, args):
         batch = x[torch.arange(first, first + rows).clamp(max=n - 1)].to(device)
         choose, shown = drawing(u, args.temperature), min(rows, n - first)
         if args.watch:
-            shown = min(shown, shutil.get_terminal_size().lines - 2)
+            shown = max(1, min(shown, shutil.get_terminal_size().lines - 2))
             choose = watched(choose, model, batch[:shown], known)
         with tqdm(plan, desc=f"sample {first + 1} of {n}", unit="call", leave=False,
                   disable=args.watch or None) as calls:

@@ -428,7 +428,7 @@ def components(model, chunks, seconds=10):
     generator = torch.Generator(chunks.device).manual_seed(2)
     x = spread(chunks, 1024)
     x = x[torch.rand(len(x), device=x.device, generator=generator).argsort()].long()
-    steps = np.geomspace(1, D, 32).round().astype(int)
+    steps = np.geomspace(1, D, min(32, max(12, 128 // S))).round().astype(int)
     nats, counts = torch.zeros(2, S, D, dtype=torch.float64)
     for x in x.split(model.rows):
         sigma = sample_sigma(len(x), D, x.device, generator)
