@@ -434,7 +434,7 @@ def bench_packers(args):
     for name in ("mnist", str(CIFAR)):
         data = datasets.load(name)
         images = datasets.to_images(data.chunks("test")[:1000], data.shape)
-        row = dict(data=data.name)
+        row = dict(data=Path(name).name.split(".")[0])
         for kind, how in (("PNG", dict(optimize=True)), ("WebP", dict(lossless=True, method=6))):
             file = io.BytesIO()
             for image in images:
