@@ -112,14 +112,14 @@ class ARDM(nn.Module):
         return torch.where(m, self.coarsen(x, s), self.coarsen(x, s - 1))
 
     def logits(self, x, m, t, s, outputs):
-        """The network's (B, D, outputs), in float32 or better: bfloat16 would not sum to 1."""
-        logits = self.net(x, m, t, s)
+        """The network's (B, D, outputs), in float32 or better: bfloat16 would not sum to 1.
+        Nothing else calls the network, and nothing that it should not see comes past here."""
+        logits = self.net(self.net_input(x, m, s), m, t, s)
         assert logits.shape == (*x.shape, outputs), f"net gave {tuple(logits.shape)}, not {outputs}"
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def log_probs(self, x, m, t, s):
         """log p of every symbol at step t of stage s: (B, D, A) nats, normalised over A."""
-        x = self.net_input(x, m, s)
         return self.logits(x, m, t, s, self.K).log_softmax(dim=-1)
 
     def true_log_p(self, x, m, t, s):
@@ -258,7 +258,6 @@ class UpscaleARDM(ARDM):
 
     def log_probs(self, x, m, t, s):
         """log p of every digit of stage s: (B, D, b) nats, normalised over b."""
-        x = self.net_input(x, m, s)
         if self.parametrization == "data":
             digits = self.sum_values(self.logits(x, m, t, s, self.K), x, s)
         else:

@@ -1,7 +1,8 @@
 """Files to archives and back, without loss (Sec. 5): rANS, driven by the conditionals of one order.
 
+    python compress.py encode IN OUT                           by a model of English, of any bytes
     python compress.py encode --ckpt out/pydoc/ckpt.pt IN OUT
-    python compress.py decode --ckpt out/pydoc/ckpt.pt IN OUT
+    python compress.py decode IN OUT
     python compress.py decode --ckpt out/mnist/ckpt.pt --item 17 IN OUT     that image, no other
     python compress.py bench --ckpt out/pydoc/ckpt.pt [IN]     bits, beside bz2, xz and zlib
     python compress.py info IN                                 what an archive holds
@@ -248,7 +249,7 @@ def open_codec(header, model, settings, name):
 def find(header):
     """The path of the checkpoint that an archive was written with, in out/*/ or results/; or None.
     """
-    for path in sorted([*Path("out").glob("*/ckpt*.pt"), *Path("results").glob("*.pt")]):
+    for path in [nets.ENGLISH, *sorted(Path("out").glob("*/ckpt*.pt"))]:
         with suppress(ValueError):
             if nets.digest(nets.load(path, "cpu")[0]) == header.get("weights"):
                 return str(path)
@@ -411,8 +412,9 @@ def main():
         add = command.add_argument
         add("input", nargs="?" if name == "bench" else None, metavar="IN", help="a file, or -")
         if name != "info":
-            add("--ckpt", required=name != "decode", help="a checkpoint of train.py"
-                + " (default: looked for in out/*/ and results/)" * (name == "decode"))
+            add("--ckpt", help="a checkpoint of train.py (default: " + (
+                "that of the archive, looked for in out/*/ and results/)" if name == "decode"
+                else "results/english.pt)"))
             add("--device", help="cuda, mps or cpu; the network runs in float64, in which consumer "
                 "GPUs are 32 to 64 times slower than in float32")
         if name in ("encode", "decode"):
@@ -431,6 +433,10 @@ def main():
     args = parser.parse_args()
     if args.input == "-":
         args.input = "/dev/stdin"
+    if args.run in (run_encode, run_bench) and args.ckpt is None:
+        args.ckpt = str(nets.ENGLISH)
+        if args.input is None:
+            raise ValueError("name a file, or a checkpoint beside which a piece of test data lies")
     args.run(args)
 
 

@@ -876,7 +876,7 @@ def references(symbols, K, rate=None):
     audio."""
     share = np.bincount(symbols) / len(symbols)
     share = share[share > 0]
-    found = {"uniform": float(np.log2(K)), "single symbols": float(-(share * np.log2(share)).sum())}
+    found = {"uniform": float(np.log2(K)), "single symbols": float(share @ np.log2(1 / share))}
     stream = to_bytes(symbols, K)
     sizes = {name: len(pack(stream)) for name, pack in PACKERS.items()}
     for name, command in SOUND_PACKERS.items():

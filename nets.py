@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import math
 import platform
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -501,7 +502,7 @@ class MixtureARDM(ARDM):
 
     def predict(self, x, m, t, s):
         """The parameters of every variable's mixture, (B, D, outputs)."""
-        return self.logits(self.net_input(x, m, s), m, t, s, self.net.num_outputs)
+        return self.logits(x, m, t, s, self.net.num_outputs)
 
     def true_log_p(self, x, m, t, s):
         """log p of the values that x has, (B, D) nats."""
@@ -521,18 +522,14 @@ class UpscaleMixture(UpscaleARDM):
     """Upscale ARDM of audio: a digit has the mass of its interval, divided by that of the interval
     that the digits before it leave (the data parametrisation of a K that no softmax can hold)."""
 
-    def mixture(self, x, m, t, s):
-        """The parameters of every variable's mixture, (B, D, outputs)."""
-        return self.logits(self.net_input(x, m, s), m, t, s, self.net.num_outputs)
-
     def log_probs(self, x, m, t, s):
         """log p of every digit of stage s: (B, D, b) nats, normalised over b."""
-        before = self.coarsen(x, s - 1)
-        return digit_log_p(self.mixture(x, m, t, s), before, self.unit(s), self.A, self.K)
+        mixture, before = self.logits(x, m, t, s, self.net.num_outputs), self.coarsen(x, s - 1)
+        return digit_log_p(mixture, before, self.unit(s), self.A, self.K)
 
     def true_log_p(self, x, m, t, s):
         """log p of the digits that x has, (B, D) nats: of two masses, not b."""
-        mixture = self.mixture(x, m, t, s)
+        mixture = self.logits(x, m, t, s, self.net.num_outputs)
         digit, before = self.coarsen(x, s), self.coarsen(x, s - 1)
         return (log_mass(mixture, digit, digit + self.unit(s), self.K)
                 - log_mass(mixture, before, before + self.unit(s - 1), self.K))
@@ -574,6 +571,13 @@ def digit_log_p(mixture, low, unit, b, K):
 
 # -- From settings or a checkpoint to a model ------------------------------------------------------
 
+ENGLISH = Path(__file__).parent / "results" / "english.pt"  # taken where no checkpoint is named
+SETTINGS = {                         # what those of a run are called: of others nobody knows here
+    "kind", "K", "shape", "rate", "sha256", "data", "size", "recipe", "branch", "parametrization",
+    "bits", "length", "dim", "depth", "heads", "batch", "lr", "steps", "minutes", "passes",
+    "compile", "device", "seed", "out"}
+
+
 def build(c):
     """An untrained ARDM from plain settings c: a dict with kind, K, shape, recipe, branch,
     parametrization, dim, depth and heads."""
@@ -607,6 +611,9 @@ def load(path, device=None):
     """(model with the averaged weights, checkpoint): tensors and plain values alone are read."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        odd = checkpoint["settings"].keys() ^ SETTINGS
+        if odd:
+            raise ValueError(f"its settings are of another version: {', '.join(sorted(odd))}")
         model = build(checkpoint["settings"])
         model.load_state_dict(checkpoint["ema"])
         if checkpoint.get("digest", digest(model)) != digest(model):
@@ -615,6 +622,10 @@ def load(path, device=None):
         raise ValueError(f"{path}: no such checkpoint; python train.py writes one")
     except Exception as error:                             # what a torn or foreign file brings up
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if isinstance(error, KeyError):
+            reason = f"there is no {error} in it"
+        if "Weights only" in reason:                       # torch's words for it are many
+            reason = "it holds something else than tensors and plain values"
         raise ValueError(f"{path} is no checkpoint of this program, or a damaged one "
                          f"({reason[:80]})")
     model = model.eval().to(pick_device(device))

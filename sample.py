@@ -1,8 +1,8 @@
 """Sampling in any order under any budget of network calls, and filling in blanks (Algorithm 1).
 
-    python sample.py --ckpt out/pydoc/ckpt.pt --n 8 --calls 20
-    python sample.py --ckpt out/pydoc/ckpt.pt --calls 20 --frames         the process, step by step
-    python sample.py --ckpt out/pydoc/ckpt.pt --prompt "the ____ of"      underscores are the blanks
+    python sample.py --n 2 --calls 64                      the newest run in out/, or English
+    python sample.py --n 1 --length 1000                   window after window
+    python sample.py --prompt "the ____ of" --frames       underscores are the blanks
     python sample.py --ckpt out/glyphs/ckpt.pt --inpaint top              test images from their top
     python sample.py --ckpt out/tones/ckpt.pt --inpaint ends              test sounds: the middle
 
@@ -10,6 +10,7 @@ It writes samples.txt and frames.txt, or samples.png, frames.png, inpaint.png an
 moves, beside the checkpoint; of audio also samples.wav, one sound after the other.
 """
 import argparse
+import io
 import math
 import os
 import re
@@ -30,28 +31,31 @@ import planner
 from ardm import drawing, known_first
 
 COMPLETIONS = 4                      # of each image or sound that is filled in
+FRAMED = 64                          # samples whose frames are shown: more would be no picture
 AUDIO_CALLS = 64
 
 
-def read_prompt(prompt, model):
-    r"""A prompt -> x and known, (n,): _ is a blank, \_ an underscore."""
+def read_prompt(prompt, K, length=None):
+    r"""A prompt, made `length` long by blanks -> x and known, (n,): _ is a blank, \_ an underscore.
+    """
     stream, known = b"", []
     for part in re.split(r"(\\_|_)", prompt):
         content = b" " if part == "_" else os.fsencode(part.replace("\\_", "_"))
         stream += content
         known += [part != "_"] * len(content)
-    if len(stream) > model.D:
-        typed = len(prompt.replace("\\_", "_"))
-        also = f" ({len(stream)} bytes)" if typed != len(stream) else ""
-        raise ValueError(f"the prompt has {typed} characters{also}, the model takes {model.D}")
+    more = length - len(known) if length else 0
+    if more < 0:
+        raise ValueError(f"--length {length}: the prompt alone has {len(known)}")
+    known += [False] * more
     if all(known):
-        raise ValueError("the prompt has no blank: write _ for each character to be filled in")
-    return torch.from_numpy(datasets.to_symbols(stream, model.K)).long(), torch.tensor(known)
+        raise ValueError("the prompt has no blank: write _ for each character to be filled in, or "
+                         "go on by --length")
+    x = datasets.to_symbols(stream + b" " * more, K)
+    return torch.from_numpy(x).long(), torch.tensor(known)
 
 
-def read_inpaint(rule, n, settings, path):
-    """--inpaint -> x (n * COMPLETIONS, D), n test images or sounds (or those of the file at path),
-    and what is known of them, (D,)."""
+def inpaint_mask(rule, settings):
+    """What a rule of --inpaint says is known, (D,) bool."""
     shape = settings["shape"]
     D, at = math.prod(shape), torch.arange(shape[-1])
     halves = {"left": (at < shape[-1] // 2).expand(shape)}
@@ -61,33 +65,66 @@ def read_inpaint(rule, n, settings, path):
         halves["ends"] = (at < D // 4) | (at >= D - D // 4)
     if rule not in halves:
         raise ValueError(f"--inpaint {rule}: choose {' or '.join(halves)}, which is what is known")
+    return halves[rule].flatten()
+
+
+def read_mask(path, shape):
+    """What the .npy file at path says is known, (D,) bool: (C, H, W), or (H, W) for all colours."""
+    try:
+        mask = np.lib.format.read_array(io.BytesIO(datasets.read(path)), allow_pickle=False)
+    except ValueError as error:
+        raise ValueError(f"--mask {path} is no .npy file of an array ({error})")
+    wanted = tuple(shape), tuple(shape[-2:])
+    if mask.dtype != bool or mask.shape not in wanted:
+        raise ValueError(f"--mask {path} holds {mask.dtype} of shape {mask.shape}, bool of shape "
+                         f"{' or '.join(map(str, dict.fromkeys(wanted)))} is wanted")
+    if mask.all() or not mask.any():
+        raise ValueError(f"--mask {path}: True is what is known, neither nothing nor all")
+    return torch.from_numpy(mask).expand(shape).flatten()
+
+
+def read_pictures(n, settings, path):
+    """n test images or sounds, or those of the file at path, each COMPLETIONS times: (N, D)."""
+    D = math.prod(settings["shape"])
     if path:
         source = datasets.Source(path, settings)
         found = source.read(0, source.n // D * D).view(-1, D)
     else:
         data = datasets.load(settings["data"], settings["length"], settings["bits"])
-        if data.digest != settings.get("sha256", data.digest) or list(data.shape) != list(shape):
+        if data.digest != settings["sha256"] or list(data.shape) != list(settings["shape"]):
             raise ValueError(f"--inpaint: {data.name} is not what this model was trained on")
         found = data.chunks("test")
     if len(found) == 0:
         raise ValueError(f"{path} holds less than the model's {D} symbols")
     x = found[torch.arange(n) * len(found) // n].long()
-    return x.repeat_interleave(COMPLETIONS, dim=0), halves[rule].flatten()
+    return x.repeat_interleave(COMPLETIONS, dim=0)
 
 
 def read_known(args, model, settings):
-    """x (n, D) to begin with, and what of it is known: (D,), or None for nothing."""
-    text = settings["kind"] not in ("image", "audio")
-    if args.prompt is not None and not text or (args.inpaint or args.source) and text:
-        raise ValueError("--prompt is for text, --inpaint and --from for images and audio: this is "
-                         f"a model of {settings['kind']}")
-    if args.source and not args.inpaint:
-        raise ValueError("--from needs --inpaint, which says what is kept of the file")
-    if args.inpaint:
-        return read_inpaint(args.inpaint, args.n, settings, args.source)
-    x, known = torch.zeros(1, model.D, dtype=torch.long), None
+    """x (n, T) to begin with, and what of it is known, (T,) bool."""
+    kind, D = settings["kind"], model.D
+    text, given = kind in ("text", "bytes"), args.inpaint or args.mask
+    for words, is_so in (
+            ("--prompt is for text, --inpaint, --mask and --from for images and audio: this is a "
+             f"model of {kind}", (given or args.source) if text else args.prompt is not None),
+            ("--from needs --inpaint or --mask, which say what is kept of the file",
+             args.source and not given),
+            ("choose --inpaint or --mask", args.inpaint and args.mask),
+            ("--length is for text and sound that is not given",
+             args.length and (given or kind == "image"))):
+        if is_so:
+            raise ValueError(words)
+    if given:
+        known = (inpaint_mask(args.inpaint, settings) if args.inpaint else
+                 read_mask(args.mask, settings["shape"]))
+        return read_pictures(args.n, settings, args.source), known
+    x = torch.zeros(args.length or D, dtype=torch.long)
+    known = x > 0
     if args.prompt is not None:
-        x, known = read_prompt(args.prompt, model)
+        x, known = read_prompt(args.prompt, model.K, args.length)
+    if len(x) > D:
+        print(f"{len(x)} are more than the {D} that the model sees at once: window after window, "
+              "each with the first blank in its middle")
     return x.expand(args.n, -1), known                     # takes no memory
 
 
@@ -101,7 +138,7 @@ def make_plan(model, checkpoint, calls, n_known, D):
         print("this checkpoint has no measured L_t: the plan is an even one")
         plan = planner.uniform_plan(S, left, calls)
     else:
-        L = planner.smooth(checkpoint["L"], checkpoint["counts"])
+        L = planner.smooth(checkpoint["L"], checkpoint.get("counts"))
         plan = planner.plan(L[:, n_known:D], calls)
     return [(s, t + n_known, k) for s, t, k in plan]
 
@@ -118,51 +155,91 @@ def frames(model, x, sigma, plan, most=12):
 
 
 def texts(x, steps, model):
-    """Prints samples of text, or the frames; returns the lines."""
-    lines = [datasets.show(row, model.K) for row in x]
+    """The files to write of text, {name: bytes}; the frames are printed, too."""
+    files = {"samples.txt": b"".join(datasets.to_bytes(row, model.K) + b"\n" for row in x)}
     if steps:
-        lines = [(f"s = {s}  " if model.S > 1 else "") + f"t = {t:4d}  "
+        lines = [f"s = {s}  " * (model.S > 1) + f"t = {t:4d}  "
                  + datasets.show(state[i], model.K, known[i].numpy())
-                 for i in range(len(x)) for s, t, state, known in steps]
-    print(*lines, sep="\n")
-    return lines
+                 for i in range(len(steps[0][2])) for s, t, state, known in steps]
+        print(*lines, sep="\n")
+        files["frames.txt"] = "\n".join(lines).encode() + b"\n"
+    return files
 
 
-def draw(model, x, known, plan, order, args):
-    """Yields (samples, sigma) of the rows of x (n, D), batch by batch. Every sample has random
-    numbers of its own, and all batches have one size: sample i does not depend on --n."""
-    (n, D), S, device = x.shape, model.S, next(model.parameters()).device
-    rows = min(model.rows, 16 if device.type == "cpu" else 256)
-    known = torch.zeros(D) > 0 if known is None else known
-    known = known.to(device)
+def windows(model, checkpoint, known, args):
+    """[(slice, known in it, plan, order)] of the windows that cover what is unknown (T,): each has
+    the first unknown variable in its middle, or as near to it as the ends allow."""
+    found, (T,), D, shape = [], known.shape, model.D, checkpoint["settings"]["shape"]
+    known = known.clone()
+    while not known.all():
+        begin = max(0, min(int(known.int().argmin()) - D // 2, T - D))
+        part = slice(begin, min(begin + D, T))
+        m, order = known[part].clone(), None
+        if args.order not in ("random", "confident"):
+            order = planner.order(args.order, shape if len(shape) == 3 else len(m))
+            order = torch.from_numpy(order)
+        calls = args.calls
+        if calls is not None and (T > D or calls <= model.S * len(m)):
+            calls = min(calls, model.S * int((~m).sum()))  # of what is unknown
+        plan = make_plan(model, checkpoint, calls, int(m.sum()), len(m))
+        found.append((part, m, plan, order))
+        known[part] = True
+    if args.frames and len(found) > 1:
+        raise ValueError(f"--frames shows one window: --length {D} at most")
+    return found
+
+
+def draw(model, x, todo, args):
+    """Yields (samples, sigma) of the rows of x (n, T), batch by batch; todo: of `windows`. Every
+    sample has random numbers of its own, and all batches have one size: sample i does not depend
+    on --n."""
+    n, device = len(x), next(model.parameters()).device
+    rows = min(model.rows, max(2, 1024 // model.D) if device.type == "cpu" else 256)
     for first in range(0, n, rows):
-        size = S + model.draws, D
-        numbers = np.stack([np.random.default_rng([args.seed, i]).random(size, np.float32)
-                            for i in range(first, first + rows)], axis=1)
-        u = torch.from_numpy(numbers[S:]).to(device)       # (draws, rows, D)
-        sigma = torch.from_numpy(numbers[:S].argsort(axis=-1) + 1) if order is None else order
-        sigma = known_first(sigma.to(device).expand(S, rows, D), known)
-        batch = x[torch.arange(first, first + rows).clamp(max=n - 1)].to(device)
-        choose, shown = drawing(u, args.temperature), min(rows, n - first)
-        if args.watch:
-            shown = max(1, min(shown, shutil.get_terminal_size().lines - 2))
-            choose = watched(choose, model, batch[:shown], known)
-        with tqdm(plan, desc=f"sample {first + 1} of {n}", unit="call", leave=False,
-                  disable=args.watch or None) as calls:
-            if args.order == "confident":
-                batch, sigma = model.generate_surest(batch, calls, known, choose)
-            else:
-                batch = model.generate(batch, calls, sigma, choose)
-        if args.watch:
-            print(f"\x1b[{shown}A\x1b[J", end="")          # what follows stands in its place
-        yield batch[:n - first].cpu(), sigma[:, :n - first].cpu()
+        samples = x[torch.arange(first, first + rows).clamp(max=n - 1)]
+        for part, known, plan, order in todo:
+            size = model.S + model.draws, len(known)
+            numbers = np.stack([
+                np.random.default_rng([args.seed, part.start, i]).random(size, np.float32)
+                for i in range(first, first + rows)], axis=1)
+            sigma = torch.from_numpy(numbers[:model.S].argsort(axis=-1) + 1)
+            sigma = sigma if order is None else order.expand(sigma.shape)
+            u = torch.from_numpy(numbers[model.S:]).to(device)           # (draws, rows, D)
+            with tqdm(plan, desc=f"sample {first + 1} of {n}", unit="call", leave=False,
+                      disable=args.watch or None) as calls:
+                samples[:, part], sigma = fill(model, samples[:, part].to(device), calls,
+                                               sigma.to(device), known.to(device), u, args,
+                                               min(rows, n - first))
+        yield samples[:n - first], sigma[:, :n - first]
+
+
+def fill(model, x, plan, sigma, known, u, args, n):
+    """One window of some samples, x (rows, D), filled in by the plan, and its orders. The first n
+    rows are shown."""
+    choose, lines = drawing(u, args.temperature), 0
+    if args.watch:
+        choose, lines = watched(choose, model, x[:n], known)
+    if args.order == "confident":
+        x, sigma = model.generate_surest(x, plan, known, choose)
+    else:
+        sigma = known_first(sigma, known)
+        x = model.generate(x, plan, sigma, choose)
+    if args.watch:
+        print(f"\x1b[{lines}A\x1b[J", end="")              # what follows stands in its place
+    return x.cpu(), sigma.cpu()
 
 
 def watched(choose, model, x, known):
     """`choose` that shows in a terminal how the first rows of text, x (n, D), fill in: blanks as
-    dots, the newest characters bold. A line ends at the edge of the window."""
-    n, state, m = len(x), x.clone(), known.expand(x.shape).clone()
-    print("\n" * (n - 1))
+    dots, the newest characters bold. Also how many lines that takes."""
+    columns, lines = shutil.get_terminal_size()
+    with suppress(OSError):                                # rather than what COLUMNS says
+        columns, lines = os.get_terminal_size(1)
+    width = max(1, columns - 1)
+    height = min(-(-x.shape[1] // width), max(1, lines - 2))             # of a row of x
+    n = max(1, min(len(x), (lines - 2) // height))
+    state, m = x[:n].clone(), known.expand(n, -1).clone()
+    print("\n" * (n * height - 1))
 
     def show(log_p, where, s):
         chosen = choose(log_p, where, s)
@@ -170,23 +247,27 @@ def watched(choose, model, x, known):
         a[where] = chosen
         state.copy_(torch.where(new, model.refine(state, a[:n], s), state))
         m.logical_or_(new & (s == model.S))                # earlier stages know a part of it
-        lines = [line(characters(*row, model.K)) for row in zip(state, m, new)]
-        print(f"\x1b[{n}A" + "".join(f"\x1b[2K{text}\n" for text in lines), end="", flush=True)
+        text = "".join(f"\x1b[2K{line}\n" for row in zip(state, m, new)
+                       for line in folded(characters(*row, model.K), width, height))
+        print(f"\x1b[{n * height}A{text}", end="", flush=True)
         time.sleep(0.05)
         return chosen
 
-    return show
+    return show, n * height
 
 
-def line(parts):
-    """(character, whether it is new) each -> a line no wider than the window, the new ones bold."""
+def folded(parts, width, height):
+    """(character, whether it is new) each -> so many lines, none wider than that, new ones bold."""
     bold, plain = ("", "") if "NO_COLOR" in os.environ else ("\x1b[1m", "\x1b[0m")
-    text, room = "", shutil.get_terminal_size().columns - 1
+    lines, room = [""], width
     for part, is_new in parts:
-        room -= 2 if unicodedata.east_asian_width(part) in "WF" else 1
-        if room >= 0:
-            text += f"{bold}{part}{plain}" if is_new else part
-    return text
+        wide = 2 if unicodedata.east_asian_width(part) in "WF" else 1
+        if wide > room:
+            lines.append("")
+            room = width
+        lines[-1] += f"{bold}{part}{plain}" if is_new else part
+        room -= wide
+    return (lines + [""] * height)[:height]
 
 
 def characters(x, known, new, K):
@@ -216,7 +297,7 @@ def pictures(given, known, x, steps, settings):
         return datasets.grid(rows.reshape(-1, *rows.shape[2:]), len(columns))
 
     files, across = {}, min(8, len(x))
-    if known is None:
+    if not known.any():
         files["samples.png"] = datasets.png(datasets.grid(images(x), across))
     else:
         columns = [images(given[::COMPLETIONS]), images(given[::COMPLETIONS], known)]
@@ -235,9 +316,8 @@ def sounds(known, x, steps, model, rate):
     half = model.K // 2
     pause = torch.full((len(x), rate // 10), half, dtype=torch.int32)
     whole = torch.cat((x.int(), pause), dim=1).flatten()
-    shown = known.expand(x.shape).numpy() if known is not None else None
-    waves = datasets.waveforms(x.numpy().astype(int) - half, shown)
-    name = "samples" if known is None else "inpaint"
+    waves = datasets.waveforms(x.numpy().astype(int) - half, known.expand(x.shape).numpy())
+    name = "inpaint" if known.any() else "samples"
     files = {f"{name}.wav": datasets.wav(whole.numpy(), rate),
              f"{name}.png": datasets.png(datasets.grid(waves, 1))}
     if steps:
@@ -254,10 +334,13 @@ def parse():
     """The command line, checked as far as can be without the model."""
     parser = datasets.Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--ckpt", required=True, help="a checkpoint of train.py")
+    add("--ckpt", help="a checkpoint of train.py (default: the newest in out/*/, or "
+        "results/english.pt)")
     add("--n", type=int, default=8, help="how many samples (default 8)")
+    add("--length", type=int, help="of text or audio, if not the model's own: what is longer is "
+        "drawn window by window, half of which is known from the one before")
     add("--calls", type=int, help="network calls (default: one for each unknown variable; of audio "
-        f"{AUDIO_CALLS})")
+        f"{AUDIO_CALLS}); of each window")
     add("--order", default="random", help="random: a new order for each sample (default); forward, "
         "backward, random:SEED, spaced:G, halves; or confident: first what the network is surest "
         "of, which is no longer the model's distribution")
@@ -267,65 +350,73 @@ def parse():
         "\\_ for an underscore")
     add("--inpaint", metavar="top|left|ends", help="keep this part of n test images (top, left) or "
         f"sounds (left, ends) and fill in the other, {COMPLETIONS} times each")
-    add("--from", metavar="FILE", dest="source", help="with --inpaint: of this file's instead")
+    add("--mask", metavar="FILE", help="likewise what is True in this .npy of bool: (H, W), (C, H, "
+        "W), or of audio (D,)")
+    add("--from", metavar="FILE", dest="source", help="with these: of this file's instead")
     add("--temperature", type=float, default=1.0, help="below 1: likelier and less varied; 0: the "
         "most probable (default 1)")
     add("--frames", action="store_true", help="also show what is known at up to 12 points of the "
         "process, _ or grey for the rest")
     add("--seed", type=int, default=0, help="seed of every draw (default 0)")
     add("--device", help="cuda, mps or cpu")
-    add("--out", help="folder for the files; the default is the checkpoint's")
+    add("--out", help="folder for the files (default: the checkpoint's; of English out/english)")
     args = parser.parse_args()
-    if args.n < 1 or not 0 <= args.temperature < float("inf") or not 0 <= args.seed < 1 << 63:
-        raise ValueError("--n must be at least 1, --temperature 0 or more, --seed 0 to 2^63 - 1")
+    if not all(1 <= n <= 10 ** 7 for n in (args.n, args.length) if n is not None):
+        raise ValueError("--n and --length must be 1 to 10,000,000")
+    if not 0 <= args.temperature < float("inf") or not 0 <= args.seed < 1 << 63:
+        raise ValueError("--temperature must be 0 or more, --seed 0 to 2^63 - 1")
     return args
+
+
+def newest():
+    """The checkpoint that is taken where none is named: of the newest run in out/, or English."""
+    found = sorted(Path("out").glob("*/ckpt.pt"), key=os.path.getmtime)
+    return str(found[-1] if found else nets.ENGLISH)
 
 
 def main():
     """Samples, blanks, completions and frames."""
     args = parse()
-    model, checkpoint = nets.load(args.ckpt, args.device)
+    path = args.ckpt or newest()
+    if args.ckpt is None:
+        print(f"by {path}")
+    model, checkpoint = nets.load(path, args.device)
     settings = checkpoint["settings"]
     image, audio = settings["kind"] == "image", settings["kind"] == "audio"
     text = not image and not audio
     x, known = read_known(args, model, settings)
-    n, D = x.shape
     if args.watch is None:
         args.watch = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
     args.watch &= text and not args.frames
     if audio and args.calls is None:
-        args.calls = AUDIO_CALLS
-    order = None
+        args.calls = min(AUDIO_CALLS, model.S * x.shape[1])
     if args.order == "confident" and audio:
         raise ValueError("--order confident is for text and images")
-    if args.order not in ("random", "confident"):
-        order = torch.from_numpy(planner.order(args.order, settings["shape"] if image else D))
-    plan = make_plan(model, checkpoint, args.calls, 0 if known is None else int(known.sum()), D)
-    folder = Path(args.out or Path(args.ckpt).parent)
+    todo = windows(model, checkpoint, known, args)
+    english = Path(path).resolve() == nets.ENGLISH.resolve()
+    folder = Path(args.out or ("out/english" if english else Path(path).parent))
     folder.mkdir(parents=True, exist_ok=True)
-    drawn, steps, shown = [], [], []
-    for batch, sigma in draw(model, x, known, plan, order, args):
-        if args.frames and (text or len(drawn) * len(batch) < 64):       # more would be no picture
-            new = frames(model, batch, sigma, plan)
-            steps = new if text or not steps else [
-                (s, t, torch.cat((x1, x2)), torch.cat((m1, m2)))
-                for (s, t, x1, m1), (_, _, x2, m2) in zip(steps, new)]
+    drawn, orders = [], []
+    for batch, sigma in draw(model, x, todo, args):
         drawn.append(batch.to(torch.int32))
-        if text:
-            shown += texts(batch, steps, model)
-    drawn = torch.cat(drawn)
+        orders.append(sigma[:, :FRAMED])
+        if text and not args.frames:
+            print(*(datasets.show(row, model.K) for row in batch), sep="\n")
+    drawn, steps = torch.cat(drawn), []
+    if args.frames:
+        sigma = torch.cat(orders, dim=1)[:, :FRAMED]
+        steps = frames(model, drawn[:FRAMED], sigma, todo[0][2])
     if image:
         files = pictures(x, known, drawn, steps, settings)
     elif audio:
         files = sounds(known, drawn, steps, model, settings["rate"])
     else:
-        files = {"samples.txt": b"".join(datasets.to_bytes(row, model.K) + b"\n" for row in drawn)}
-    if steps and text:
-        files["frames.txt"] = "\n".join(shown).encode() + b"\n"
+        files = texts(drawn, steps, model)
     for name, content in files.items():
         with datasets.write(folder / name) as file:
             file.write(content)
-    print(f"{n} samples, {len(plan)} network calls; {', '.join(files)} written to {folder}")
+    print(f"{len(x)} samples, {sum(len(plan) for _, _, plan, _ in todo)} network calls; "
+          f"{', '.join(files)} written to {folder}")
 
 
 if __name__ == "__main__":

@@ -7,8 +7,10 @@ Each classic mistake makes a test fail: a weight off by one, a t that never is D
 that leaks, a mask of sigma <= t, digits from the least significant end, symbols pushed in reading
 order, a frequency of 0, a plan with a call of no variable, a decoder that reads another grid.
 """
+import argparse
 import bz2
 import contextlib
+import dataclasses
 import gzip
 import hashlib
 import io
@@ -18,6 +20,8 @@ import lzma
 import math
 import os
 import re
+import select
+import shutil
 import signal
 import struct
 import subprocess
@@ -25,6 +29,7 @@ import sys
 import tarfile
 import time
 import wave
+import xml.etree.ElementTree
 import zipfile
 import zlib
 from pathlib import Path
@@ -45,6 +50,7 @@ import train
 from ardm import (ARDM, UpscaleARDM, bits_per_dim, drawing, known_first, num_stages, pick,
                   sample_sigma, stratified_steps)
 from nets import MixtureARDM, UpscaleMixture, digit_log_p, log_mass
+from results import page
 
 HERE = Path(__file__).parent
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
@@ -769,7 +775,8 @@ def test_logistics_begin_in_the_interval_that_the_digits_so_far_leave_and_can_be
         for s in range(2, model.S + 1):
             s = torch.tensor([s])
             before = model.coarsen(x, s - 1)
-            mass = log_mass(model.mixture(x, m, s, s), before, before + model.unit(s - 1), 1 << 16)
+            mixture = model.logits(x, m, s, s, model.net.num_outputs)
+            mass = log_mass(mixture, before, before + model.unit(s - 1), 1 << 16)
             assert (mass.exp() > 0.3).all()
     bits = -model.log_probs(x, m, s, s).max(dim=2).values / math.log(2)
     assert bits.mean() < 0.1                               # one value of the last sixteen
@@ -1762,27 +1769,33 @@ def test_samples_are_repeatable_and_blanks_are_filled(folder, tmp_path, capsys):
 
 def test_a_terminal_shows_how_text_fills_in(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "17")
-    monkeypatch.setenv("LINES", "4")                       # two samples and a place for the cursor
+    monkeypatch.setenv("LINES", "6")                       # two samples and a place for the cursor
     flags = ("--ckpt", folder / "ckpt.pt", "--n", 3, "--calls", 4, "--out", tmp_path)
     assert call(sample, *flags, "--watch") == 0
-    film, printed = capsys.readouterr().out.split("\x1b[2A\x1b[J")
-    states = [part.split("\x1b[2K")[1:] for part in film.split("\x1b[2A")[1:]]
-    assert len(states) == 4 and all(len(rows) == 2 for rows in states)
+    film, printed = capsys.readouterr().out.split("\x1b[4A\x1b[J")
+    states = [part.split("\x1b[2K")[1:] for part in film.split("\x1b[4A")[1:]]
+    assert len(states) == 4 and all(len(lines) == 4 for lines in states)
+    widths = {len(re.sub(r"\x1b\[\dm|\n", "", line)) for lines in states for line in lines}
+    assert widths == {16, 8}
+    states = [(a + b, c + d) for a, b, c, d in states]
     for row in range(2):
         shown = [re.sub(r"\x1b\[\dm|\n", "", rows[row]) for rows in states]
-        assert {len(text) for text in shown} == {16} and "\u00b7" not in shown[-1]
-        dots = [16, *(text.count("\u00b7") for text in shown)]
+        assert {len(text) for text in shown} == {24} and "\u00b7" not in shown[-1]
+        dots = [24, *(text.count("\u00b7") for text in shown)]
         new = [rows[row].count("\x1b[1m") for rows in states]
         assert new == [before - after for before, after in zip(dots, dots[1:])]
         assert printed.splitlines()[row].startswith(shown[-1])           # then the whole of it
     assert call(sample, *flags) == 0 and printed == capsys.readouterr().out      # no terminal
+    monkeypatch.setenv("LINES", "1")                       # of one sample what there is room for
+    monkeypatch.setenv("COLUMNS", "1")
+    assert call(sample, *flags, "--watch") == 0 and "\x1b[1A\x1b[J" in capsys.readouterr().out
     monkeypatch.setenv("NO_COLOR", "1")
     assert call(sample, *flags, "--watch") == 0 and "\x1b[1m" not in capsys.readouterr().out
 
 
 def test_a_terminal_shows_no_letter_of_which_only_the_first_digit_is_known(capsys):
     model, nothing = UpscaleARDM(None, 8, 27, 6), torch.zeros(8).bool()
-    show = sample.watched(lambda log_p, where, s: torch.ones(8, dtype=torch.long), model,
+    show, _ = sample.watched(lambda log_p, where, s: torch.ones(8, dtype=torch.long), model,
                           torch.zeros(1, 8, dtype=torch.long), nothing)
     for s, text in ((1, "\u00b7" * 8), (2, "g" * 8)):                   # 1 * 6 + 1: the seventh
         show(None, ~nothing[None], s)
@@ -1796,9 +1809,10 @@ def test_letters_of_several_bytes_and_of_double_width_are_shown_whole(monkeypatc
         ("a", False), ("é", True), ("漢", False), (" ", False)]
     known[4] = False
     assert "".join(part for part, _ in sample.characters(x, known, new, 256)) == "aé··· "
-    monkeypatch.setenv("COLUMNS", "5")
     monkeypatch.setenv("NO_COLOR", "")
-    assert sample.line([("漢", True), ("漢", False), ("漢", False)]) == "漢漢"
+    parts = [("漢", True), ("漢", False), ("漢", False), ("a", True)]
+    assert sample.folded(parts, 5, 3) == ["漢漢", "漢a", ""]
+    assert sample.folded(parts, 4, 1) == ["漢漢"]
 
 
 def test_the_confident_order_takes_the_surest_first_and_keeps_what_is_known(folder, gallery,
@@ -1822,12 +1836,107 @@ def test_the_confident_order_takes_the_surest_first_and_keeps_what_is_known(fold
                     "--calls", 8, "--frames", "--out", tmp_path / "x") == 0
 
 
+PROVERB = b"Whatever is worth doing at all, is worth doing well.\r\n\xff\x00"
+
+
+def test_the_model_in_the_repository_writes_and_codes_any_bytes(tmp_path, monkeypatch, capsys):
+    old = Path(nets.ENGLISH).with_suffix(".ardm")          # written once: it must stay readable
+    monkeypatch.chdir(tmp_path)                            # no run in out/
+    assert call(compress, "decode", old, "back") == 0 and Path("back").read_bytes() == PROVERB
+    assert call(sample, "--n", 2, "--calls", 8) == 0 and "english.pt" in capsys.readouterr().out
+    assert len(Path("out/english/samples.txt").read_bytes()) == 2 * (256 + 1)
+    Path("noise").write_bytes(os.urandom(20_000))
+    for name, most in (("noise", 20_000 * 1.002 + 200), ("back", len(PROVERB) + 200)):
+        assert call(compress, "encode", name, "packed", "--calls", 8) == 0
+        assert "english.pt" in capsys.readouterr().out and Path("packed").stat().st_size < most
+        assert call(compress, "decode", "packed", "again") == 0
+        assert Path("again").read_bytes() == Path(name).read_bytes()
+    assert nets.ENGLISH.stat().st_size < 6e6
+
+
+def test_sample_takes_the_newest_run(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, seconds in (("b", 2000), ("a", 1000)):
+        path = tmp_path / "out" / name / "ckpt.pt"
+        path.parent.mkdir(parents=True)
+        shutil.copy(folder / "ckpt.pt", path)
+        os.utime(path, (seconds, seconds))
+    assert call(sample, "--n", 1) == 0
+    assert f"by {Path('out/b/ckpt.pt')}\n" in capsys.readouterr().out
+    assert Path("out/b/samples.txt").exists()
+
+
+def test_settings_that_are_missing_or_unknown_are_one_line(folder, tmp_path, refused):
+    names = {field.name for field in dataclasses.fields(train.Settings)}
+    assert nets.SETTINGS == names | {"kind", "K", "shape", "rate", "sha256"}
+    whole = torch.load(folder / "ckpt.pt", weights_only=True)
+    for name in ("pairs", "dim", "rate"):
+        settings = dict(whole["settings"])
+        if settings.pop(name, 0) == 0:
+            settings[name] = True
+        torch.save(whole | dict(settings=settings), tmp_path / "ckpt.pt")
+        for flags in ((sample, "--ckpt"), (train, "--evaluate")):
+            refused(*flags, tmp_path / "ckpt.pt", match=f"of another version: {name}")
+
+
 def test_in_a_prompt_an_underscore_is_a_blank_and_an_escaped_one_is_itself():
-    model = ARDM(None, 9, 256)
-    x, known = sample.read_prompt(r"a\_b_\n_", model)
+    x, known = sample.read_prompt(r"a\_b_\n_", 256)
     assert bytes(x.tolist()) == b"a_b \\n " and known.tolist() == [1, 1, 1, 0, 1, 1, 0]
-    with pytest.raises(ValueError, match=r"8 characters \(11 bytes\), the model takes 9"):
-        sample.read_prompt("_ééé____", model)
+    x, known = sample.read_prompt("é", 256, length=4)
+    assert bytes(x.tolist()) == "é  ".encode() and known.tolist() == [1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("T, n_known", [(24, 0), (25, 0), (60, 0), (60, 30), (61, 41), (7, 2)])
+def test_windows_cover_what_is_unknown_once_and_see_what_came_before(T, n_known):
+    model, known = ARDM(None, 24, 27), torch.arange(T) < n_known
+    args = argparse.Namespace(order="forward", calls=None, frames=False)
+    seen = known.clone()
+    for part, m, plan, order in sample.windows(model, dict(settings=dict(shape=[24])), known, args):
+        assert part.stop - part.start <= 24 and torch.equal(m, seen[part]) and not m.all()
+        assert part.start == 0 or m[:12].all()
+        assert part.start in (0, T - 24) or not m[12]      # the first blank is in the middle
+        assert [t for _, t, _ in plan] == list(range(int(m.sum()) + 1, len(m) + 1))
+        assert sorted(order.tolist()) == list(range(1, len(m) + 1))
+        seen[part] = True
+    assert seen.all()
+
+
+def test_longer_text_and_sound_go_on_by_windows(folder, studio, tmp_path, capsys):
+    text = ("--ckpt", folder / "ckpt.pt", "--out", tmp_path, "--calls", 6, "--n", 3)
+    assert call(sample, *text, "--length", 70) == 0 and "window" in capsys.readouterr().out
+    lines = (tmp_path / "samples.txt").read_text().splitlines()
+    assert [len(line) for line in lines] == [70] * 3
+    assert call(sample, *text, "--length", 70, "--prompt", "so long a prompt that it is cut") == 0
+    for line in (tmp_path / "samples.txt").read_text().splitlines():
+        assert len(line) == 70 and line.startswith("so long a prompt that it is cut")
+    assert call(sample, *text, "--length", 9) == 0
+    assert len((tmp_path / "samples.txt").read_text().splitlines()[0]) == 9
+    assert call(sample, "--ckpt", studio / "ckpt.pt", "--out", tmp_path, "--length", 150, "--calls",
+                8, "--n", 2) == 0
+    assert call(sample, "--ckpt", studio / "ckpt.pt", "--out", tmp_path / "a", "--length", 3) == 0
+    with wave.open(str(tmp_path / "samples.wav")) as file:
+        assert file.getnframes() == 2 * (150 + 800)
+
+
+def test_a_mask_says_what_is_known(gallery, tmp_path, monkeypatch, refused):
+    shown = []
+    monkeypatch.setattr(datasets, "png", lambda *frames: shown.append(frames) or b"")
+    mask, flags = tmp_path / "mask.npy", ("--ckpt", gallery / "ckpt.pt", "--out", tmp_path / "out")
+    known = np.arange(30).reshape(6, 5) % 3 == 0
+    np.save(mask, known)
+    assert call(sample, *flags, "--mask", mask, "--n", 2, "--from", gallery / "test.npy") == 0
+    rows = shown[0][0][::13, ::13]
+    original = np.load(gallery / "test.npy")[0]
+    for j in range(2, 6):
+        part = rows[:6, 6 * j:6 * j + 5]
+        assert np.array_equal(part[known], original[known]) and not np.array_equal(part, original)
+    for wrong, match in ((np.ones((6, 5), bool), "neither nothing"), (known * 1, "holds int"),
+                         (known[0], "bool of shape (3, 6, 5) or (6, 5) is wanted"),
+                         (known & False, "neither nothing"), (np.array([{}]), "is no .npy")):
+        np.save(mask, wrong)
+        refused(sample, *flags, "--mask", mask, match=match)
+    mask.write_bytes(b"no array")
+    refused(sample, *flags, "--mask", mask, match="is no .npy file")
 
 
 def test_images_are_sampled_completed_and_shown(gallery, tmp_path, monkeypatch):
@@ -2391,18 +2500,22 @@ def test_sample_refuses_bad_input(refused, folder, gallery, tmp_path):
     for flags, match in (
             (("--calls", 0), "0 network calls: choose 1 to 24"),
             (("--calls", 25), "25 network calls: choose 1 to 24"),
-            (("--prompt", "the ____ of", "--calls", 5), "choose 1 to 4"),
+            (("--prompt", "the ____ of", "--calls", 12), "choose 1 to 4"),
+            (("--prompt", "the ____ of", "--length", 5), "--length 5: the prompt alone has 11"),
+            (("--n", 10 ** 19), "1 to 10,000,000"),
             (("--prompt", "The ____"), "'T' at position 0"),
-            (("--prompt", "_" * 25), "25 characters, the model takes 24"),
-            (("--prompt", "nothing to do"), "no blank"), (("--n", 0), "--n must be"),
+            (("--length", 30, "--frames"), "one window"), (("--length", 0), "--n and --length"),
+            (("--prompt", "nothing to do"), "no blank"), (("--n", 0), "--n and --length"),
             (("--order", "sideways"), "choose forward, backward"),
-            (("--from", "x"), "--inpaint and --from for"),
-            (("--temperature", -1), "--temperature 0 or more"),
+            (("--from", "x"), "--mask and --from for"),
+            (("--temperature", -1), "--temperature must be 0 or more"),
             (("--device", "meta"), "choose cuda, mps or cpu"),
-            (("--inpaint", "top"), "--inpaint and --from for images")):
+            (("--inpaint", "top"), "--mask and --from for images")):
         refused(sample, *text, *flags, match=match)
     refused(sample, *image, "--prompt", "a_", match="--prompt is for text")
     refused(sample, *image, "--inpaint", "bottom", match="choose left or top")
+    refused(sample, *image, "--length", 9, match="--length is for text and sound")
+    refused(sample, *image, "--mask", "m.npy", "--inpaint", "top", match="choose --inpaint or")
 
 
 def test_compress_refuses_bad_input(refused, folder, gallery, model, tmp_path):
@@ -2424,7 +2537,7 @@ def test_compress_refuses_bad_input(refused, folder, gallery, model, tmp_path):
             (("encode", *ckpt, tmp_path / "none", out), "none cannot be read: No such file"),
             (("encode", *ckpt, "--calls", 99, source, out), "99 network calls: choose 1 to 24"),
             (("encode", *ckpt, "--calls", 0, source, out), "0 network calls: choose 1 to 24"),
-            (("bench", *ckpt, tmp_path / "empty"), "is empty"),
+            (("bench", *ckpt, tmp_path / "empty"), "is empty"), (("bench",), "name a file"),
             (("encode", *ckpt, "--order", "up", source, out), "choose forward, backward"),
             (("encode", *ckpt, "--order", "random:" + 40 * "1", source, out), "choose forward"),
             (("encode", *ckpt, source, source), "the same file"),
@@ -2469,3 +2582,165 @@ def test_every_script_explains_itself_and_readme_names_what_exists(capsys):
         for part in path:
             thing = getattr(thing, part)
     assert all(name in globals() for name in tests)
+
+
+# -- The page beside the paper ---------------------------------------------------------------------
+
+class Browser:
+    """Headless Chromium, driven through two pipes (its DevTools protocol)."""
+
+    def __init__(self, program, folder):
+        read, self.commands = os.pipe()
+        self.answers, write = os.pipe()
+        flags = ("--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe")
+        self.process = subprocess.Popen(
+            ["bash", "-c", f'exec "$0" "$@" 3<&{read} 4>&{write}', program, *flags,
+             f"--user-data-dir={folder}"], pass_fds=(read, write), stderr=subprocess.DEVNULL)
+        self.number, self.rest, self.events, self.session = 0, b"", [], {}
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        found = self.call("Target.attachToTarget", targetId=target, flatten=True)
+        self.session = dict(sessionId=found["sessionId"])
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(f"{domain}.enable")
+
+    def read(self):
+        while b"\0" not in self.rest:
+            assert select.select([self.answers], [], [], 30)[0], "Chromium does not answer"
+            self.rest += os.read(self.answers, 1 << 20)
+        first, _, self.rest = self.rest.partition(b"\0")
+        return json.loads(first)
+
+    def call(self, method, **params):
+        self.number += 1
+        message = dict(id=self.number, method=method, params=params, **self.session)
+        os.write(self.commands, json.dumps(message).encode() + b"\0")
+        answer = self.read()
+        while answer.get("id") != self.number:
+            self.events.append(answer)
+            answer = self.read()
+        return answer["result"]
+
+    def run(self, code):
+        found = self.call("Runtime.evaluate", expression=code, returnByValue=True)
+        assert "exceptionDetails" not in found, found
+        return found["result"].get("value")
+
+    def press(self, key):
+        for kind in ("keyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key,
+                      windowsVirtualKeyCode=dict(Tab=9, ArrowRight=39)[key])
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    program = shutil.which("chromium")
+    if program is None:
+        pytest.skip("no chromium is installed: nobody looks at the page")
+    browser = Browser(program, tmp_path_factory.mktemp("chromium"))
+    size = dict(width=1280, height=2000, deviceScaleFactor=1, mobile=False)
+    browser.call("Emulation.setDeviceMetricsOverride", **size)
+    browser.call("Page.navigate", url=(page.HERE / "index.html").as_uri())
+    while browser.run("document.readyState") != "complete":
+        time.sleep(0.05)
+    yield browser
+    browser.process.kill()
+    seen = [event["method"] for event in browser.events]
+    assert seen.count("Network.requestWillBeSent") == 1    # the page itself
+    assert not {"Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded"} & {*seen}
+
+
+def test_the_page_is_made_of_the_sources_and_the_recording():
+    found = (page.HERE / "index.html").read_bytes()
+    assert found == page.build().encode(), "run python -m results.page"
+    film = (page.HERE / "text.svg").read_text("utf-8")
+    assert film == page.film(**json.loads((page.HERE / "page.json").read_text())["film"])
+    assert xml.etree.ElementTree.fromstring(film).tag.endswith("svg")
+    assert len(found) < 1.5e6 and (page.HERE / "page.json").stat().st_size < 1e6
+    assert not re.search(rb"https?://(?!www.w3.org)|src=|@import", found)
+
+
+def test_the_page_plans_as_the_planner_does(browser):
+    L = np.array(browser.run("L"))
+    D, wanted = len(L), planner.costs(L)
+    assert np.abs(np.array(browser.run("best.costs")) - list(wanted.values())).max() < 1e-9
+    for name, plan in (("planned", lambda n: planner.plan(L, n)),
+                       ("even", lambda n: planner.uniform_plan(1, D, n)),
+                       ("cosine", lambda n: planner.cosine_plan(1, D, n))):
+        found = browser.run(f"L.map((_, n) => PLANS.{name}(n + 1))")
+        for n, calls in enumerate(found, start=1):
+            assert len(calls) == n and sum(k for _, k in calls) == D
+            cost = planner.plan_cost(L, [(1, t, k) for t, k in calls])
+            assert cost == pytest.approx(planner.plan_cost(L, plan(n)), abs=1e-9)
+
+
+def test_every_symbol_and_step_of_the_boxes_lights_up_on_both_sides(browser):
+    for name in browser.run("boxes.map(box => box.dataset.name)"):
+        browser.run(f"document.querySelector('input[value={name}]').click()")
+        places = browser.run("""[...document.querySelectorAll(".box:not(.away) ol [data-k]")].map(
+            one => {
+                const r = one.getClientRects()[0], y = r.y + 6;          // no symbol on top of it
+                let x = r.x + 2;
+                while (x < r.right && document.elementFromPoint(x, y) !== one) x++;
+                return [one.dataset.k, x, y];
+            })""")
+        assert len(places) > 4
+        for key, x, y in places:
+            browser.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+            lit = browser.run("""[...document.querySelectorAll(".box:not(.away) .lit")].map(
+                one => [one.dataset.k, one.closest("pre") !== null])""")
+            assert {(key, False), (key, True)} == {tuple(one) for one in lit}
+    meanings = browser.run("Object.keys(MEANING)")
+    assert {*meanings} == {*page.NAMES} == {*browser.run(
+        "[...document.querySelectorAll('.legend button')].map(one => one.dataset.k)")}
+
+
+def test_the_page_is_moved_by_the_keyboard(browser):
+    reached = set()
+    browser.run("document.querySelector('input[value=training]').click()")
+    browser.run("document.body.tabIndex = -1; document.body.focus()")
+    for _ in range(120):
+        browser.press("Tab")
+        place = browser.run("[...document.querySelectorAll('input, button')].indexOf("
+                            "document.activeElement)")
+        if place in reached or place < 0:
+            continue
+        reached.add(place)
+        if browser.run("document.activeElement.type") != "range":
+            continue
+        before = browser.run("[document.activeElement.value, document.activeElement"
+                             ".closest('section').textContent]")
+        browser.run("document.activeElement.value < document.activeElement.max / 2 || "
+                    "(document.activeElement.value = 1)")
+        browser.press("ArrowRight")
+        after = browser.run("[document.activeElement.value, document.activeElement"
+                            ".closest('section').textContent]")
+        assert before[0] != after[0] and before[1] != after[1]
+    wanted = browser.run("[...document.querySelectorAll('input, button')].flatMap((one, i) => "
+                         "one.disabled || one.type === 'radio' && !one.checked ? [] : [i])")
+    assert reached == {*wanted} and len(wanted) > 20
+
+
+def test_what_the_page_shows_is_what_was_recorded(browser):
+    for i, run in enumerate(json.loads((page.HERE / "page.json").read_text())["sentences"]):
+        browser.run(f"run = recording.sentences[{i}]; toCall(run.calls, run.calls)")
+        assert browser.run("$('#letters').textContent") == run["x"]
+        assert f"{run['bits'][-1]:.1f} bits so far for 64 letters" in browser.run(
+            "$('#asked').textContent")
+        browser.run("toCall(0)")
+        assert browser.run("$('#letters').textContent") == "·" * 64
+    states, popped = browser.run("Object.values(coded())")
+    x, own = 77, dict(a=(0, 4), b=(4, 3), c=(7, 1))
+    for symbol, found in zip(reversed("abacabab"), states[1:]):
+        start, f = own[symbol]
+        x = x // f * 8 + start + x % f
+        assert found == x
+    assert "".join(popped) == "abacabab" and states[-1] == 77
+    for name in ("digit", "speech"):
+        one = browser.run(f"({{...{name}, x: [...{name}.x], sigma: [...{name}.sigma]}})")
+        x, sigma = torch.tensor([one["x"]]), torch.tensor(one["sigma"]).view(one["S"], 1, -1)
+        model = UpscaleARDM(None, x.shape[1], one["K"], one["b"])
+        for n in (0, len(one["plan"]) * 2 // 3, len(one["plan"])):
+            s, t, _ = (one["plan"] + [[model.S, model.D + 1, 0]])[n]
+            wanted = model.net_input(x, sigma[s - 1] < t, s)[0].tolist()
+            assert browser.run(f"stateOf({name}, {n}).map(([low]) => low)") == wanted
+        assert wanted == one["x"]                          # at the end all is known

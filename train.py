@@ -164,8 +164,7 @@ class Run:
                              "with a smaller --lr")
         state = {name: getattr(self, name) for name in PLAIN} | dict(
             model=self.model.state_dict(), ema=self.ema.state_dict(), digest=nets.digest(self.ema),
-            optimizer=[optimizer.state_dict() for optimizer in self.optimizers],
-            generator=self.generator.get_state())
+            optimizer=[optimizer.state_dict() for optimizer in self.optimizers])
         buffer = io.BytesIO()                              # torch hides what a full disk says
         torch.save(state, buffer)
         with datasets.write(folder / "ckpt.pt") as file:

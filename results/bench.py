@@ -4,7 +4,8 @@
     text8 paper mnist cifar10 glyphs tones    as a reader would run them, test data looked at once
     fsdd clips branches calls    audio: spoken digits, beside FLAC; stages; few network calls
     orders compress packers    orders of images; archives of text; PNG and WebP of images
-    plans absorbing         planned, even and cosine; absorbing diffusion, from one network
+    plans absorbing samples    planned, even and cosine; absorbing diffusion; words in samples
+    english page            the model in the repository: makes it of a run; what index.html shows
     planner coder speed     seconds
     portable fuzz           what archives survive
     gpu                     training steps on one CUDA GPU, and with --minutes what they learn
@@ -12,11 +13,13 @@
 Each keeps its rows in results/bench.json, with the machine and the day, and results/README.md is
 written anew. Real data is looked for in the folder ARDM_DATA. Run it alone on the machine.
 """
+import bz2
 import collections
 import contextlib
 import datetime
 import io
 import json
+import lzma
 import os
 import platform
 import re
@@ -38,7 +41,8 @@ import data as datasets
 import nets
 import planner
 import train
-from ardm import bits_per_dim
+from ardm import bits_per_dim, drawing
+from results import page
 
 HERE = Path(__file__).parent
 RUNS = Path("out/bench")             # what one section leaves for others
@@ -400,6 +404,110 @@ def bench_absorbing(args):
     return rows
 
 
+def bench_samples(args):
+    """Words in samples of the model of section text8: the share that is in its training text, and
+    how many are distinct, of the whole words in 64 samples of 250 characters, mean of the seeds.
+    The order by confidence is no longer the model's distribution."""
+    model, checkpoint = nets.load(RUNS / "text8-ours" / "ckpt.pt")
+    L = planner.smooth(checkpoint["L"], checkpoint["counts"])
+    known = set(datasets.to_bytes(text8_prefix().splits["train"], 27).split())
+    D, rows, nothing = model.D, [], torch.zeros(model.D).bool()
+
+    def words(calls, way, temperature, seed):
+        generator = torch.Generator().manual_seed(seed)
+        plan = (planner.plan if way == "planned" else planner.uniform_plan)(
+            *((L, calls) if way == "planned" else (1, D, calls)))
+        x, sigma = torch.zeros(64, D, dtype=torch.long), None
+        choose = drawing(torch.rand(1, 64, D, generator=generator), temperature)
+        if way == "confident":
+            x, _ = model.generate_surest(x, plan, nothing, choose)
+        else:
+            if way == "spaced":
+                sigma = torch.from_numpy(planner.order(f"spaced:{-(-D // calls)}", D)).expand(64, D)
+            _, sigma = model.defaults(x, plan, sigma, generator)
+            x = model.generate(x, plan, sigma, choose)
+        return [word for row in x for word in datasets.to_bytes(row, 27).split()[1:-1]]
+
+    for temperature in (1.0, 0.8):
+        for calls in (5, 10, 20, 64):
+            for way in ("random", "planned", "spaced", "confident"):
+                drawn = [words(calls, way, temperature, seed) for seed in range(args.seeds)]
+                shares = [sum(word in known for word in each) / len(each) for each in drawn]
+                rows.append({"temperature": temperature, "calls": calls, "order": way,
+                             "share of known words": statistics.mean(shares),
+                             "+-": statistics.stdev(shares) if len(shares) > 1 else 0.0,
+                             "distinct": round(statistics.mean(len(set(each)) for each in drawn)),
+                             "of": round(statistics.mean(map(len, drawn)))})
+                print(" ", rows[-1], flush=True)
+    return rows
+
+
+def shrink(run, path):
+    """The checkpoint of a run as weights alone, in 16-bit floats."""
+    _, checkpoint = nets.load(run, "cpu")
+    small = {name: checkpoint[name] for name in ("settings", "L", "counts", "step", "seconds")}
+    model = nets.build(checkpoint["settings"])
+    small["ema"] = checkpoint["ema"] | {name: checkpoint["ema"][name].half()
+                                        for name, _ in model.named_parameters()}
+    model.load_state_dict(small["ema"])
+    torch.save(small | dict(digest=nets.digest(model)), path)
+
+
+def bench_english(args):
+    """The model in results/english.pt: files that it has not seen (the last twentieth of its data:
+    Chesterton's The Ball and the Cross, and addresses), a picture and random bytes, bits a byte of
+    their archives, beside bzip2 -9 and xz -9."""
+    if (Path("out/english") / "ckpt.pt").exists():
+        shrink("out/english/ckpt.pt", nets.ENGLISH)
+    model, checkpoint = nets.load(nets.ENGLISH)
+    data = datasets.load(str(REAL / "prose" / "english.zip"), model.D)
+    text, found = data.splits["test"].numpy(), train.bound(model, data.chunks("test"))
+    sizes = (10_000, 13_000, 17_000)
+    files = {f"English, part {i + 1}": text[i * len(text) // 3:][:n] for i, n in enumerate(sizes)}
+    files["a PNG picture"] = datasets.read(HERE / "glyphs.png")
+    files["random bytes"] = np.random.default_rng(0).integers(256, size=4_000, dtype=np.uint8)
+    rows = [{"file": f"the whole, bound of Eq. 2, standard error {found['stderr']:.3f}, after "
+             f"{checkpoint['step']:,} steps in {checkpoint['seconds'] / 60:.0f} minutes",
+             "bytes": len(text), "ours": found["bits"]}]
+    packers = {"bzip2 -9": bz2.compress, "xz -9": lambda x: lzma.compress(x, preset=9)}
+    with tempfile.TemporaryDirectory() as folder:
+        path, out = Path(folder) / "file", Path(folder) / "archive"
+        for name, content in files.items():
+            content.tofile(path)
+            times = [time.perf_counter()]
+            for command in (("encode", path, out), ("decode", out, path)):
+                subprocess.run([sys.executable, "compress.py", *command], check=True,
+                               capture_output=True)
+                times.append(time.perf_counter())
+            assert path.read_bytes() == content.tobytes()
+            bits = 8 / len(content)
+            rows.append({"file": name, "bytes": len(content), "ours": bits * out.stat().st_size}
+                        | {packer: bits * len(pack(content.tobytes()))
+                           for packer, pack in packers.items()}
+                        | {"encode, s": times[1] - times[0], "decode, s": times[2] - times[1]})
+    return rows
+
+
+def bench_page(args):
+    """What results/index.html shows of models (`python -m results.page` makes it): the model in
+    results/english.pt, those of sections text8 and fsdd, and an upscale-4 model of MNIST (trained
+    here, five minutes). Below, what the first one wrote, and what that cost it in bits."""
+    if not (RUNS / "mnist-upscale-4" / "ckpt.pt").exists():
+        trained("mnist-upscale-4", data=datasets.load("mnist"), branch=4, minutes=args.minutes or 5)
+    models = [nets.load(path) for path in (nets.ENGLISH, *(RUNS / name / "ckpt.pt" for name in (
+        "text8-ours", "mnist-upscale-4", "fsdd")))]
+    letters = datasets.references(text8_prefix().splits["test"].numpy(), 27)
+    kept = json.loads((HERE / "bench.json").read_text())
+    pictures = {row["data"]: row for row in kept["packers"]["rows"]}
+    sounds = {row["run"]: row["bits"] for row in kept["fsdd"]["rows"]}
+    others = dict(text8={name: letters[name] for name in ("bz2", "xz")},
+                  fsdd={name: sounds[name] for name in ("FLAC -8", "WavPack -hhx6", "xz")})
+    for name, row in (("mnist", "mnist"), ("cifar10", "cifar-10-binary")):
+        others[name] = {coder: pictures[row][coder] for coder in ("PNG", "WebP")}
+    return [{"order": run["order"], "calls": run["calls"], "bits": run["bits"][-1],
+             "text": f"`{run['x']}`"} for run in page.record(*models, others)["sentences"]]
+
+
 def bench_compress(args):
     """The first 20,000 characters of the test text of text8 against network calls: bits/char of the
     archive, beside the exact nll and general packers, and seconds."""
@@ -467,7 +575,6 @@ def bench_portable(args):
         found = [[log_p.clamp(min=-18) for log_p in each] for each in found]     # deeper: alike
         differs = [(a - b).abs().max().item() for a, b in zip(*found)]
         rows.append({"model": name, "float32": differs[0], "float64": differs[1]})
-        print(" ", rows[-1])
     return rows
 
 
@@ -537,7 +644,6 @@ def bench_coder(args):
 
         there, back = median_seconds(encode, decode, repeats=5)
         rows.append({"K": K, "encode": n / there / 1e6, "decode": n / back / 1e6})
-        print(" ", rows[-1])
     return rows
 
 
