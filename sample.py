@@ -338,9 +338,9 @@ def parse():
         "results/english.pt)")
     add("--n", type=int, default=8, help="how many samples (default 8)")
     add("--length", type=int, help="of text or audio, if not the model's own: what is longer is "
-        "drawn window by window, half of which is known from the one before")
+        "drawn window by window, each with the first blank in its middle")
     add("--calls", type=int, help="network calls (default: one for each unknown variable; of audio "
-        f"{AUDIO_CALLS}); of each window")
+        f"{AUDIO_CALLS}) for each window; no more than it has unknown")
     add("--order", default="random", help="random: a new order for each sample (default); forward, "
         "backward, random:SEED, spaced:G, halves; or confident: first what the network is surest "
         "of, which is no longer the model's distribution")

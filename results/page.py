@@ -29,6 +29,7 @@ NAMES = {                            # a symbol: how it is written, and its name
     "calL": ("ℒ<sub>t</sub>", "calL_t"),
     "xs": ("x<sup>(s)</sup>", "coarsen")}
 
+
 # -- The boxes -------------------------------------------------------------------------------------
 
 def source_of(name):
@@ -120,14 +121,14 @@ def sentence(model, L, way, calls, D=LETTERS, seed=1):
         bits.append(round(bits[-1] + spent.sum().item() / np.log(2), 2))
         drawn[now] = 100 * torch.exp(-spent)
         p, symbols = log_p[~m[0]].exp().topk(5)
-        top.append(letters(symbols.flatten()))
+        top.append(visible(symbols.flatten()))
         percent.append(packed((100 * p.flatten()).round(), np.uint8))
-    return dict(order=way, calls=calls, x=letters(x[0]), sigma=sigma[0].tolist(), bits=bits,
+    return dict(order=way, calls=calls, x=visible(x[0]), sigma=sigma[0].tolist(), bits=bits,
                 plan=[[t, k] for _, t, k in plan], top=top, percent=percent,
                 drawn=packed(drawn.round(), np.uint8))
 
 
-def letters(symbols):
+def visible(symbols):
     """(n,) bytes -> n characters, each of which can be seen."""
     return "".join("↵" if i == 10 else chr(i) if 32 <= i < 127 else "·" for i in symbols.tolist())
 
@@ -179,7 +180,6 @@ def film(x, sigma, plan, width=64, seconds=0.15):
             "{ text { fill: #ddd } }</style>"
             f'<set id="film" attributeName="opacity" to="1" begin="0s;film.end" dur="{end:.2f}s"/>'
             f'{"".join(parts)}</svg>\n')
-
 
 
 def build():
