@@ -867,6 +867,7 @@ def write_array(file, head, tail, settings, length, parts):
             file.write(wav(to_symbols(few.tobytes(), settings["K"]), settings["rate"]))
         else:
             few = few.reshape(-1, *settings["shape"]).transpose(0, 2, 3, 1)
+            few = few.view(bool) if b"'|b1'" in head else few
             np.save(file, few.squeeze(3) if few.shape[3] == 1 else few)
     return n
 

@@ -398,14 +398,14 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     drawn, orders = [], []
     for batch, sigma in draw(model, x, todo, args):
-        drawn.append(batch.to(torch.int32))
-        orders.append(sigma[:, :FRAMED])
+        drawn.append(batch.to(torch.int32 if audio else torch.uint8))    # many may come
+        orders += [sigma] if len(drawn) <= FRAMED else []
         if text and not args.frames:
             print(*(datasets.show(row, model.K) for row in batch), sep="\n")
     drawn, steps = torch.cat(drawn), []
     if args.frames:
         sigma = torch.cat(orders, dim=1)[:, :FRAMED]
-        steps = frames(model, drawn[:FRAMED], sigma, todo[0][2])
+        steps = frames(model, drawn[:FRAMED].long(), sigma, todo[0][2])
     if image:
         files = pictures(x, known, drawn, steps, settings)
     elif audio:

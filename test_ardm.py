@@ -2254,6 +2254,12 @@ def test_image_files_come_back_byte_for_byte_whatever_is_around_the_pixels(galle
             parts = compress.decode_file(archive, codec, header["length"])
             datasets.write_back(out, header, settings, (part for _, part in parts))
         assert back.read_bytes() == content
+    np.save(path, pixels > 9)
+    source = datasets.Source(path, settings)
+    header = dict(head=source.head.tobytes().decode("latin-1"), tail="", length=source.n)
+    with datasets.write(back) as out:                      # some are left out
+        datasets.write_back(out, header, settings, [source.read(90, 180)])
+    assert np.array_equal(np.load(back), (pixels > 9)[1:2]) and np.load(back).dtype == bool
 
 
 def test_sound_files_come_back_byte_for_byte(studio, refused, tmp_path, capsys):

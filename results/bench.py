@@ -1,10 +1,11 @@
 """The measurements: python -m results.bench SECTION [SECTION ...]
 
-    text images             our recipe without each of its ingredients, in equal time
+    text images weights     our recipe without each of its ingredients, in equal time; other losses
     text8 paper mnist cifar10 glyphs tones    as a reader would run them, test data looked at once
     fsdd clips branches calls    audio: spoken digits, beside FLAC; stages; few network calls
-    orders compress packers    orders of images; archives of text; PNG and WebP of images
+    orders compress single packers     orders of images; archives of text; single images, PNG, WebP
     plans absorbing samples    planned, even and cosine; absorbing diffusion; words in samples
+    prices upscaling        orders of text, and left to right alone; branching factors
     english page            the model in the repository: makes it of a run; what index.html shows
     planner coder speed     seconds
     portable fuzz           what archives survive
@@ -23,6 +24,7 @@ import lzma
 import os
 import platform
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -33,6 +35,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 from torch.utils import flop_counter
 
 import coder
@@ -41,7 +44,7 @@ import data as datasets
 import nets
 import planner
 import train
-from ardm import bits_per_dim, drawing
+from ardm import ARDM, bits_per_dim, drawing, pick
 from results import page
 
 HERE = Path(__file__).parent
@@ -60,12 +63,20 @@ def machine():
             f"{torch.__version__}")
 
 
+@contextlib.contextmanager
+def patched(patches):
+    """With all of these patches."""
+    with contextlib.ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch)
+        yield
+
+
 def trained(name=None, patches=(), data=None, **given):
     """(run, data) after a training with these settings; patches take parts of the recipe away.
     name: the checkpoint stays in that folder of RUNS."""
-    with contextlib.ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
-        for patch in (*patches, mock.patch.object(train, "REPORT", 10 ** 9)):
-            stack.enter_context(patch)
+    silent = mock.patch.object(train, "REPORT", 10 ** 9)
+    with patched([*patches, silent]), tempfile.TemporaryDirectory() as folder:
         c = train.Settings(**dict(size="tiny") | given)
         data = data or train.load_data(c)
         run = train.Run(train.complete(c, data), data)
@@ -86,6 +97,23 @@ def median_seconds(*functions, repeats=15):
             function()
             times.append(time.perf_counter() - begin)
     return [statistics.median(times[1:]) for times in seconds]
+
+
+def round_trip(path, model, codec):
+    """A file coded and decoded, byte for byte: its symbols, -log2 p, archive, seconds there (with
+    the proof), and back."""
+    source, file, back = datasets.Source(path, codec.settings), io.BytesIO(), RUNS / "back"
+    times = [time.perf_counter()]
+    bits = compress.encode_file(file, model, codec, source)
+    times.append(time.perf_counter())
+    file.seek(0)
+    header = compress.read_header(file, "archive")
+    parts = (part for _, part in compress.decode_file(file, codec, source.n))
+    with datasets.write(back) as out:
+        datasets.write_back(out, header, codec.settings, parts)
+    times.append(time.perf_counter())
+    assert back.read_bytes() == Path(path).read_bytes()
+    return source.n, bits, file.getvalue(), *np.diff(times).tolist()
 
 
 # -- Recipes: validation data, three seeds ---------------------------------------------------------
@@ -156,6 +184,29 @@ def bench_text(args):
 def bench_images(args):
     """CIFAR-10 (20,000 images), in equal time, bits/dim of the last tenth of them."""
     return without(WITHOUT_IMAGES, args, datasets.load(str(CIFAR)), args.minutes or 5)
+
+
+def weighted(factor):
+    """A patch: the loss of a datapoint times factor(the share of its variables that is unknown)."""
+    plain = ARDM.loss
+
+    def loss(self, x, t, s, sigma):
+        unknown = (self.D - t + 1) / self.D
+        return factor(unknown) * plain(self, x, t, s, sigma)
+
+    return mock.patch.object(ARDM, "loss", loss)
+
+
+def bench_weights(args):
+    """Other losses than Eq. 2's for the default text run, in equal time, bits/char of its
+    validation split: the sum over the unknown variables without the weight 1/(D-t+1), as BERT has
+    it (times 2, so that it is as large), and Eq. 2's with 1e-4 of this sum, in bits/dim both, as
+    the paper's runs had it (App. D: no substantial difference)."""
+    losses = {"the sum without a weight": weighted(lambda unknown: 2 * unknown),
+              "Eq. 2 and 1e-4 of the sum": weighted(lambda unknown: 1 + 1e-4 * unknown)}
+    rows = without(losses, args, datasets.load("pydoc"), args.minutes or 2.75)
+    rows[0]["without"] = "Eq. 2"
+    return [{"loss": row.pop("without")} | row for row in rows]
 
 
 # -- Runs: the test split, looked at once ----------------------------------------------------------
@@ -241,28 +292,15 @@ def bench_clips(args):
     coded by itself in 64 network calls by the model of section fsdd, and decoded, byte for byte;
     the same files by FLAC and WavPack. Seconds of this machine for a second of sound."""
     model, checkpoint = nets.load(RUNS / "fsdd" / "ckpt.pt")
-    settings = checkpoint["settings"]
+    settings, clip = checkpoint["settings"], RUNS / "fsdd" / "clip.wav"
     codec = compress.Codec(model, settings, "halves", [[model.D // 16] * 16] * model.S, 8)
-    clip, back = RUNS / "fsdd" / "clip.wav", RUNS / "fsdd" / "back.wav"
     total, (tar, *_) = collections.Counter(), REAL.rglob("free-spoken-digit-dataset*.gz")
     clips = sorted((name, content.tobytes()) for name, content in datasets.wavs(tar)
                    if re.search(r"_[0-4]\.wav$", name))
     for _, content in clips[:100]:
         clip.write_bytes(content)
-        source, file = datasets.Source(clip, settings), io.BytesIO()
-        begin = time.perf_counter()
-        total["exact"] += compress.encode_file(file, model, codec, source)
-        middle = time.perf_counter()
-        file.seek(0)
-        header = compress.read_header(file, "archive")
-        parts = (part for _, part in compress.decode_file(file, codec, source.n))
-        with datasets.write(back) as out:
-            datasets.write_back(out, header, settings, parts)
-        total["decode"] += time.perf_counter() - middle
-        total["encode"] += middle - begin
-        assert back.read_bytes() == content
-        total["n"] += source.n
-        total["archive"] += 8 * len(file.getvalue())
+        n, bits, archive, encode, decode = round_trip(clip, model, codec)
+        total.update(n=n, exact=bits, archive=8 * len(archive), encode=encode, decode=decode)
         for name, command in datasets.SOUND_PACKERS.items():
             done = subprocess.run(command, input=content, capture_output=True)
             total[name] += 8 * len(done.stdout)
@@ -315,6 +353,104 @@ def bench_calls(args):
 
 
 # -- Orders and archives ---------------------------------------------------------------------------
+
+class LeftToRight(ARDM):
+    """A Transformer that sees the past alone (with the patches PAST): the loss is exact."""
+
+    def loss(self, x, *drawn, **how):
+        before = F.pad(x, (1, -1), value=self.K)           # K, the absorbing state, comes first
+        ones = torch.ones_like(x[:, 0])
+        log_p = self.logits(before, before >= 0, ones, ones, self.K).log_softmax(dim=-1)
+        return -pick(log_p, x).sum(dim=1)
+
+
+def attention_to_the_past(q, k, v):
+    later = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1)
+    scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(later, -torch.inf)
+    return scores.softmax(dim=-1).to(v.dtype) @ v
+
+
+def convolution_of_the_past(self, h):
+    past = F.pad(h, (0, 0, nets.CONV - 1, 0))
+    return sum((past[:, i:i + h.shape[1]] * w for i, w in enumerate(self.weight)), self.bias)
+
+
+PAST = [mock.patch.object(nets, "ARDM", LeftToRight),
+        mock.patch.object(nets, "attention", attention_to_the_past),
+        mock.patch.object(nets.NeighbourConv, "forward", convolution_of_the_past)]
+
+
+def bench_prices(args):
+    """The price of any order: the model of section text8 on 32 test chunks, exact bits/char in one
+    order for all, in random orders, and the bound of Eq. 2 tightened by R orders, -log of the mean
+    of p(x | sigma_r). Last, a Transformer of the same size that sees the past alone, trained for
+    the same minutes, on the same chunks and on all of them. The standard errors are over chunks.
+    (In the paper, on the test data of text8: left to right 1.35, OA-ARDM 1.43.)"""
+    model, _ = nets.load(RUNS / "text8-ours" / "ckpt.pt")
+    data, D, rows = text8_prefix(), model.D, []
+    x = train.spread(data.chunks("test"), 32).long()
+
+    def row(words, nats):
+        rows.append({"": words} | train.mean_and_error(nats, D))
+        print(" ", rows[-1], flush=True)
+
+    for rule in ("forward", "backward", "spaced:4", "spaced:63"):
+        row(rule, model.nll(x, sigma=torch.from_numpy(planner.order(rule, D)).expand(x.shape)))
+    generator = torch.Generator().manual_seed(0)
+    nats = torch.stack([model.nll(x, generator=generator) for _ in range(16)])
+    for R in (1, 4, 16):
+        parts = nats.view(-1, R, len(x))                   # 16 / R bounds, their mean
+        row(f"the bound by R = {R} orders", (np.log(R) - (-parts).logsumexp(dim=1)).mean(dim=0))
+    with patched(PAST):
+        run, _ = trained(data=data, length=250, batch=12, minutes=args.minutes or 10)
+        with torch.no_grad():
+            row(f"left to right alone, {run.step:,} steps", run.ema.loss(x))
+            row("the same, all chunks", torch.cat([
+                run.ema.loss(part.long()) for part in data.chunks("test").split(16)]))
+    return rows
+
+
+def bench_upscaling(args):
+    """Branching factors and parametrisations, each for the minutes of the default run, bits/dim of
+    2,000 validation images (or chunks of text), with the standard deviation where there are three
+    seeds. The output head of images is a softmax in every row; by default our models of values have
+    a logistic distribution beside it. (The paper finds no meaningful difference between data and
+    direct, Table 6, nor a gain for text.)"""
+    softmax = WITHOUT_IMAGES["the logistic distribution"]
+    ways = [("mnist", b, way, seed) for seed in range(args.seeds)
+            for b, way in ((4, "direct"), (4, "data"))]
+    ways += [("mnist", b, "direct", 0) for b in (2, 16)] + [("mnist", 0, None, 0)]
+    ways += [(str(CIFAR), b, "direct" if b else None, 0) for b in (2, 4, 0)]
+    ways += [("pydoc", b, "data" if b else None, 0) for b in (3, 0)]
+    found = collections.defaultdict(list)
+    for name, b, way, seed in ways:
+        patches = [softmax] if name != "pydoc" else []
+        run, data = trained(data=datasets.load(name), patches=patches, seed=seed, branch=b,
+                            parametrization=way, minutes=args.minutes or 2.75)
+        with patched(patches):
+            bits = train.bound(run.ema, train.spread(data.chunks("valid"), 2000), 1)["bits"]
+        key = Path(name).name.split(".")[0], b or "order-agnostic", way or "", run.model.S
+        found[key].append(bits)
+        print(" ", key, seed, run.step, bits, flush=True)
+    draw_stages()
+    return [dict(zip(("data", "b", "parametrization", "stages"), key)) | {
+        "bits": statistics.mean(bits), "seeds": len(bits),
+        "+-": statistics.stdev(bits) if len(bits) > 1 else ""} for key, bits in found.items()]
+
+
+def draw_stages():
+    """results/stages.png: L_t of the stages of upscale-4 models side by side (Fig. 6)."""
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3), layout="constrained")
+    for axis, name in zip(axes, ("cifar10", "mnist")):
+        checkpoint = torch.load(RUNS / f"{name}-upscale-4" / "ckpt.pt", weights_only=True)
+        for s, L in enumerate(planner.smooth(checkpoint["L"], checkpoint["counts"])):
+            axis.plot(s + np.arange(len(L)) / len(L), L)
+        axis.set(title=name, xlabel="stage", ylabel="$L_t$, bits", xticks=np.arange(4) + 0.5,
+                 xticklabels=[1, 2, 3, 4], ylim=0)
+    with datasets.write(HERE / "stages.png") as file:
+        figure.savefig(file, format="png", dpi=80)
+
 
 def lattice(shape):
     """The pixels of a coarse grid first, then those between them, one colour after the other."""
@@ -519,20 +655,48 @@ def bench_compress(args):
         order = f"spaced:{-(-250 // calls)}"
         ks = [k for _, _, k in planner.uniform_plan(1, 250, calls)]
         codec = compress.Codec(model, checkpoint["settings"], order, [ks], 65)
-        source, file = datasets.Source(path, checkpoint["settings"]), io.BytesIO()
-        begin = time.perf_counter()
-        bits = compress.encode_file(file, model, codec, source)
-        middle = time.perf_counter()
-        file.seek(0)
-        compress.read_header(file, "archive")
-        list(compress.decode_file(file, codec, source.n))
-        end = time.perf_counter()
-        rows.append({"": f"{calls} calls, {order}", "exact nll": bits / 20000,
-                     "archive": 8 * len(file.getvalue()) / 20000,
-                     "encode with its proof, s": middle - begin, "decode, s": end - middle})
+        n, bits, archive, encode, decode = round_trip(path, model, codec)
+        rows.append({"": f"{calls} calls, {order}", "exact nll": bits / n,
+                     "archive": 8 * len(archive) / n, "encode with its proof, s": encode,
+                     "decode, s": decode})
         print(" ", rows[-1])
-    return rows + [{"": name, "archive": 8 * len(pack(path.read_bytes())) / 20000}
-                   for name, pack in datasets.PACKERS.items()]
+    content, sizes = path.read_bytes(), {}
+    for name, pack in datasets.PACKERS.items():
+        sizes[name] = len(pack(content))
+    for command in ("zstd -19 -c -q", "brotli -c"):        # where they are installed
+        if shutil.which(command.split()[0]):
+            done = subprocess.run(command.split(), input=content, capture_output=True)
+            sizes[command.removesuffix(" -q").removesuffix(" -c")] = len(done.stdout)
+    return rows + [{"": name, "archive": 8 * size / n} for name, size in sizes.items()]
+
+
+def bench_single(args):
+    """Single images (the paper's Table 3), the models of section cifar10: the first 100 test
+    images, each a block of its own, coded and decoded in a random order by the best plan of so many
+    network calls, bits/dim; and ten of them by exact nll alone. (In the paper, with 500 and 100
+    calls: OA-ARDM 2.73, 2.75; Upscale-4 2.71, 2.76. Others on these images: section packers.)"""
+    rows, path = [], RUNS / "images.npy"
+    x = datasets.load(str(CIFAR)).chunks("test")[:100]
+    np.save(path, x.view(-1, 3, 32, 32).permute(0, 2, 3, 1).numpy())
+    for name in ("order-agnostic", "upscale-4"):
+        model, checkpoint = nets.load(RUNS / f"cifar10-{name}" / "ckpt.pt")
+        L, S, D = planner.smooth(checkpoint["L"], checkpoint["counts"]), model.S, model.D
+        for calls in (20, 50, 100):
+            plan = planner.plan(L, calls)
+            ks = [[k for stage, _, k in plan if stage == s] for s in range(1, S + 1)]
+            codec = compress.Codec(model, checkpoint["settings"], "random:1", ks, 1)
+            n, bits, archive, encode, decode = round_trip(path, model, codec)
+            rows.append(dict(model=name, calls=calls, images=100, exact=bits / n,
+                             archive=8 * len(archive) / n, encode=encode / 100,
+                             decode=decode / 100))
+            print(" ", rows[-1], flush=True)
+        sigma = torch.from_numpy(planner.order("random:1", (3, 32, 32))).expand(10, -1)
+        for calls in (100, 500) if S > 1 else (100, 500, D):
+            nats = model.nll(x[:10].long(), planner.plan(L, calls), sigma)
+            rows.append(dict(model=name, calls=calls, images=10,
+                             exact=bits_per_dim(nats, D).mean().item()))
+            print(" ", rows[-1], flush=True)
+    return rows
 
 
 def bench_packers(args):
@@ -583,10 +747,8 @@ def bench_fuzz(args):
     path = RUNS / "text8-ours" / "test.txt"
     model, checkpoint = nets.load(path.with_name("ckpt.pt"))
     path.write_bytes(datasets.to_bytes(text8_prefix().splits["test"][:300], 27))
-    source, file = datasets.Source(path, checkpoint["settings"]), io.BytesIO()
     codec = compress.Codec(model, checkpoint["settings"], "spaced:63", [[63, 63, 62, 62]], 1)
-    compress.encode_file(file, model, codec, source)
-    archive, found = file.getvalue(), collections.Counter()
+    archive, found = round_trip(path, model, codec)[2], collections.Counter()
     rng = np.random.default_rng(0)
     for _ in range(args.count):
         i, j = sorted(rng.integers(len(archive), size=2))
