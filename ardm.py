@@ -176,12 +176,11 @@ class ARDM(nn.Module):
         return x
 
     def sample(self, B, plan=None, sigma=None, x=None, known=None, generator=None,
-               temperature=1.0, u=None):
+               temperature=1.0):
         """Algorithm 1: draws (B, D) datapoints; one variable per call where no plan is given.
 
         x, known: (B, D) values and a bool mask of those that stay as they are (infilling).
         temperature: draws from p^(1/temperature), renormalised; 0 takes the most probable symbol.
-        u: (draws, B, D) numbers in [0, 1), which decide; drawn themselves if not given.
         """
         if x is None:
             device = next(self.parameters()).device
@@ -189,8 +188,7 @@ class ARDM(nn.Module):
         plan, sigma = self.defaults(x, plan, sigma, generator)
         if known is not None:
             sigma = known_first(sigma, known)
-        if u is None:
-            u = torch.rand(self.draws, *x.shape, device=x.device, generator=generator)
+        u = torch.rand(self.draws, *x.shape, device=x.device, generator=generator)
         return self.generate(x, plan, sigma, drawing(u, temperature))
 
     @torch.no_grad()

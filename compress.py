@@ -139,7 +139,7 @@ class Codec:
             return torch.where(impossible, 0, a)           # damaged, as the checksum will tell
 
         x = torch.zeros(len(packed) * rows, D, dtype=torch.long, device=self.device)
-        x = self.generate(x, pop).to("cpu", self.dtype).view(len(packed), -1)
+        x = self.generate(x, pop).cpu().to(self.dtype).view(len(packed), -1)
         for i, block in enumerate(packed):
             part, end = x[i], decoders[i].end
             if block[0] & 128:                             # stored raw, behind the checksum
@@ -182,7 +182,8 @@ def encode_file(file, model, codec, source):
                   block=codec.block, weights=nets.digest(model), head=head)
     text = json.dumps(header, separators=(",", ":")).encode()
     if len(text) > LONGEST_HEADER:
-        raise ValueError(f"{source.path} holds {len(tail):,} bytes behind its images: too many")
+        raise ValueError(f"{source.path} holds {len(head + tail):,} bytes beside its data: too "
+                         "many")
     deflate = zlib.compressobj(9, wbits=-15, zdict=TYPICAL)
     text = deflate.compress(text) + deflate.flush()
     file.write(struct.pack(">4sBII", MAGIC, VERSION, len(text), zlib.crc32(text)) + text)
@@ -228,7 +229,7 @@ def open_codec(header, model, settings, name):
     """The codec of an archive; ValueError where header and model do not belong together, or where
     the header claims what would cost time or memory."""
     if header.get("weights") != nets.digest(model):
-        right = find(header) or "which is not in out/*/ or results/"
+        right = find(header) or "which is not in out/*/"
         raise ValueError(f"{name} was written with another checkpoint, {right}")
     try:
         length, head = header["length"], header["head"].encode("latin-1")
@@ -247,8 +248,7 @@ def open_codec(header, model, settings, name):
 
 
 def find(header):
-    """The path of the checkpoint that an archive was written with, in out/*/ or results/; or None.
-    """
+    """The path of the checkpoint of an archive, one in out/*/ or the model of English; or None."""
     for path in [nets.ENGLISH, *sorted(Path("out").glob("*/ckpt*.pt"))]:
         with suppress(ValueError):
             if nets.digest(nets.load(path, "cpu")[0]) == header.get("weights"):
@@ -288,6 +288,8 @@ def decode_file(file, codec, n, item=None):
             first += blocks
             row += blocks * rows
             if b"" in packed:                              # whatever length the header claims
+                if item is not None and item >= row:       # the archive ends before it
+                    yield first, None
                 return
     if item is None and file.read(1):
         yield first, None                                  # something follows the last block
@@ -306,20 +308,27 @@ def settle(args):
     source = datasets.Source(args.input or piece, settings)
     usual = min(S * D, CALLS.get(kind, -(-S * D // 4)))
     calls = usual if args.calls is None else args.calls
-    plan = planner.uniform_plan(S, D, calls)
     spaced = f"spaced:{-(-S * D // calls)}"
     order = args.order or {"image": "random:1", "audio": "halves"}.get(kind, spaced)
-    if order.startswith("random") and checkpoint.get("L") is not None:
-        plan = planner.plan(planner.smooth(checkpoint["L"], checkpoint["counts"]), calls)
-    ks = [[k for stage, _, k in plan if stage == s] for s in range(1, S + 1)]
-    block = max(1, BLOCK // D) if args.block is None else args.block
+    if checkpoint.get("L") is None and "optimizer" in checkpoint:
+        print("this run is not finished: --resume changes its checkpoint, so keep a copy of it for "
+              "its archives", file=sys.stderr)
+
+    def codec(order):
+        plan = planner.uniform_plan(S, D, calls)
+        if order.startswith("random") and checkpoint.get("L") is not None:
+            plan = planner.plan(planner.smooth(checkpoint["L"], checkpoint["counts"]), calls)
+        ks = [[k for stage, _, k in plan if stage == s] for s in range(1, S + 1)]
+        block = max(1, BLOCK // D) if args.block is None else args.block
+        return Codec(model, settings, order, ks, block)
+
     if order == "auto":                                    # the smallest nll of the first symbols
         rows = min(source.n // D, max(4, 2048 // D))
         x = source.read(0, rows * D).view(1, rows, D)
-        found = {order: sum(bits for _, bits in Codec(model, settings, order, ks, block).encode(
-            x, 0)) for order in (spaced, "halves", "forward", "random:1") if rows}
+        found = {rule: sum(bits for _, bits in codec(rule).encode(x, 0))
+                 for rule in (spaced, "halves", "forward", "random:1") if rows}
         order = min(found, key=found.get, default=spaced)
-    return model, Codec(model, settings, order, ks, block), source
+    return model, codec(order), source
 
 
 def run_encode(args):
@@ -354,8 +363,7 @@ def run_decode(args):
         header = read_header(file, args.input)
         ckpt = args.ckpt or find(header)
         if not ckpt:
-            raise ValueError(f"{args.input}: its checkpoint is not in out/*/ or results/, name it "
-                             "by --ckpt")
+            raise ValueError(f"{args.input}: its checkpoint is not in out/*/, name it by --ckpt")
         model, checkpoint = nets.load(ckpt, args.device)
         codec = open_codec(header, model, checkpoint["settings"], args.input)
         parts = intact(decode_file(file, codec, header["length"], args.item))
@@ -380,7 +388,7 @@ def run_info(args):
     size = f"{os.path.getsize(args.input):,} bytes, " * os.path.isfile(args.input)
     print(f"{args.input}: {size}format {VERSION}")
     for name, value in header.items():
-        print(f"  {name:8} {str(value)[:80]}")
+        print(f"  {name:8} {ascii(value)[:80]}")           # no control characters
 
 
 def run_bench(args):
@@ -413,7 +421,7 @@ def main():
         add("input", nargs="?" if name == "bench" else None, metavar="IN", help="a file, or -")
         if name != "info":
             add("--ckpt", help="a checkpoint of train.py (default: " + (
-                "that of the archive, looked for in out/*/ and results/)" if name == "decode"
+                "that of the archive, looked for in out/*/)" if name == "decode"
                 else "results/english.pt)"))
             add("--device", help="cuda, mps or cpu; the network runs in float64, in which consumer "
                 "GPUs are 32 to 64 times slower than in float32")

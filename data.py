@@ -12,7 +12,8 @@
 
 Text is split by position: 90% for training, 5% for validation, 5% for the test. Of images the
 last tenth of what is to train on is for validation; the first tenth of a file is for the test. Of
-clips every tenth is for the test, of a single one the last tenth.
+clips every tenth is for the test, of fewer than ten the last tenth of each, and again the last
+tenth of what is left for validation.
 """
 import argparse
 import bz2
@@ -67,7 +68,7 @@ FOREIGN = {                          # first bytes of what is not read
     b"%PDF": "a PDF document", b"RIFF": "a WAV, WebP or another RIFF file", b"fLaC": "FLAC audio",
     b"ID3": "MP3 audio", b"OggS": "Ogg audio", b"\x7fELF": "a program", b"ARDM": "an archive",
     b"II*\0": "a TIFF picture", b"MM\0*": "a TIFF picture", b"Rar!": "a RAR file",
-    b"RF64": "a large WAV file", b"7z\xbc\xaf": "a 7z file", b"PK": "an empty zip file",
+    b"RF64": "a large WAV file", b"7z\xbc\xaf": "a 7z file", b"PK\5\6": "an empty zip file",
     b"\x93NUMPY": "a .npy file", b"PAR1": "a Parquet table", b"\x89HDF": "an HDF5 file",
     b"\x28\xb5\x2f\xfd": "packed by zstd",
     b"SQLite format 3": "an SQLite database", b"\x80\x02": "a pickle", b"\x80\x03": "a pickle",
@@ -93,7 +94,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class Patient:
-    """A stream that may be closed, or full: what is shown never stops what is computed."""
+    """A stream that may be full, or close: what is shown never stops what is computed."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -102,11 +103,11 @@ class Patient:
         return getattr(self.stream, name)
 
     def write(self, text):
-        with suppress(OSError, AttributeError):            # AttributeError: there is no stream
+        with suppress(OSError):
             self.stream.write(text)
 
     def flush(self):
-        with suppress(OSError, AttributeError):
+        with suppress(OSError):
             self.stream.flush()
 
 
@@ -115,7 +116,8 @@ def run(main):
     if sys.stdout:
         sys.stdout.reconfigure(errors="replace")           # a terminal that lacks a character
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))              # files are cleaned up
-    sys.stdout, sys.stderr = Patient(sys.stdout), Patient(sys.stderr)
+    sys.stdout = Patient(sys.stdout or open(os.devnull, "w"))            # where it is closed
+    sys.stderr = Patient(sys.stderr or open(os.devnull, "w"))
     try:
         return main()
     except KeyboardInterrupt:
@@ -123,7 +125,7 @@ def run(main):
     except ValueError as error:
         code, words = 2, error
     except OSError as error:
-        code, words = 2, f"{error.filename or 'a pipe'}: {error.strerror}"
+        code, words = 2, f"{error.filename or 'a pipe'}: {error.strerror or error}"
     except (MemoryError, RuntimeError) as error:           # of NumPy, of CUDA, of torch on a CPU
         full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         if not full and "can't allocate memory" not in str(error):
@@ -250,7 +252,7 @@ def layout(content, name, whole=True):
     colours = [axis for axis, known in ((1, (1, 3)), (3, (1, 3, 4)))
                if len(shape) == 4 and shape[axis] in known]
     grey = len(shape) == 3 and shape[2] not in (1, 3, 4)
-    if not grey and len(colours) != 1 or 0 in shape:
+    if not grey and len(colours) != 1 or min(shape) < 1:
         raise ValueError(f"{name} holds an array of shape {shape}, images are (N, H, W), (N, H, W, "
                          "C) or (N, C, H, W): one picture is (1, H, W, C), grey ones (N, H, W, 1)")
     if whole and len(content) < offset + math.prod(shape):
@@ -277,10 +279,10 @@ def wav_layout(content, name):
     code, channels, rate, _, _, bits = struct.unpack("<HHIIHH", form[:16])
     if code == 0xFFFE:                                     # WAVE_FORMAT_EXTENSIBLE
         code = int.from_bytes(form[24:26], "little")
-    if (code, bits) != (1, 16) or channels == 0:
+    if (code, bits) != (1, 16) or channels == 0 or not 0 < rate < 1 << 30:
         raise ValueError(f"{name} is a WAV file with {bits} bits a sample, format {code}, "
-                         f"{channels} channels; 16-bit PCM is read: convert it, for example by "
-                         "ffmpeg -i IN -c:a pcm_s16le OUT.wav")
+                         f"{channels} channels, {rate} samples a second; 16-bit PCM is read: "
+                         "convert it, for example by ffmpeg -i IN -c:a pcm_s16le OUT.wav")
     begin, size = found[b"data"]
     there = len(content) - begin
     riff = int.from_bytes(content[4:8].tobytes(), "little")
@@ -295,9 +297,9 @@ def is_wav(content):
     return start[:4] == b"RIFF" and start[8:] == b"WAVE"
 
 
-def wavs(place):
+def wavs(place, name=None):
     """Yields (name, content) of the .wav files in a folder, or in a tar, given by its path or as an
-    open file; of a tar also the lists that name parts of it. ._* are a Mac's, and no sound."""
+    open file of that name, and the lists that name parts of them. ._* are a Mac's, and no sound."""
     wanted = re.compile(r"(^|/)(?!\._)[^/]*\.wav$|(testing|validation)_list\.txt$", re.IGNORECASE)
     if isinstance(place, (str, Path)) and os.path.isdir(place):
         for path in sorted(Path(place).rglob("*")):
@@ -311,8 +313,9 @@ def wavs(place):
                 if member.isfile() and wanted.search(member.name):
                     content = archive.extractfile(member).read(LARGEST)
                     yield member.name.removeprefix("./"), np.frombuffer(content, np.uint8)
-    except (tarfile.TarError, zlib.error, EOFError) as error:
-        raise ValueError(f"a tar file that cannot be read: {str(error).splitlines()[0]}")
+    except (tarfile.TarError, zlib.error, EOFError, gzip.BadGzipFile) as error:
+        raise ValueError(f"{name or place}: a tar file that cannot be read: "
+                         f"{str(error).splitlines()[0]}")
 
 
 def array_in(content, name):
@@ -412,10 +415,10 @@ class Images:
     """
     kind = "image"
 
-    def __init__(self, name, train, test, bits=8, device="cpu"):
+    def __init__(self, name, train, test, bits=8, device="cpu", flips=False):
         self.shape = train.shape[1:]
         self.D = math.prod(self.shape)
-        self.flips, self.turns = "cifar" in name, False
+        self.flips, self.turns = flips, False
         n = len(train) - -(-len(train) // 10)
         if min(self.D, n, len(test)) == 0:
             raise ValueError(f"{name}: {len(train)} and {len(test)} images are too few to train on "
@@ -450,28 +453,33 @@ class Audio(Text):
     """A stream of 16-bit samples, x = sample + 32,768, as uint16 on one device: the channels of the
     clips one after the other. A datapoint is a window of D = `length` samples.
 
-    clips: {name: (channels, n) int16}; valid, test: sets of names. Where none are named it is the
-    last tenth of what is left. rate: samples a second.
+    clips: {name: (channels, n) int16}; valid, test: sets of names. Where none are named for the
+    test, it is the last tenth of each clip; for validation it is the last tenth of what is left.
+    rate: samples a second.
     """
     kind, K = "audio", 1 << 16
 
     def __init__(self, name, clips, rate, length, device="cpu", valid=frozenset(),
                  test=frozenset()):
         self.name, self.D, self.shape, self.rate = name, length, (length,), rate
-        parts = [sorted(part) for part in (clips.keys() - valid - test, valid, test)]
+        parts = [[clips[clip] for clip in sorted(part)]
+                 for part in (clips.keys() - valid - test, valid, test)]
+        for i in () if test else (2, 1):                   # by time: channels sound alike
+            parts[0], parts[i] = zip(*(np.split(clip, [-(-clip.shape[1] * 9 // 10)], axis=1)
+                                       for clip in parts[0]))
         nothing = np.empty(0, np.int16)
-        streams = [np.concatenate([nothing, *(clips[clip].reshape(-1) for clip in part)])
+        streams = [np.concatenate([nothing, *(clip.reshape(-1) for clip in part)])
                    for part in parts]
-        for i, named in ((2, test), (1, valid)):
-            if not named:
-                streams[0], streams[i] = np.split(streams[0], [-(-len(streams[0]) * 9 // 10)])
+        if test and not valid:
+            streams[0], streams[1] = np.split(streams[0], [-(-len(streams[0]) * 9 // 10)])
         total, self.splits = hashlib.sha256(), {}
         for part, stream in zip(("train", "valid", "test"), streams):
             if len(stream) < length:
                 raise ValueError(f"{name}: {len(stream)} samples are too few for {part} in windows "
                                  f"of {length}: use more sound or a smaller --length")
             total.update(np.ascontiguousarray(stream))
-            self.splits[part] = torch.from_numpy(stream.view(np.uint16) ^ 0x8000).to(device)
+            x = torch.from_numpy(stream.view(np.uint16) ^ 0x8000)
+            self.splits[part] = x if device == "cpu" else x.int().to(device)     # unsigned: CPU
         self.digest = total.hexdigest()
 
 
@@ -482,7 +490,9 @@ def audio(name, files, length=2048, device="cpu", test=None, pad=0):
     clips, rates, lists = {}, {}, {}
     for file, content in files:
         if file.endswith("_list.txt"):
-            lists[file[:4]] = set(content.tobytes().decode("latin-1").split())
+            base = file.rpartition("/")[2]
+            names = content.tobytes().decode("latin-1").split()
+            lists[base[:4]] = {file.removesuffix(base) + one for one in names}
             continue
         samples, rate = array_in(content, file), wav_layout(content, file)[2]
         clips[file] = np.pad(samples, ((0, 0), (0, max(0, pad - samples.shape[1]))))
@@ -494,7 +504,7 @@ def audio(name, files, length=2048, device="cpu", test=None, pad=0):
     if not clips:
         raise ValueError(f"{name} is a folder or tar without a .wav file: name a file")
     parts = dict(test=set(sorted(clips)[9::10]))
-    if lists:
+    if clips.keys() & lists.get("test", set()):
         parts = {part: clips.keys() & lists.get(part[:4], set()) for part in ("valid", "test")}
     if test:
         parts = dict(test={file for file in clips if re.search(test, file)})
@@ -516,7 +526,7 @@ def load(name, length=None, bits=8, device="cpu", chunk=64):
         return Images(name, *parts, bits, device)
     if name == "cifar10":
         content = unpack(fetch("cifar-10-binary.tar.gz"), name)
-        return Images(name, *cifar10(content, name), bits, device)
+        return Images(name, *cifar10(content, name), bits, device, flips=True)
     if name == "tones":
         return Audio(name, dict(enumerate(tones(240))), RATE, length or 2048, device,
                      test=set(range(9, 240, 10)))
@@ -549,10 +559,12 @@ def load_file(name, length, bits, device, chunk):
     if images is not None:
         n = len(images) // 10
         return Images(name, images[n:], images[:n], bits, device)
-    if b"_batch" in content[:512].tobytes() or b"cifar" in content[:512].tobytes():
-        return Images(f"a part of cifar10, {name}", *cifar10(content, name), bits, device)
     if content[257:262].tobytes() == b"ustar":
-        return audio(name, wavs(io.BytesIO(content)), length or 2048, device)
+        start = content[:512].tobytes()
+        if b"_batch" in start or b"cifar" in start:
+            name = f"a part of cifar10, {name}"
+            return Images(name, *cifar10(content, name), bits, device, flips=True)
+        return audio(name, wavs(io.BytesIO(content), name), length or 2048, device)
     refuse_foreign(content, name)
     if len(content) == 0:
         raise ValueError(f"{name} is empty")

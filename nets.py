@@ -252,8 +252,9 @@ class UNet(nn.Module):
         if self.stages > 1:
             # After the first stage the middle of the interval that x^(s-1) leaves is known, too.
             later = (s > 1)[:, None, None, None]
-            half = 0.5 * self.b ** (self.stages - s + 1.0)[:, None, None, None] / self.K
-            v = torch.where(later & ~m, v + half.to(v.dtype), v)
+            unit = self.b ** (self.stages - s + 1)         # an integer: machines agree
+            half = 0.5 * unit.to(v.dtype)[:, None, None, None] / self.K
+            v = torch.where(later & ~m, v + half, v)
             seen = (m | later).to(v.dtype)
         means, counts = local_means(v, seen)               # (windows, B, C, H, W)
         near = means[-1]
@@ -417,10 +418,10 @@ class WaveNet(nn.Module):
         """As released: logistics that begin evenly spread over all values."""
         n = self.num_outputs // 3
         weight, place, width = out.to(torch.promote_types(out.dtype, torch.float32)).chunk(3, dim=1)
-        start = torch.linspace(1 / n - 1, 1 - 1 / n, n, device=out.device)[:, None]
+        start = torch.linspace(1 / n - 1, 1 - 1 / n, n, device=out.device, dtype=weight.dtype)
         scale = (width - math.log(n)).clamp(-7, 7) + math.log(self.K / 2)
         anchor = torch.full_like(weight[:, :1], self.K // 2)
-        return torch.cat((anchor, weight, (place + start) * self.K / 2, scale), dim=1)
+        return torch.cat((anchor, weight, (place + start[:, None]) * self.K / 2, scale), dim=1)
 
     def around(self, out, anchor, centre, reach):
         """Not in the paper: logistics around what is known, as wide as the sound is loud, or as the
@@ -616,7 +617,7 @@ def load(path, device=None):
             raise ValueError(f"its settings are of another version: {', '.join(sorted(odd))}")
         model = build(checkpoint["settings"])
         model.load_state_dict(checkpoint["ema"])
-        if checkpoint.get("digest", digest(model)) != digest(model):
+        if "digest" in checkpoint and checkpoint["digest"] != digest(model):
             raise ValueError("its weights are not those that were saved")
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint; python train.py writes one")
@@ -648,7 +649,7 @@ def pick_device(name=None):
     try:
         device = torch.empty(0, device=name or best).device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}")
+        raise ValueError(f"--device {name or best}: {str(error).splitlines()[0]}")
     if device.type not in ("cuda", "mps", "cpu"):
         raise ValueError(f"--device {name}: choose cuda, mps or cpu")
     return device

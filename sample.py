@@ -72,7 +72,7 @@ def read_mask(path, shape):
     """What the .npy file at path says is known, (D,) bool: (C, H, W), or (H, W) for all colours."""
     try:
         mask = np.lib.format.read_array(io.BytesIO(datasets.read(path)), allow_pickle=False)
-    except ValueError as error:
+    except Exception as error:                             # whatever a damaged header brings up
         raise ValueError(f"--mask {path} is no .npy file of an array ({error})")
     wanted = tuple(shape), tuple(shape[-2:])
     if mask.dtype != bool or mask.shape not in wanted:

@@ -295,7 +295,8 @@ def test_a_symbol_of_probability_0_is_never_drawn():
     model = UpscaleARDM(Fixed(torch.randn(5)), 1, 5, 3)    # 12 and 2x lead nowhere in base 3
     edges = torch.tensor([0.0, 0.5, 1 - 2 ** -24])
     u = torch.stack(torch.meshgrid(edges, edges, indexing="ij")).reshape(2, 9, 1)
-    x = model.sample(9, u=u)
+    x = model.generate(torch.zeros(9, 1).long(), planner.full_plan(2, 1), torch.ones(9, 1).long(),
+                       drawing(u))
     assert x.max() == 4 and x.min() == 0
 
 
@@ -1198,6 +1199,8 @@ def test_images_are_split_and_flattened_colour_by_colour_wherever_their_axes_are
         back = torch.cat([data.splits[part] for part in ("test", "train", "valid")])
         assert np.array_equal(datasets.to_images(back, data.shape), pixels)
     assert len(digests) == 1                               # the same data
+    np.save(tmp_path / "cifar.npy", pixels)
+    assert not datasets.load(str(tmp_path / "cifar.npy")).flips          # by its name
     few = datasets.load(str(path), bits=3)
     assert few.K == 8 and torch.equal(few.splits["test"], data.splits["test"] // 32)
     np.savez(tmp_path / "b.npz", x=pixels, y=np.arange(40))
@@ -1220,8 +1223,13 @@ def test_small_values_are_taken_as_they_are_and_what_is_no_image_is_refused(tmp_
     for bad, match in ((np.zeros((9, 6, 5)), "holds float64.*astype"), (values[0], "shape"),
                        (np.zeros((60, 50, 3), np.uint8), "one picture is"),
                        (np.zeros((9, 3, 6, 3), np.uint8), "shape"), (values, "holds int64"),
-                       (np.zeros((0, 6, 5), np.uint8), "shape")):
-        np.save(path, bad)
+                       (np.zeros((0, 6, 5), np.uint8), "shape"), ((-1, 8, 8), "shape")):
+        if type(bad) is tuple:
+            with open(path, "wb") as file:
+                np.lib.format.write_array_header_1_0(file, dict(
+                    descr="|u1", fortran_order=False, shape=bad))
+        else:
+            np.save(path, bad)
         with pytest.raises(ValueError, match=match):
             datasets.load(str(path))
 
@@ -1283,13 +1291,19 @@ def test_clips_are_read_from_folders_and_tars_and_other_sound_is_refused(tmp_pat
     assert datasets.load(str(tmp_path / "clips.tgz"), 10).digest == data.digest
     (place / "testing_list.txt").write_text("03.wav\n")
     (place / "validation_list.txt").write_text("04.wav\n05.wav\n")
-    listed = datasets.load(str(place), 10).splits
-    assert set(listed["test"].tolist()) == {32771} and len(listed["valid"]) == 60
+    for where in (place, tmp_path):                        # and where it is a folder in a folder
+        listed = datasets.load(str(where), 10).splits
+        assert set(listed["test"].tolist()) == {32771} and len(listed["valid"]) == 60
     one = tmp_path / "one"
     one.write_bytes(gzip.compress(wav_bytes(np.arange(100)[:, None])))
     parts = datasets.load(str(one), 5).splits
     assert [len(part) for part in parts.values()] == [81, 9, 10] and parts["test"][0] == 32768 + 90
+    one.write_bytes(wav_bytes(np.arange(100)[:, None] + [0, 500]))       # two channels
+    parts = datasets.load(str(one), 5).splits
+    assert [len(part) for part in parts.values()] == [162, 18, 20]
+    assert set(parts["test"].tolist()) == {32768 + i + j for i in range(90, 100) for j in (0, 500)}
     for name, content, words in (
+            ("rate.wav", wav_bytes(clip(1), rate=0), "0 samples a second"),
             ("8.wav", wav_bytes(clip(1), bits=8), "8 bits a sample, format 1, 1 channels"),
             ("float.wav", wav_bytes(clip(1), code=3, bits=32), "32 bits a sample, format 3"),
             ("torn.wav", wav_bytes(clip(1))[:30], "without a whole fmt chunk"),
@@ -1370,6 +1384,8 @@ def test_cifar_is_read_from_a_partial_tarball_and_damaged_ones_are_refused(tmp_p
     whole = torch.cat([data.splits[part] for part in ("train", "valid", "test")])
     assert np.array_equal(whole.numpy(), records[:, 1:]) and data.shape == (3, 32, 32)
     assert "part of cifar10" in data.name and data.flips
+    (tmp_path / "code.py").write_bytes(b"PK, or def cifar_batch(x): return x\n" * 50)
+    assert datasets.load(str(tmp_path / "code.py")).kind == "bytes"
     content = path.read_bytes()
     for bad in (parts | {"data_batch_1.bin": b"x" * 100}, {"test_batch.bin": records.tobytes()},
                 {"data_batch_1.bin": records.tobytes()}, content[:len(content) // 2]):
@@ -1535,10 +1551,25 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(tmp_path, device, recip
         assert torch.equal(a, b)
 
 
+def test_a_run_under_nohup_outlives_its_terminal(tmp_path):
+    data = datasets.load("pydoc", 16)
+    run, old = train.Run(settings(data), data), signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    x = run.draw(data)
+
+    def draw(data):
+        os.kill(os.getpid(), signal.SIGHUP)
+        return x
+
+    run.draw = draw
+    assert train.train(run, data, tmp_path)
+    signal.signal(signal.SIGHUP, old)
+
+
 def test_hangup_saves_and_the_run_can_be_resumed(folder, tmp_path):
     flags = [*map(str, QUICK), "--steps", "100000", "--out", str(tmp_path), "--device", "cpu"]
     process = subprocess.Popen([sys.executable, HERE / "train.py", *flags], text=True,
-                               stdout=open(tmp_path / "words", "w"), stderr=subprocess.PIPE)
+                               stdout=open(tmp_path / "words", "w"), stderr=subprocess.PIPE,
+                               preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))
     process.stderr.close()                                 # nobody reads the bar any more
     deadline = time.monotonic() + 60
     while not (tmp_path / "log.csv").exists():
@@ -1573,7 +1604,7 @@ def test_a_run_without_numbers_is_not_saved(refused, folder, tmp_path):
 def test_without_a_compiler_a_run_goes_on(tmp_path, capsys):
     data = datasets.load("pydoc", 16)
     run = train.Run(settings(data), data)
-    run.loss = torch.compile                               # raises whatever it raises
+    run.loss = run.optimizers[-1].orthogonal = torch.compile             # raises what it raises
     assert train.train(run, data, tmp_path) and run.step == 8
     assert "going on without torch.compile" in capsys.readouterr().err
 
@@ -1745,6 +1776,11 @@ def test_components_agree_with_enumeration_and_meet_every_step_with_the_same_chu
     assert met[0] == 1 and met[-1] == 100 and (met.diff() <= 1 + met[:-1] / 4).all()
     masks = [m for _, m, _ in model.net.seen]
     assert all((a <= b).all() for a, b in zip(masks[:len(met)], masks[1:len(met)]))
+
+
+def test_samples_need_no_stdout(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)               # as after >&-
+    assert call(sample, "--ckpt", folder / "ckpt.pt", "--n", 2, "--out", tmp_path) == 0
 
 
 def test_samples_are_repeatable_and_blanks_are_filled(folder, tmp_path, capsys):
@@ -1935,8 +1971,9 @@ def test_a_mask_says_what_is_known(gallery, tmp_path, monkeypatch, refused):
                          (known & False, "neither nothing"), (np.array([{}]), "is no .npy")):
         np.save(mask, wrong)
         refused(sample, *flags, "--mask", mask, match=match)
-    mask.write_bytes(b"no array")
-    refused(sample, *flags, "--mask", mask, match="is no .npy file")
+    for bad in (b"no array", mask.read_bytes().replace(b")", b" ")):
+        mask.write_bytes(bad)
+        refused(sample, *flags, "--mask", mask, match="is no .npy file")
 
 
 def test_images_are_sampled_completed_and_shown(gallery, tmp_path, monkeypatch):
@@ -1964,6 +2001,7 @@ def test_sounds_are_drawn_completed_and_shown(studio, tmp_path, capsys):
     results = json.loads((studio / "results.json").read_text())
     assert results["rate"] == 8000 and {"xz", "uniform"} < results["references"].keys()
     assert results["bits_per_dim"] < 15 and "bits/sample" in train.describe(results)
+    assert "0.00" in train.describe(results | dict(L_smooth=[[0.0] * 9]))
     ckpt = ("--ckpt", studio / "ckpt.pt", "--out", tmp_path)
     for n in (2, 20):
         assert call(sample, *ckpt, "--n", n, "--frames") == 0
@@ -2199,6 +2237,10 @@ def test_compress_on_the_command_line(folder, tmp_path, capsys):
         assert "spaced:4" in capsys.readouterr().out or flags
         assert call(compress, "decode", *ckpt, tmp_path / "a", tmp_path / "out") == 0
         assert (tmp_path / "out").read_bytes() == (tmp_path / "in").read_bytes()
+    unfinished = torch.load(folder / "ckpt.pt", weights_only=True) | dict(L=None, counts=None)
+    torch.save(unfinished, tmp_path / "u")
+    assert call(compress, "encode", "--ckpt", tmp_path / "u", tmp_path / "in", tmp_path / "b") == 0
+    assert "this run is not finished" in capsys.readouterr().err
     (tmp_path / "none").touch()
     for flags in ([], ["--order", "auto"]):
         assert call(compress, "encode", *ckpt, *flags, tmp_path / "none", tmp_path / "e") == 0
@@ -2221,7 +2263,15 @@ def test_images_are_compressed_whole_in_part_and_where_damaged(gallery, tmp_path
     assert (tmp_path / "out.npy").read_bytes() == (tmp_path / "in.npy").read_bytes()
     assert call(compress, "decode", *ckpt, "--item", 7, tmp_path / "a", tmp_path / "one.npy") == 0
     assert np.array_equal(np.load(tmp_path / "one.npy"), pixels[7:8])
+    assert call(compress, "encode", *ckpt, "--calls", 20, "--block", 1, "--order", "auto",
+                tmp_path / "in.npy", tmp_path / "best") == 0             # random:1 was one of them
     archive = bytearray((tmp_path / "a").read_bytes())
+    assert (tmp_path / "best").stat().st_size <= len(archive) + 9
+    (tmp_path / "cut").write_bytes(archive[:blocks_of(archive)[2][0] + 3])
+    for item in (7, 2):
+        assert call(compress, "decode", *ckpt, "--item", item, tmp_path / "cut",
+                    tmp_path / "b") == 2 and not (tmp_path / "b").exists()
+        assert "is damaged" in capsys.readouterr().err
     archive[blocks_of(archive)[3][0] + 6] ^= 4
     (tmp_path / "a").write_bytes(archive)
     assert call(compress, "decode", *ckpt, tmp_path / "a", tmp_path / "b") == 2
@@ -2379,6 +2429,10 @@ def test_nothing_of_the_users_is_written_over(folder, model, refused, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "test.txt").write_text("my own")
     refused(train, *QUICK, "--out", tmp_path / "mine", match="choose another --out")
+    (tmp_path / "sounds").mkdir()
+    (tmp_path / "sounds" / "a.wav").write_bytes(wav_bytes(np.arange(400)[:, None]))
+    refused(train, *SMALL, "--length", 8, "--data", tmp_path / "sounds", "--out",
+            tmp_path / "sounds" / "run", match="choose another --out")
     (tmp_path / "loop").symlink_to("loop")
     encode = ("encode", "--ckpt", folder / "ckpt.pt", folder / "test.txt")
     refused(compress, *encode, tmp_path / "loop", match="a loop of symbolic links")
@@ -2396,6 +2450,7 @@ def test_a_second_run_in_one_folder_ends_before_it_begins(tmp_path):
     with pytest.raises(ValueError, match="another run is at work"):
         train.prepare_folder(c, False)
     lock.close()
+    (folder / "log.csv").touch()                           # of a run that saved nothing yet
     train.prepare_folder(c, False)
 
 

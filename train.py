@@ -7,7 +7,8 @@
     python train.py --evaluate out/pydoc/ckpt.pt        the number, its standard error, the protocol
     torchrun --nproc_per_node=2 train.py                on two GPUs, each with half of every batch
 
-A run writes ckpt.pt, log.csv, a piece of the test split, samples.png of images and results.json.
+A run writes ckpt.pt, log.csv, a piece of the test split, results.json, and samples of images (.png)
+or audio (.png, .wav).
 """
 import argparse
 import collections
@@ -187,8 +188,9 @@ class Run:
 def train(run, data, folder):
     """Steps until the run is over, or Ctrl-C. True if it was completed."""
     stop, losses = [], collections.deque(maxlen=50)
-    signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
-               if hasattr(signal, name)]                   # Ctrl-C, or the end of a job's time
+    signals = [signal.SIGINT, signal.SIGTERM]              # Ctrl-C, or the end of a job's time
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # no nohup
+        signals.append(signal.SIGHUP)
     old = [signal.signal(number, lambda *_: stop.append(1)) for number in signals]
     saved = said = time.perf_counter()
     begin = saved - run.seconds
@@ -207,7 +209,7 @@ def train(run, data, folder):
             if run.loss == run.model.loss:
                 raise
             print(f"going on without torch.compile ({type(error).__name__})", file=sys.stderr)
-            run.loss = run.model.loss
+            run.loss, run.optimizers[-1].orthogonal = run.model.loss, orthogonal
             continue
         if run.rank:                                       # the first process tells and saves
             continue
@@ -411,9 +413,9 @@ def bound(model, chunks, passes=None, seconds=25):
         done += len(i)
         if time.perf_counter() > end:
             break
-    speed = done * D / (time.perf_counter() - begin)
-    return mean_and_error((nats / met)[met > 0], D) | dict(
-        passes=-(-done // N), speed=speed, chunks=int((met > 0).sum()))
+    found = mean_and_error((nats / met)[met > 0], D)       # waits for a GPU
+    return found | dict(passes=-(-done // N), speed=done * D / (time.perf_counter() - begin),
+                        chunks=int((met > 0).sum()))
 
 
 @torch.no_grad()
@@ -497,7 +499,8 @@ def describe(r):
              f"for comparison, bits/{unit}: {others}",
              f"loss components L_t in bits, t = 1..{len(r['L_smooth'][0])}:"]
     for row in r["L_smooth"]:
-        heights = [part.mean() / row[0] for part in np.array_split(row, min(48, len(row)))]
+        parts = np.array_split(np.array(row) / max(row[0], 1e-9), min(48, len(row)))
+        heights = [part.mean() for part in parts]
         bars = "".join(" ▁▂▃▄▅▆▇█"[round(8 * min(max(part, 0), 1))] for part in heights)
         lines.append(f"  {row[0]:.2f} {bars} {row[-1]:.2f}")
     lines.append(f"network calls   bits/{unit} predicted from L_t   measured (exact)")
@@ -515,7 +518,7 @@ def plot(folder, results, log):
     L = np.array(results["L_smooth"])
     budgets = np.unique(np.geomspace(len(L), L.size, 30).round().astype(int)).tolist()
     costs = [cost / L.shape[1] for cost in planner.costs(L, budgets).values()]
-    exact = [(row["calls"], row["bits"]) for row in results["calls"] if "bits" in row]
+    exact = [row for row in results["calls"] if "bits" in row]
     _, seconds, training, validation = zip(*log) if log else [()] * 4
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(15, 4))
     left.plot(seconds, training, label="training")
@@ -525,7 +528,8 @@ def plot(folder, results, log):
         middle.plot(range(1, len(row) + 1), row, label=f"stage {s}")
     middle.set(xlabel="t", ylabel="loss component $L_t$, bits", ylim=0)
     right.plot(budgets, costs, label="predicted from $L_t$")
-    right.plot(*zip(*exact), "o", label="measured")
+    right.plot([row["calls"] for row in exact], [row["bits"] for row in exact], "o",
+               label="measured")
     right.set(xlabel="network calls", ylabel="bits per dimension", xscale="log")
     for part in (left, middle, right):
         part.legend()
@@ -540,7 +544,7 @@ def parse():
     parser = datasets.Parser(description=__doc__.split("\n")[0])
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--resume", action="store_true", help="go on with the run in --out (default: "
-                      "out/pydoc)")
+                      "out/<data>)")
     what.add_argument("--evaluate", metavar="CKPT", help="only evaluate this checkpoint")
     parser.add_argument("--plot", action="store_true", help="also draw results.png (matplotlib)")
     for field in dataclasses.fields(Settings):
@@ -612,13 +616,17 @@ def prepare_folder(c, going_on):
     """Sets aside checkpoint, log and results of an earlier run. ValueError if the run would write
     over its own data, or over files that no run has written."""
     folder = Path(c.out)
-    names = {*datasets.PIECES.values(), "log.csv", "results.json", "samples.png", "results.png"}
-    if not list(folder.glob("ckpt*.pt")) and any((folder / name).exists() for name in names):
+    names = {*datasets.PIECES.values(), "log.csv", "results.json", "samples.png", "samples.wav",
+             "results.png"}
+    of_a_run = (folder / ".lock").exists() or list(folder.glob("ckpt*.pt"))
+    if not of_a_run and any((folder / name).exists() for name in names):
         raise ValueError(f"{c.out} has files of the names that a run writes, and no checkpoint: "
                          "choose another --out")
-    if os.path.isfile(c.data) and Path(c.data).resolve().parent == folder.resolve():
-        raise ValueError(f"--data {c.data}: a run in {c.out} might write over it; choose another "
-                         "--out")
+    place = Path(c.data).resolve()
+    if folder.resolve() == place.parent if place.is_file() else (
+            place.is_dir() and folder.resolve().is_relative_to(place)):
+        raise ValueError(f"--data {c.data}: a run in {c.out} might write over it or into it; "
+                         "choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / ".lock", "w")
     try:
@@ -696,7 +704,8 @@ def main():
         run.restore(checkpoint)
         finished = (Path(c.out) / "results.json").exists() or run.step > (c.steps or run.step)
         if run.progress >= 1 and finished:
-            raise ValueError(f"the run is at step {run.step}, its end: give it more --steps")
+            raise ValueError(f"the run is at step {run.step}, its end: give it more --steps or "
+                             "--minutes")
     share(torch.zeros(1), mean=True)                       # all have read the checkpoint
     folder, lock = prepare_folder(c, going_on) if rank == 0 else (Path(c.out), None)
     sizes = ", ".join(f"{name} {len(part):,}" for name, part in data.splits.items())

@@ -157,15 +157,16 @@ def steps_in(minutes, variants, data):
     return {name: int(60 * minutes / each) for name, each in zip(variants, seconds)}
 
 
-def without(ingredients, args, data, minutes):
-    """Bits of validation data with the recipe, and without each of its ingredients."""
-    variants = {"nothing": contextlib.nullcontext(), **ingredients}
-    steps, bits = steps_in(minutes, variants, data), collections.defaultdict(list)
+def without(ingredients, args, data, minutes, steps=None):
+    """Bits of validation data with the recipe, and without each of its ingredients. steps: of every
+    run; if not given, as many as it makes in these minutes."""
+    variants, bits = {"nothing": contextlib.nullcontext(), **ingredients}, {}
+    steps = dict.fromkeys(variants, steps) if steps else steps_in(minutes, variants, data)
     for seed in range(args.seeds):
         for name, patch in variants.items():
             run, _ = trained(patches=[patch], seed=seed, data=data, steps=steps[name])
             found = train.bound(run.ema, data.chunks("valid"), passes=args.passes)
-            bits[name].append(found["bits"])
+            bits.setdefault(name, []).append(found["bits"])
             print(f"  seed {seed} without {name}: {found['bits']:.4f}", flush=True)
     rows = []
     for name, each in bits.items():
@@ -198,13 +199,13 @@ def weighted(factor):
 
 
 def bench_weights(args):
-    """Other losses than Eq. 2's for the default text run, in equal time, bits/char of its
-    validation split: the sum over the unknown variables without the weight 1/(D-t+1), as BERT has
-    it (times 2, so that it is as large), and Eq. 2's with 1e-4 of this sum, in bits/dim both, as
-    the paper's runs had it (App. D: no substantial difference)."""
+    """Other losses than Eq. 2's for the default text run, bits/char of its validation split after
+    as many steps (a step takes the same time with each): the sum over the unknown variables
+    without the weight 1/(D-t+1), as BERT has it (times 2, so that it is as large), and Eq. 2's with
+    1e-4 of this sum, as the paper's runs had it (App. D: no substantial difference)."""
     losses = {"the sum without a weight": weighted(lambda unknown: 2 * unknown),
               "Eq. 2 and 1e-4 of the sum": weighted(lambda unknown: 1 + 1e-4 * unknown)}
-    rows = without(losses, args, datasets.load("pydoc"), args.minutes or 2.75)
+    rows = without(losses, args, datasets.load("pydoc"), None, 10 if args.minutes else 3600)
     rows[0]["without"] = "Eq. 2"
     return [{"loss": row.pop("without")} | row for row in rows]
 
@@ -383,10 +384,10 @@ PAST = [mock.patch.object(nets, "ARDM", LeftToRight),
 def bench_prices(args):
     """The price of any order: the model of section text8 on 32 test chunks, exact bits/char in one
     order for all, in random orders, and the bound of Eq. 2 tightened by R orders, -log of the mean
-    of p(x | sigma_r). Last, a Transformer of the same size that sees the past alone, trained for
-    the same minutes, on the same chunks and on all of them. The standard errors are over chunks.
+    of p(x | sigma_r). Last, a Transformer of the same size that sees the past alone, trained for as
+    many steps, on the same chunks and on all of them. The standard errors are over chunks.
     (In the paper, on the test data of text8: left to right 1.35, OA-ARDM 1.43.)"""
-    model, _ = nets.load(RUNS / "text8-ours" / "ckpt.pt")
+    model, checkpoint = nets.load(RUNS / "text8-ours" / "ckpt.pt")
     data, D, rows = text8_prefix(), model.D, []
     x = train.spread(data.chunks("test"), 32).long()
 
@@ -402,7 +403,7 @@ def bench_prices(args):
         parts = nats.view(-1, R, len(x))                   # 16 / R bounds, their mean
         row(f"the bound by R = {R} orders", (np.log(R) - (-parts).logsumexp(dim=1)).mean(dim=0))
     with patched(PAST):
-        run, _ = trained(data=data, length=250, batch=12, minutes=args.minutes or 10)
+        run, _ = trained(data=data, length=250, batch=12, steps=checkpoint["step"])
         with torch.no_grad():
             row(f"left to right alone, {run.step:,} steps", run.ema.loss(x))
             row("the same, all chunks", torch.cat([
@@ -700,7 +701,8 @@ def bench_single(args):
 
 
 def bench_packers(args):
-    """PNG and WebP (by Pillow) of the first 1,000 test images, each by itself, bits/dim."""
+    """PNG and WebP (by Pillow) and JPEG XL (cjxl -e 9, where it is installed) of the first 1,000
+    test images, each by itself, bits/dim."""
     from PIL import Image
     rows = []
     for name in ("mnist", str(CIFAR)):
@@ -712,6 +714,13 @@ def bench_packers(args):
             for image in images:
                 Image.fromarray(image.squeeze()).save(file, kind, **how)
             row[kind] = 8 * file.tell() / images.size
+        if shutil.which("cjxl"):
+            total, paths = 0, [RUNS / "image.png", RUNS / "image.jxl"]
+            for image in images:
+                Image.fromarray(image.squeeze()).save(paths[0])
+                subprocess.run(["cjxl", *paths, "-d", "0", "-e", "9", "--quiet"], check=True)
+                total += paths[1].stat().st_size
+            row["JPEG XL"] = 8 * total / images.size
         rows.append(row)
     return rows
 
