@@ -308,6 +308,7 @@ def settle(args):
     source = datasets.Source(args.input or piece, settings)
     usual = min(S * D, CALLS.get(kind, -(-S * D // 4)))
     calls = usual if args.calls is None else args.calls
+    even = planner.uniform_plan(S, D, calls)
     spaced = f"spaced:{-(-S * D // calls)}"
     order = args.order or {"image": "random:1", "audio": "halves"}.get(kind, spaced)
     if checkpoint.get("L") is None and "optimizer" in checkpoint:
@@ -315,7 +316,7 @@ def settle(args):
               "its archives", file=sys.stderr)
 
     def codec(order):
-        plan = planner.uniform_plan(S, D, calls)
+        plan = even
         if order.startswith("random") and checkpoint.get("L") is not None:
             plan = planner.plan(planner.smooth(checkpoint["L"], checkpoint["counts"]), calls)
         ks = [[k for stage, _, k in plan if stage == s] for s in range(1, S + 1)]

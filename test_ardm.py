@@ -2304,8 +2304,8 @@ def test_image_files_come_back_byte_for_byte_whatever_is_around_the_pixels(galle
             parts = compress.decode_file(archive, codec, header["length"])
             datasets.write_back(out, header, settings, (part for _, part in parts))
         assert back.read_bytes() == content
-    np.save(path, pixels > 9)
-    source = datasets.Source(path, settings)
+    np.save(tmp_path / "mask.npy", pixels > 9)
+    source = datasets.Source(tmp_path / "mask.npy", settings)
     header = dict(head=source.head.tobytes().decode("latin-1"), tail="", length=source.n)
     with datasets.write(back) as out:                      # some are left out
         datasets.write_back(out, header, settings, [source.read(90, 180)])
