@@ -428,8 +428,8 @@ class WaveNet(nn.Module):
         interval that the digits so far leave. In proportion to that no number is large: machines
         agree, and a scale that is to be without bounds stays in those of float32."""
         weight, place, width = out.to(torch.promote_types(out.dtype, torch.float32)).chunk(3, dim=1)
-        start = torch.linspace(-2, 0, self.num_outputs // 3, device=out.device)[:, None]
-        scale = reach.log() + (start + width).clamp(-STEEPEST, STEEPEST)
+        start = torch.linspace(-2, 0, self.num_outputs // 3, device=out.device, dtype=weight.dtype)
+        scale = reach.log() + (start[:, None] + width).clamp(-STEEPEST, STEEPEST)
         scale = scale.clamp(min=NARROWEST)
         return torch.cat((anchor, weight, centre + reach * place, scale), dim=1)
 
