@@ -237,7 +237,7 @@ def open_codec(header, model, settings, name):
         if type(length) is not int or not 0 <= length < 1 << 60:
             raise ValueError
         if settings["kind"] in ("image", "audio"):
-            _, shape, axes, _ = datasets.layout(np.frombuffer(head, np.uint8), name, whole=False)
+            _, shape, axes, *_ = datasets.layout(np.frombuffer(head, np.uint8), name, whole=False)
             found = [shape[axis] for axis in axes]
             wanted = [length // model.D, *settings["shape"]]
             if length % found[0] if settings["kind"] == "audio" else found != wanted:

@@ -62,7 +62,7 @@ SOURCES = {                          # file -> where from, md5 or SHA-256 (of a 
     "train-images-idx3-ubyte.gz": (MNIST, "f68b3c2dcbeaaa9fbdd348bbdeb94873"),
     "t10k-images-idx3-ubyte.gz": (MNIST, "9fb629c4189551a2d022fa330f9573f3")}
 LARGEST = 1 << 31                    # bytes that a file may unpack to
-PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"PK\x03\x04")             # gzip, bz2, xz, zip
+PACKED = {b"\x1f\x8b": gzip, b"BZh": bz2, b"\xfd7zXZ": lzma, b"PK\x03\x04": zipfile}
 FOREIGN = {                          # first bytes of what is not read
     b"\x89PNG": "a PNG picture", b"\xff\xd8\xff": "a JPEG picture", b"GIF8": "a GIF picture",
     b"%PDF": "a PDF document", b"RIFF": "a WAV, WebP or another RIFF file", b"fLaC": "FLAC audio",
@@ -73,8 +73,8 @@ FOREIGN = {                          # first bytes of what is not read
     b"\x28\xb5\x2f\xfd": "packed by zstd",
     b"SQLite format 3": "an SQLite database", b"\x80\x02": "a pickle", b"\x80\x03": "a pickle",
     b"\x80\x04": "a pickle", b"\x80\x05": "a pickle"}
-SYMBOLS = np.full(256, 255, np.uint8)                      # byte -> symbol of K = 27
-SYMBOLS[list(b" abcdefghijklmnopqrstuvwxyz")] = range(27)
+OTHER = re.compile(rb"[^a-z ]")      # what has no symbol where K = 27
+WAVS = r"(?i)(^|/)(?!\._)[^/]*\.wav$|(testing|validation)_list\.txt$"    # ._* are a Mac's
 PACKERS = {"bz2": bz2.compress, "xz": lzma.compress, "zlib": zlib.compress}
 SOUND_PACKERS = {                    # used where they are installed
     "FLAC -8": ("flac", "-8", "--no-padding", "--no-seektable", "--silent", "-c", "-"),
@@ -198,26 +198,21 @@ def read(path, mapped=False):
 def unpack(content, name, member=""):
     """(n,) uint8 without what packs it, layer by layer: gzip, bz2, xz, or a zip file with one
     member (or one of that name). ValueError for what is damaged, or too large."""
-    start = content[:8].tobytes()
-    if not start.startswith(PACKED):
+    packer = packer_of(content)
+    if packer is None:
         return content
     packed = io.BytesIO(content)                           # a copy
     try:
-        if start.startswith(b"\x1f\x8b"):
-            inner = gzip.open(packed).read(LARGEST)
-        elif start.startswith(b"BZh"):
-            inner = bz2.open(packed).read(LARGEST)
-        elif start.startswith(b"\xfd7zXZ"):
-            inner = lzma.open(packed).read(LARGEST)
-        else:
-            with zipfile.ZipFile(packed) as archive:
-                names = [one for one in archive.namelist()
-                         if not re.search(r"/$|^__MACOSX/|\.DS_Store$", one)]
-                found = [one for one in names if member in ("", one.removesuffix(".npy"))]
-                if len(found) != 1:
-                    raise ValueError(f"one file is wanted, it holds {', '.join(names[:9])} (of a "
-                                     ".npz name one: FILE.npz:NAME)")
-                inner = archive.open(*found).read(LARGEST)
+        if packer is zipfile:
+            archive = zipfile.ZipFile(packed)
+            names = [one for one in archive.namelist()
+                     if not re.search(r"/$|^__MACOSX/|\.DS_Store$", one)]
+            found = [one for one in names if member in ("", one.removesuffix(".npy"))]
+            if len(found) != 1:
+                raise ValueError(f"one file is wanted, it holds {', '.join(names[:9])} (of a .npz "
+                                 "name one: FILE.npz:NAME)")
+            packed, packer = found[0], archive
+        inner = packer.open(packed).read(LARGEST)
         if len(inner) == LARGEST:
             raise ValueError(f"it unpacks to more than {LARGEST:,} bytes")
     except (zipfile.BadZipFile, lzma.LZMAError, zlib.error, RuntimeError, EOFError, OSError,
@@ -226,13 +221,19 @@ def unpack(content, name, member=""):
     return unpack(np.frombuffer(bytearray(inner), np.uint8), name)
 
 
+def packer_of(content):
+    """The module that unpacks the bytes (n,), by the first ones; or None."""
+    start = content[:8].tobytes()
+    return next((PACKED[magic] for magic in PACKED if start.startswith(magic)), None)
+
+
 def layout(content, name, whole=True):
     """Where images lie in the bytes of a .npy or idx file: offset, shape, the axes that make it
-    (N, C, H, W), type; the same of samples in a .wav file, (channels, n); None for other files.
-    ValueError for an array that is not images, or cut off."""
-    if is_wav(content):
-        return *wav_layout(content, name)[:2], [1, 0], "<i2"
+    (N, C, H, W), type, order; the same of samples in a .wav file, (channels, n); None for other
+    files. ValueError for an array that is not images, or cut off."""
     start, offset, fortran, kind = content[:1 << 16].tobytes(), 16, False, np.dtype(np.uint8)
+    if start[:4] == b"RIFF" and start[8:12] == b"WAVE":
+        return *wav_layout(content, name)[:2], [1, 0], "<i2", "C"
     if start.startswith(b"\x93NUMPY"):
         file = io.BytesIO(start)
         try:
@@ -259,9 +260,7 @@ def layout(content, name, whole=True):
         raise ValueError(f"{name} is cut off: its header promises more pixels")
     axes = [0, 1, 2, 3] if colours == [1] else [0, 3, 1, 2]
     shape = (*shape, 1) if grey else shape
-    if fortran:                                            # the same bytes seen the other way
-        shape, axes = shape[::-1], [3 - axis for axis in axes]
-    return offset, shape, axes, np.uint8
+    return offset, shape, axes, np.uint8, "F" if fortran else "C"
 
 
 def wav_layout(content, name):
@@ -291,31 +290,22 @@ def wav_layout(content, name):
     return begin, (min(size, there) // (2 * channels), channels), rate
 
 
-def is_wav(content):
-    """True if the bytes (n,) begin as a WAV file does."""
-    start = content[:12].tobytes()
-    return start[:4] == b"RIFF" and start[8:] == b"WAVE"
-
-
-def wavs(place, name=None):
-    """Yields (name, content) of the .wav files in a folder, or in a tar, given by its path or as an
-    open file of that name, and the lists that name parts of them. ._* are a Mac's, and no sound."""
-    wanted = re.compile(r"(^|/)(?!\._)[^/]*\.wav$|(testing|validation)_list\.txt$", re.IGNORECASE)
-    if isinstance(place, (str, Path)) and os.path.isdir(place):
-        for path in sorted(Path(place).rglob("*")):
-            if path.is_file() and wanted.search(path.as_posix()):
-                yield path.relative_to(place).as_posix(), read(path)
+def members(name, wanted, file=None):
+    """Yields (name, content) of what matches `wanted` in a folder, or in a tar, given by its path
+    or as an open file; nothing is unpacked to the disk."""
+    if file is None and os.path.isdir(name):
+        for path in sorted(Path(name).rglob("*")):
+            if path.is_file() and re.search(wanted, path.as_posix()):
+                yield path.relative_to(name).as_posix(), read(path)
         return
-    how = dict(fileobj=place) if hasattr(place, "read") else dict(name=place)
     try:
-        with tarfile.open(**how) as archive:
+        with tarfile.open(name, fileobj=file) as archive:
             for member in archive:
-                if member.isfile() and wanted.search(member.name):
+                if member.isfile() and re.search(wanted, member.name):
                     content = archive.extractfile(member).read(LARGEST)
                     yield member.name.removeprefix("./"), np.frombuffer(content, np.uint8)
     except (tarfile.TarError, zlib.error, EOFError, gzip.BadGzipFile) as error:
-        raise ValueError(f"{name or place}: a tar file that cannot be read: "
-                         f"{str(error).splitlines()[0]}")
+        raise ValueError(f"{name}: a tar file that cannot be read: {str(error).splitlines()[0]}")
 
 
 def array_in(content, name):
@@ -324,9 +314,8 @@ def array_in(content, name):
     found = layout(content, name)
     if found is None:
         return None
-    offset, shape, axes, kind = found
-    size = math.prod(shape) * np.dtype(kind).itemsize
-    return content[offset:offset + size].view(kind).reshape(shape).transpose(axes)
+    offset, shape, axes, kind, order = found
+    return np.ndarray(shape, kind, content, offset, order=order).transpose(axes)
 
 
 def refuse_foreign(content, name):
@@ -382,14 +371,14 @@ class Text:
 
     def __init__(self, name, stream, length, device="cpu"):
         self.name, self.D, self.shape = name, length, (length,)
-        self.kind, self.K = ("text", 27) if is_text(stream) else ("bytes", 256)
+        self.kind, self.K = ("bytes", 256) if OTHER.search(stream) else ("text", 27)
         self.digest = hashlib.sha256(stream).hexdigest()
         n = len(stream)
         if n < 20 * length:
             raise ValueError(f"{name}: {n} characters are too few for chunks of {length}, it takes "
                              f"{20 * length}: use a longer text or a smaller --length")
-        for part in pieces(stream) if self.K == 27 else ():
-            part[:] = SYMBOLS[part]                        # in place, as a text may be large
+        if self.K == 27:
+            stream &= 31                                   # space 32 -> 0, a..z 97.. -> 1..26
         parts = torch.from_numpy(stream).to(device).tensor_split((n * 90 // 100, n * 95 // 100))
         self.splits = dict(zip(("train", "valid", "test"), parts))
 
@@ -533,12 +522,11 @@ def load(name, length=None, bits=8, device="cpu", chunk=64):
     if name == "fsdd":
         there = [*folder().rglob("recordings"), *folder().rglob("free-spoken-digit-dataset*.gz")]
         place = there[0] if there else fetch("v1.0.10.tar.gz").filename
-        return audio(name, wavs(place), length or 2048, device, test=r"_[0-4]\.wav$")
+        return audio(name, members(place, WAVS), length or 2048, device, test=r"_[0-4]\.wav$")
     if name == "sc09":
-        digits = re.compile("(zero|one|two|three|four|five|six|seven|eight|nine)/|.*_list.txt")
+        digits = r"^(\./)?(zero|one|two|three|four|five|six|seven|eight|nine)/.*\.wav$|_list\.txt$"
         place = fetch("speech_commands_v0.02.tar.gz").filename
-        files = ((file, content) for file, content in wavs(place) if digits.match(file))
-        return audio(name, files, length or 16000, device, pad=16000)
+        return audio(name, members(place, digits), length or 16000, device, pad=16000)
     if name in NAMES:
         return Text(name, fetch(f"{name}.zip"), length or chunk, device)
     return load_file(name, length, bits, device, chunk)
@@ -551,20 +539,20 @@ def load_file(name, length, bits, device, chunk):
     if not os.path.lexists(path):
         raise ValueError(f"--data {name}: no such file, and none of the names {', '.join(NAMES)}")
     if os.path.isdir(path):
-        return audio(name, wavs(path), length or 2048, device)
+        return audio(name, members(path, WAVS), length or 2048, device)
     content = unpack(read(path), path, member)
-    if is_wav(content):
+    array = array_in(content, name)
+    if array is not None and array.ndim == 2:              # (channels, n)
         return audio(name, [(path, content)], length or 2048, device)
-    images = array_in(content, name)
-    if images is not None:
-        n = len(images) // 10
-        return Images(name, images[n:], images[:n], bits, device)
+    if array is not None:
+        n = len(array) // 10
+        return Images(name, array[n:], array[:n], bits, device)
     if content[257:262].tobytes() == b"ustar":
         start = content[:512].tobytes()
         if b"_batch" in start or b"cifar" in start:
             name = f"a part of cifar10, {name}"
             return Images(name, *cifar10(content, name), bits, device, flips=True)
-        return audio(name, wavs(io.BytesIO(content), name), length or 2048, device)
+        return audio(name, members(name, WAVS, io.BytesIO(content)), length or 2048, device)
     refuse_foreign(content, name)
     if len(content) == 0:
         raise ValueError(f"{name} is empty")
@@ -582,20 +570,15 @@ def pydoc():
 def cifar10(content, name):
     """CIFAR-10's binary version, or a part of it: train and test, (N, 3, 32, 32) each.
 
-    A record is a byte for the label and 3,072 for the pixels; nothing is unpacked to the disk.
+    A record is a byte for the label and 3,072 for the pixels.
     """
-    parts = {}
+    wanted = r"(^|/)(data_batch_[1-5]|test_batch)\.bin$"
     try:
-        with tarfile.open(fileobj=io.BytesIO(content)) as archive:
-            for member in archive:
-                base = Path(member.name).name
-                if member.isfile() and re.fullmatch(r"(data_batch_[1-5]|test_batch)\.bin", base):
-                    records = archive.extractfile(member).read(LARGEST)
-                    pixels = np.frombuffer(records, np.uint8).reshape(-1, 3073)[:, 1:]
-                    parts[base] = pixels.reshape(-1, 3, 32, 32)
+        parts = {Path(file).name: records.reshape(-1, 3073)[:, 1:].reshape(-1, 3, 32, 32)
+                 for file, records in members(name, wanted, io.BytesIO(content))}
         test = parts.pop("test_batch.bin")
         return np.concatenate([parts[part] for part in sorted(parts)]), test
-    except (tarfile.TarError, OSError, EOFError, ValueError, KeyError) as error:
+    except (ValueError, KeyError) as error:
         raise ValueError(f"{name} is no tarball of CIFAR-10's binary version with a data_batch and "
                          f"the test_batch, or a damaged one ({error})")
 
@@ -662,16 +645,6 @@ def tones(n, seed=0):
 
 # -- Symbols, characters and pictures --------------------------------------------------------------
 
-def pieces(stream):
-    """(n,) uint8 -> [views of it, of 2^24 bytes at most]."""
-    return np.array_split(stream, 1 + (len(stream) >> 24))
-
-
-def is_text(stream):
-    """True if (n,) uint8 holds nothing but a-z and space."""
-    return all((SYMBOLS[part] < 27).all() for part in pieces(stream))
-
-
 def to_symbols(stream, K, start=0):
     """bytes -> (n,) uint8: the bytes themselves, or for K = 27 space 0 and a-z 1..26; uint16 for
     the samples of audio.
@@ -680,14 +653,13 @@ def to_symbols(stream, K, start=0):
     """
     if K > 256:
         return np.frombuffer(stream, "<u2").astype(np.uint16) ^ 0x8000
-    values = np.frombuffer(stream, dtype=np.uint8)
-    symbols = values.copy() if K == 256 else SYMBOLS[values]
-    wrong = np.flatnonzero(symbols >= K)
-    if len(wrong):
-        char = bytes(stream[wrong[0]:wrong[0] + 4]).decode("utf-8", errors="replace")[0]
-        raise ValueError(f"character {char!r} at position {start + wrong[0]}: this model knows a-z "
-                         "and space alone")
-    return symbols
+    wrong = OTHER.search(stream) if K == 27 else None
+    if wrong:
+        at = wrong.start()
+        char = bytes(stream[at:at + 4]).decode("utf-8", errors="replace")[0]
+        raise ValueError(f"character {char!r} at position {start + at}: this model knows a-z and "
+                         "space alone")
+    return np.frombuffer(stream, np.uint8) & (31 if K == 27 else 255)    # a copy
 
 
 def to_bytes(symbols, K):
@@ -730,30 +702,28 @@ def grid(images, columns):
     return picture[..., :3] if C > 2 else picture[..., 0]
 
 
-def png(*frames, seconds=0.2):
-    """uint8 (H, W) or (H, W, 3) -> the bytes of a PNG file; an animated one for several frames,
+def png(*frames):
+    """uint8 (H, W) or (H, W, 3) -> the bytes of a PNG file; several are a film of five a second,
     which shows the last frame longest."""
-    def chunk(kind, *values, layout=">", content=b""):
-        content = struct.pack(layout, *values) + content
+    def chunk(kind, layout="", *values, content=b""):
+        content = struct.pack(">" + layout, *values) + content
         checksum = zlib.crc32(kind + content)
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
 
     H, W = frames[0].shape[:2]
     colour = 2 if frames[0].ndim == 3 else 0
-    parts = [chunk(b"IHDR", W, H, 8, colour, 0, 0, 0, layout=">IIBBBBB")]
+    parts = [chunk(b"IHDR", "IIBBBBB", W, H, 8, colour, 0, 0, 0)]
     if len(frames) > 1:
-        parts.append(chunk(b"acTL", len(frames), 0, layout=">II"))
+        parts.append(chunk(b"acTL", "II", len(frames), 0))
     for i, frame in enumerate(frames):
         rows = np.pad(frame.reshape(H, -1), ((0, 0), (1, 0)))            # filter 0: as they are
         pixels = zlib.compress(rows.tobytes(), 9)
         if len(frames) > 1:
-            pause = round(1000 * seconds) * (10 if i == len(frames) - 1 else 1)
-            parts.append(chunk(b"fcTL", max(0, 2 * i - 1), W, H, 0, 0, pause, 1000, 0, 0,
-                               layout=">IIIIIHHBB"))
-        if i == 0:
-            parts.append(chunk(b"IDAT", content=pixels))
-        else:
-            parts.append(chunk(b"fdAT", 2 * i, layout=">I", content=pixels))
+            pause = 200 if i < len(frames) - 1 else 2000   # milliseconds
+            parts.append(chunk(b"fcTL", "IIIIIHHBB", max(0, 2 * i - 1), W, H, 0, 0, pause, 1000,
+                               0, 0))
+        parts.append(chunk(b"fdAT", "I", 2 * i, content=pixels) if i else
+                     chunk(b"IDAT", content=pixels))
     return b"".join([b"\x89PNG\r\n\x1a\n", *parts, chunk(b"IEND")])
 
 
@@ -805,37 +775,34 @@ class Source:
 
     def __init__(self, path, settings):
         self.path, self.kind, self.K = path, settings["kind"], settings["K"]
-        self.shape, begin = tuple(settings["shape"]), 0
-        self.content = read(path, mapped=True)
-        self.n = len(self.content)
-        self.array, end = None, self.n
-        if self.kind != "bytes":                           # a model of bytes codes any file
-            if self.content[:8].tobytes().startswith(PACKED):
-                raise ValueError(f"{path} is packed: unpack it first")
-            if self.kind != "text":
-                self.array = array_in(self.content, path)
-            if self.array is None:
-                refuse_foreign(self.content, path)
+        self.array = content = read(path, mapped=True)
+        begin, end = 0, len(content)
+        if self.kind != "bytes" and packer_of(content):    # a model of bytes codes any file
+            raise ValueError(f"{path} is packed: unpack it first")
+        if self.kind == "text":
+            refuse_foreign(content, path)
         if self.kind in ("image", "audio"):
-            found = () if self.array is None else self.array.shape
-            image = self.kind == "image"
-            if found[1:] != self.shape if image else len(found) != 2:
-                wanted = f"(C, H, W) = {self.shape}" if image else "(channels, n), a .wav file"
+            self.array, found = array_in(content, path), ()
+            if self.array is None:
+                refuse_foreign(content, path)
+            else:
+                found = self.array.shape
+            shape, image = tuple(settings["shape"]), self.kind == "image"
+            if found[1:] != shape if image else len(found) != 2:
+                wanted = f"(C, H, W) = {shape}" if image else "(channels, n), a .wav file"
                 raise ValueError(f"{path} holds {found or 'something else'}, the model codes "
                                  + wanted)
-            begin = layout(self.content, path)[0]
-            self.n = self.array.size
+            begin = layout(content, path)[0]
             end = begin + self.array.nbytes
-        self.head, self.tail = self.content[:begin], self.content[end:]
+        self.n = self.array.size
+        self.head, self.tail = content[:begin], content[end:]
 
     def read(self, i, j):
         """Symbols i..j, (j - i,) uint8; of images whole ones, colour by colour; of audio uint16,
         channel by channel."""
-        if self.array is None:
-            return torch.from_numpy(to_symbols(self.content[i:j], self.K, i))
         part = np.array(self.array.flat[i:j])
-        if self.kind == "audio":
-            return torch.from_numpy(to_symbols(part.tobytes(), self.K))
+        if self.kind != "image":
+            return torch.from_numpy(to_symbols(part.tobytes(), self.K, i))
         if part.max(initial=0) >= self.K:
             raise ValueError(f"{self.path} holds the value {part.max()}, the model knows 0 to "
                              f"{self.K - 1}; of 8-bit images it knows array // {256 // self.K}")
@@ -858,12 +825,14 @@ def write_back(file, header, settings, parts):
 def write_array(file, head, tail, settings, length, parts):
     """`write_back` of images and audio, each value put where it was in the file."""
     content = np.frombuffer(head, np.uint8)
-    offset, shape, axes, kind = layout(content, "the archive", whole=False)
+    offset, shape, axes, kind, order = layout(content, "the archive", whole=False)
     if settings["kind"] == "audio":
         shape = (length // shape[1], shape[1])
     file.write(head)
     file.truncate(offset + length * np.dtype(kind).itemsize)
-    stored = np.memmap(file, kind, "r+", offset, shape) if length else np.empty(shape, kind)
+    stored = np.empty(shape, kind)                         # a file of no symbols cannot be mapped
+    if length:
+        stored = np.memmap(file, kind, "r+", offset, shape, order)
     array, n = stored.transpose(axes), 0
     for part in parts:
         array.flat[n:n + len(part)] = np.frombuffer(to_bytes(part, max(256, settings["K"])), kind)

@@ -493,13 +493,9 @@ class MixtureARDM(ARDM):
         self.base = min(16, K)
         self.draws = num_stages(K, self.base)
 
-    def place(self, digit):
-        """The place value of the digit of that number, from 1."""
-        return self.base ** (self.draws - digit)
-
     def symbol(self, x, s):
         """The digit number s of x, (B, D) in 0..15."""
-        return x // self.place(s) % self.base
+        return x // self.base ** (self.draws - s) % self.base
 
     def predict(self, x, m, t, s):
         """The parameters of every variable's mixture, (B, D, outputs)."""
@@ -513,7 +509,7 @@ class MixtureARDM(ARDM):
         """Values (n,) of the variables in `where`, digit by digit from their mixtures (n, ...)."""
         value = torch.zeros(len(mixture), dtype=torch.long, device=mixture.device)
         for digit in range(1, self.draws + 1):
-            unit = self.place(digit)
+            unit = self.base ** (self.draws - digit)
             log_p = digit_log_p(mixture, value, unit, self.base, self.K)
             value = value + unit * choose(log_p, where, digit)
         return value

@@ -17,7 +17,6 @@ import re
 import shutil
 import sys
 import time
-import unicodedata
 from contextlib import suppress
 from pathlib import Path
 
@@ -196,50 +195,43 @@ def draw(model, x, todo, args):
     n, device = len(x), next(model.parameters()).device
     rows = min(model.rows, max(2, 1024 // model.D) if device.type == "cpu" else 256)
     for first in range(0, n, rows):
-        samples = x[torch.arange(first, first + rows).clamp(max=n - 1)]
+        samples = x[torch.arange(first, first + rows).clamp(max=n - 1)].to(device)
         for part, known, plan, order in todo:
             size = model.S + model.draws, len(known)
             numbers = np.stack([
                 np.random.default_rng([args.seed, part.start, i]).random(size, np.float32)
-                for i in range(first, first + rows)], axis=1)
+                for i in range(first, first + rows)], axis=1)            # (S + draws, rows, D)
             sigma = torch.from_numpy(numbers[:model.S].argsort(axis=-1) + 1)
             sigma = sigma if order is None else order.expand(sigma.shape)
-            u = torch.from_numpy(numbers[model.S:]).to(device)           # (draws, rows, D)
+            choose = drawing(torch.from_numpy(numbers[model.S:]).to(device), args.temperature)
+            known, erase = known.to(device), ""
+            if args.watch:
+                choose, erase = watched(choose, model, samples[:n - first, part], known)
             with tqdm(plan, desc=f"sample {first + 1} of {n}", unit="call", leave=False,
                       disable=args.watch or None) as calls:
-                samples[:, part], sigma = fill(model, samples[:, part].to(device), calls,
-                                               sigma.to(device), known.to(device), u, args,
-                                               min(rows, n - first))
-        yield samples[:n - first], sigma[:, :n - first]
-
-
-def fill(model, x, plan, sigma, known, u, args, n):
-    """One window of some samples, x (rows, D), filled in by the plan, and its orders. The first n
-    rows are shown."""
-    choose, lines = drawing(u, args.temperature), 0
-    if args.watch:
-        choose, lines = watched(choose, model, x[:n], known)
-    if args.order == "confident":
-        x, sigma = model.generate_surest(x, plan, known, choose)
-    else:
-        sigma = known_first(sigma, known)
-        x = model.generate(x, plan, sigma, choose)
-    if args.watch:
-        print(f"\x1b[{lines}A\x1b[J", end="")              # what follows stands in its place
-    return x.cpu(), sigma.cpu()
+                if args.order == "confident":
+                    samples[:, part], sigma = model.generate_surest(samples[:, part], calls, known,
+                                                                    choose)
+                else:
+                    sigma = known_first(sigma.to(device), known)
+                    samples[:, part] = model.generate(samples[:, part], calls, sigma, choose)
+            print(erase, end="")                           # what follows stands in its place
+        yield samples[:n - first].cpu(), sigma[:, :n - first].cpu()
 
 
 def watched(choose, model, x, known):
     """`choose` that shows in a terminal how the first rows of text, x (n, D), fill in: blanks as
-    dots, the newest characters bold. Also how many lines that takes."""
+    dots, the newest characters bold; the terminal breaks the lines. Also what erases all that."""
     columns, lines = shutil.get_terminal_size()
     with suppress(OSError):                                # rather than what COLUMNS says
         columns, lines = os.get_terminal_size(1)
-    width = max(1, columns - 1)
-    height = min(-(-x.shape[1] // width), max(1, lines - 2))             # of a row of x
-    n = max(1, min(len(x), (lines - 2) // height))
+    height = -(-x.shape[1] // max(1, columns))             # no byte takes more than a column
+    n = min(len(x), (lines - 1) // height)
+    if n < 1:                                              # the window is too small
+        return choose, ""
     state, m = x[:n].clone(), known.expand(n, -1).clone()
-    print("\n" * (n * height - 1))
+    bold, plain = ("", "") if "NO_COLOR" in os.environ else ("\x1b[1m", "\x1b[0m")
+    print("\n" * n * height + f"\x1b[{n * height}A\x1b7", end="")       # makes room, and notes it
 
     def show(log_p, where, s):
         chosen = choose(log_p, where, s)
@@ -247,40 +239,24 @@ def watched(choose, model, x, known):
         a[where] = chosen
         state.copy_(torch.where(new, model.refine(state, a[:n], s), state))
         m.logical_or_(new & (s == model.S))                # earlier stages know a part of it
-        text = "".join(f"\x1b[2K{line}\n" for row in zip(state, m, new)
-                       for line in folded(characters(*row, model.K), width, height))
-        print(f"\x1b[{n * height}A{text}", end="", flush=True)
+        text = "\n".join("".join(f"{bold}{char}{plain}" if is_new else char
+                                 for char, is_new in characters(*row, model.K))
+                         for row in zip(state, m, new))
+        print(f"\x1b8\x1b[J{text}", end="", flush=True)
         time.sleep(0.05)
         return chosen
 
-    return show, n * height
-
-
-def folded(parts, width, height):
-    """(character, whether it is new) each -> so many lines, none wider than that, new ones bold."""
-    bold, plain = ("", "") if "NO_COLOR" in os.environ else ("\x1b[1m", "\x1b[0m")
-    lines, room = [""], width
-    for part, is_new in parts:
-        wide = 2 if unicodedata.east_asian_width(part) in "WF" else 1
-        if wide > room:
-            lines.append("")
-            room = width
-        lines[-1] += f"{bold}{part}{plain}" if is_new else part
-        room -= wide
-    return (lines + [""] * height)[:height]
+    return show, "\x1b8\x1b[J"
 
 
 def characters(x, known, new, K):
     """Yields (character, whether it is new) of text x (D,), a dot where a byte of it is missing."""
-    stream, i = datasets.to_bytes(x.cpu(), K), 0
-    while i < len(stream):
-        n, text = 1, "\u00b7"
-        for end in range(i + 1, i + 5):
-            with suppress(UnicodeDecodeError):
-                if known[i:end].all():
-                    n, text = end - i, stream[i:end].decode()
-                    break
-        yield text if text.isprintable() else " ", bool(new[i:i + n].any())
+    stream, i = np.frombuffer(datasets.to_bytes(x.cpu(), K), np.uint8), 0
+    stream = np.where(known.cpu(), stream, 0xFF).astype(np.uint8)        # no byte of UTF-8
+    for char in stream.tobytes().decode("utf-8", "surrogateescape"):
+        n = len(char.encode("utf-8", "surrogateescape"))
+        missing = "\udc80" <= char <= "\udcff"
+        yield char if char.isprintable() else "\u00b7" if missing else " ", bool(new[i:i + n].any())
         i += n
 
 
@@ -368,16 +344,11 @@ def parse():
     return args
 
 
-def newest():
-    """The checkpoint that is taken where none is named: of the newest run in out/, or English."""
-    found = sorted(Path("out").glob("*/ckpt.pt"), key=os.path.getmtime)
-    return str(found[-1] if found else nets.ENGLISH)
-
-
 def main():
     """Samples, blanks, completions and frames."""
     args = parse()
-    path = args.ckpt or newest()
+    path = args.ckpt or max(Path("out").glob("*/ckpt.pt"), key=os.path.getmtime,
+                            default=nets.ENGLISH)          # of the newest run, or English
     if args.ckpt is None:
         print(f"by {path}")
     model, checkpoint = nets.load(path, args.device)

@@ -188,10 +188,9 @@ class Run:
 def train(run, data, folder):
     """Steps until the run is over, or Ctrl-C. True if it was completed."""
     stop, losses = [], collections.deque(maxlen=50)
-    signals = [signal.SIGINT, signal.SIGTERM]              # Ctrl-C, or the end of a job's time
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # no nohup
-        signals.append(signal.SIGHUP)
-    old = [signal.signal(number, lambda *_: stop.append(1)) for number in signals]
+    old = {one: signal.signal(one, lambda *_: stop.append(1)) for one in signal.Signals
+           if one.name in ("SIGINT", "SIGTERM")            # Ctrl-C, or the end of a job's time
+           or one.name == "SIGHUP" and signal.getsignal(one) != signal.SIG_IGN}      # not by nohup
     saved = said = time.perf_counter()
     begin = saved - run.seconds
     bar = tqdm(total=1.0, initial=min(run.progress, 1.0), mininterval=0.5,
@@ -231,8 +230,8 @@ def train(run, data, folder):
     bar.close()
     if run.rank == 0:
         run.save(folder)
-    for number, handler in zip(signals, old):
-        signal.signal(number, handler)
+    for one, handler in old.items():
+        signal.signal(one, handler)
     return run.progress >= 1
 
 
@@ -638,9 +637,7 @@ def prepare_folder(c, going_on):
         print(f"{folder} cannot be locked ({error}): start no second run in it")
     finished = (folder / "results.json").exists()
     if (folder / "ckpt.pt").exists() and (finished or not going_on):
-        number = 1
-        while (folder / f"ckpt.{number}.pt").exists():
-            number += 1
+        number = next(n for n in itertools.count(1) if not (folder / f"ckpt.{n}.pt").exists())
         for path in (folder / "ckpt.pt", folder / "log.csv", folder / "results.json"):
             if path.exists():
                 os.replace(path, path.with_suffix(f".{number}{path.suffix}"))
