@@ -7,8 +7,7 @@
     python compress.py bench --ckpt out/pydoc/ckpt.pt [IN]     bits, beside bz2, xz and zlib
     python compress.py info IN                                 what an archive holds
 
-encode and bench read text (or bytes), images (.npy, idx), or audio (.wav). An archive, numbers
-big-endian:
+IN is text, bytes, images (.npy, idx) or audio (.wav). An archive, numbers big-endian:
 
     4, 1    "ARDM", and the format version, 8
     4, 4    h, the length of the header, and its CRC-32
@@ -22,10 +21,9 @@ A block, 2^14 symbols in whole datapoints, is decoded and checked as a whole; a 
 datapoint is a block of its own. A stream starts from the CRC-32 of the block's number and symbols,
 so a decoder that ends elsewhere has damaged bytes, or a block in a wrong place.
 
-The network runs in float64, where machines that were tried differ by less than 1e-12. If a
-log-probability of a block lies within coder.MARGIN of a rounding boundary, the block uses the next
-shift. So wherever numbers differ by less the same integers come out: on CPU or CUDA, with any
-number of threads and any batch.
+In float64 the machines that were tried differ by less than 1e-12. A block with a log-probability
+within coder.MARGIN of a rounding boundary uses the next shift. So where numbers differ by less, the
+same integers come out: on CPU or CUDA, with any number of threads and any batch.
 """
 import copy
 import io
@@ -152,8 +150,7 @@ class Codec:
 def pack(x, calls, number):
     """One block x (rows, D) as it stands in an archive, and -log2 p of it. calls: of every network
     call log_p (n, A) and the symbols (n,) that it generates."""
-    safe = (shift for shift in range(256)
-            if all(coder.safe(log_p, shift) for log_p, _ in calls))
+    safe = (i for i in range(256) if all(coder.safe(log_p, i) for log_p, _ in calls))
     shift = next(safe, None)
     if shift is None:
         raise ValueError("no grid is safe for a block: take a smaller --block")
@@ -288,11 +285,9 @@ def decode_file(file, codec, n, item=None):
             first += blocks
             row += blocks * rows
             if b"" in packed:                              # whatever length the header claims
-                if item is not None and item >= row:       # the archive ends before it
-                    yield first, None
-                return
-    if item is None and file.read(1):
-        yield first, None                                  # something follows the last block
+                break
+    if file.read(1) if item is None else item >= row:      # more than all blocks, or too few
+        yield first, None
 
 
 # -- The commands ----------------------------------------------------------------------------------
@@ -312,8 +307,8 @@ def settle(args):
     spaced = f"spaced:{-(-S * D // calls)}"
     order = args.order or {"image": "random:1", "audio": "halves"}.get(kind, spaced)
     if checkpoint.get("L") is None and "optimizer" in checkpoint:
-        print("this run is not finished: --resume changes its checkpoint, so keep a copy of it for "
-              "its archives", file=sys.stderr)
+        print("this run is not finished: keep a copy of its checkpoint, as --resume changes it",
+              file=sys.stderr)
 
     def codec(order):
         plan = even
@@ -341,7 +336,7 @@ def run_encode(args):
     print(f"{args.input}: {source.n:,} symbols -> {size:,} bytes, {8 * size / max(1, source.n):.3f}"
           f" bits each; order {codec.order}, {len(codec.plan)} network calls, proved by decoding\n"
           f"back again: python compress.py decode --ckpt {shlex.quote(args.ckpt)} "
-          f"{shlex.quote(args.output)} FILE", file=words(args))
+          f"{shlex.quote(args.output)} FILE", file=args.words)
 
 
 def run_decode(args):
@@ -370,16 +365,11 @@ def run_decode(args):
         parts = intact(decode_file(file, codec, header["length"], args.item))
         with datasets.write(args.output, (args.input, ckpt)) as out:
             n = datasets.write_back(out, header, checkpoint["settings"], parts)
-    print(f"{args.output}: {n:,} symbols by {ckpt}, their checksums match", file=words(args))
+    print(f"{args.output}: {n:,} symbols by {ckpt}, their checksums match", file=args.words)
     if damaged:
         print(*damaged, f"{args.input} is damaged; this is what could be saved", sep="\n",
               file=sys.stderr)
         sys.exit(1)
-
-
-def words(args):
-    """Where words go: not into an archive that goes to stdout."""
-    return sys.stderr if datasets.stream(args.output) is not None else sys.stdout
 
 
 def run_info(args):
@@ -421,9 +411,8 @@ def main():
         add = command.add_argument
         add("input", nargs="?" if name == "bench" else None, metavar="IN", help="a file, or -")
         if name != "info":
-            add("--ckpt", help="a checkpoint of train.py (default: " + (
-                "that of the archive, looked for in out/*/)" if name == "decode"
-                else "results/english.pt)"))
+            add("--ckpt", help="a checkpoint of train.py (default: results/english.pt; to decode, "
+                "the archive's own, looked for in out/*/, too)")
             add("--device", help="cuda, mps or cpu; the network runs in float64, in which consumer "
                 "GPUs are 32 to 64 times slower than in float32")
         if name in ("encode", "decode"):
@@ -442,6 +431,8 @@ def main():
     args = parser.parse_args()
     if args.input == "-":
         args.input = "/dev/stdin"
+    piped = datasets.stream(getattr(args, "output", "")) is not None
+    args.words = sys.stderr if piped else sys.stdout       # not into what goes to stdout
     if args.run in (run_encode, run_bench) and args.ckpt is None:
         args.ckpt = str(nets.ENGLISH)
         if args.input is None:

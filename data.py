@@ -75,7 +75,6 @@ FOREIGN = {                          # first bytes of what is not read
     b"\x80\x04": "a pickle", b"\x80\x05": "a pickle"}
 OTHER = re.compile(rb"[^a-z ]")      # what has no symbol where K = 27
 WAVS = r"(?i)(^|/)(?!\._)[^/]*\.wav$|(testing|validation)_list\.txt$"    # ._* are a Mac's
-PACKERS = {"bz2": bz2.compress, "xz": lzma.compress, "zlib": zlib.compress}
 SOUND_PACKERS = {                    # used where they are installed
     "FLAC -8": ("flac", "-8", "--no-padding", "--no-seektable", "--silent", "-c", "-"),
     "WavPack -hhx6": ("wavpack", "-hhx6", "-q", "-", "-o", "-")}
@@ -860,7 +859,8 @@ def references(symbols, K, rate=None):
     share = share[share > 0]
     found = {"uniform": float(np.log2(K)), "single symbols": float(share @ np.log2(1 / share))}
     stream = to_bytes(symbols, K)
-    sizes = {name: len(pack(stream)) for name, pack in PACKERS.items()}
+    sizes = {"bz2": len(bz2.compress(stream)), "xz": len(lzma.compress(stream)),
+             "zlib": len(zlib.compress(stream))}
     for name, command in SOUND_PACKERS.items():
         if K == Audio.K and shutil.which(command[0]):
             done = subprocess.run(command, input=wav(symbols, rate), capture_output=True)
