@@ -179,8 +179,7 @@ def encode_file(file, model, codec, source):
                   block=codec.block, weights=nets.digest(model), head=head)
     text = json.dumps(header, separators=(",", ":")).encode()
     if len(text) > LONGEST_HEADER:
-        raise ValueError(f"{source.path} holds {len(head + tail):,} bytes beside its data: too "
-                         "many")
+        raise ValueError(f"{source.path}: {len(head + tail):,} bytes beside its data are too many")
     deflate = zlib.compressobj(9, wbits=-15, zdict=TYPICAL)
     text = deflate.compress(text) + deflate.flush()
     file.write(struct.pack(">4sBII", MAGIC, VERSION, len(text), zlib.crc32(text)) + text)
@@ -286,7 +285,8 @@ def decode_file(file, codec, n, item=None):
             row += blocks * rows
             if b"" in packed:                              # whatever length the header claims
                 break
-    if file.read(1) if item is None else item >= row:      # more than all blocks, or too few
+    missing = item is not None and item >= row
+    if missing or item is None and file.read(1):           # or something follows the last block
         yield first, None
 
 

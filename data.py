@@ -778,14 +778,12 @@ class Source:
         begin, end = 0, len(content)
         if self.kind != "bytes" and packer_of(content):    # a model of bytes codes any file
             raise ValueError(f"{path} is packed: unpack it first")
-        if self.kind == "text":
+        if self.kind in ("image", "audio"):
+            self.array = array_in(content, path)
+        if self.kind == "text" or self.array is None:
             refuse_foreign(content, path)
         if self.kind in ("image", "audio"):
-            self.array, found = array_in(content, path), ()
-            if self.array is None:
-                refuse_foreign(content, path)
-            else:
-                found = self.array.shape
+            found = () if self.array is None else self.array.shape
             shape, image = tuple(settings["shape"]), self.kind == "image"
             if found[1:] != shape if image else len(found) != 2:
                 wanted = f"(C, H, W) = {shape}" if image else "(channels, n), a .wav file"

@@ -255,8 +255,9 @@ def characters(x, known, new, K):
     stream = np.where(known.cpu(), stream, 0xFF).astype(np.uint8)        # no byte of UTF-8
     for char in stream.tobytes().decode("utf-8", "surrogateescape"):
         n = len(char.encode("utf-8", "surrogateescape"))
-        missing = "\udc80" <= char <= "\udcff"
-        yield char if char.isprintable() else "\u00b7" if missing else " ", bool(new[i:i + n].any())
+        if "\udc80" <= char <= "\udcff":                   # a byte that makes no character
+            char = "\u00b7"
+        yield char if char.isprintable() else " ", bool(new[i:i + n].any())
         i += n
 
 

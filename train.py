@@ -188,9 +188,7 @@ class Run:
 def train(run, data, folder):
     """Steps until the run is over, or Ctrl-C. True if it was completed."""
     stop, losses = [], collections.deque(maxlen=50)
-    old = {one: signal.signal(one, lambda *_: stop.append(1)) for one in signal.Signals
-           if one.name in ("SIGINT", "SIGTERM")            # Ctrl-C, or the end of a job's time
-           or one.name == "SIGHUP" and signal.getsignal(one) != signal.SIG_IGN}      # not by nohup
+    old = {one: signal.signal(one, lambda *_: stop.append(1)) for one in signals_to_stop()}
     saved = said = time.perf_counter()
     begin = saved - run.seconds
     bar = tqdm(total=1.0, initial=min(run.progress, 1.0), mininterval=0.5,
@@ -233,6 +231,13 @@ def train(run, data, folder):
     for one, handler in old.items():
         signal.signal(one, handler)
     return run.progress >= 1
+
+
+def signals_to_stop():
+    """Ctrl-C, and the end of a job's time or of its terminal, but where nohup has that ignored."""
+    found = [one for one in signal.Signals if one.name in ("SIGINT", "SIGTERM", "SIGHUP")]
+    return [one for one in found
+            if one.name != "SIGHUP" or signal.getsignal(one) != signal.SIG_IGN]
 
 
 def write_log(folder, rows):
@@ -621,9 +626,9 @@ def prepare_folder(c, going_on):
     if not of_a_run and any((folder / name).exists() for name in names):
         raise ValueError(f"{c.out} has files of the names that a run writes, and no checkpoint: "
                          "choose another --out")
-    place = Path(c.data).resolve()
-    if folder.resolve() == place.parent if place.is_file() else (
-            place.is_dir() and folder.resolve().is_relative_to(place)):
+    place, inside = Path(c.data).resolve(), folder.resolve()
+    if (place.is_file() and inside == place.parent
+            or place.is_dir() and inside.is_relative_to(place)):
         raise ValueError(f"--data {c.data}: a run in {c.out} might write over it or into it; "
                          "choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
