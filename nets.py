@@ -202,7 +202,6 @@ class UNet(nn.Module):
             self.place = nn.Conv2d(dim, 2 * C, 1)
             nn.init.zeros_(self.place.weight)
             nn.init.zeros_(self.place.bias)
-        self.to(memory_format=torch.channels_last)         # several times as fast on a CPU
 
     def forward(self, x, m, t, s):
         """(B, D) values and mask, (B,) step and stage -> (B, D, num_outputs) logits."""
@@ -218,7 +217,7 @@ class UNet(nn.Module):
         if self.stages > 1:
             stage = F.one_hot(s - 1, self.stages)[:, :, None, None].to(v.dtype)
             inputs.append(stage.expand(-1, -1, *self.shape[1:]))
-        inputs = torch.cat(inputs, dim=1).contiguous(memory_format=torch.channels_last)
+        inputs = torch.cat(inputs, dim=1)
         digits = self.embed(x).permute(0, 1, 4, 2, 3).flatten(1, 2)      # (B, C * dim/4, H, W)
         h = torch.cat((self.first(inputs), self.mix(digits)), dim=1)     # (B, dim, H, W)
         h = F.silu(self.norm(self.body(h, self.time(t, s) if self.time else None)))

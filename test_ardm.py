@@ -34,6 +34,8 @@ import zipfile
 import zlib
 from pathlib import Path
 
+os.environ["TORCHDYNAMO_DISABLE"] = "1"               # on a GPU each run would compile for long
+
 import numpy as np
 import pytest
 import torch
@@ -1623,7 +1625,7 @@ def test_a_run_without_numbers_is_not_saved(refused, folder, tmp_path):
 def test_without_a_compiler_a_run_goes_on(tmp_path, capsys):
     data = datasets.load("pydoc", 16)
     run = train.Run(settings(data), data)
-    run.loss = run.optimizers[-1].orthogonal = torch.compile             # raises what it raises
+    run.loss = torch.compile                               # raises what it raises
     assert train.train(run, data, tmp_path) and run.step == 8
     assert "going on without torch.compile" in capsys.readouterr().err
 
@@ -1671,7 +1673,7 @@ def test_a_batch_in_parts_has_the_same_gradient(monkeypatch):
 @pytest.mark.parametrize("kind", ["text", "image", "audio"])
 @pytest.mark.parametrize("branch", [0, 4])
 @pytest.mark.parametrize("recipe", ["ours", "paper"])
-def test_forward_loss_and_backward_are_one_graph(kind, branch, recipe):
+def test_forward_loss_and_backward_are_one_graph(kind, branch, recipe, monkeypatch):
     """A break would be a synchronisation with the GPU in every step."""
     K, shape = dict(text=(27, [16]), image=(256, [3, 8, 8]), audio=(1 << 16, [64]))[kind]
     way = "mixture" if kind == "audio" and recipe == "ours" else "direct"
@@ -1679,6 +1681,7 @@ def test_forward_loss_and_backward_are_one_graph(kind, branch, recipe):
                             depth=2, heads=2, parametrization=way))
     x, (t, s) = torch.randint(K, (3, model.D)), torch.ones(2, 3, dtype=torch.long)
     torch._dynamo.reset()
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE")
     found = torch._dynamo.explain(model.loss)(x, t, s, sample_sigma(3, model.D))
     assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
 

@@ -47,11 +47,11 @@ SIZES = {
         "paper": dict(length=250, dim=768, depth=12, heads=12, batch=512, steps=3_000_000)},
     "image": {
         "tiny": dict(dim=64, depth=2, heads=0, batch=8, minutes=2.75),
-        "small": dict(dim=128, depth=4, heads=4, batch=64, minutes=2.5),
+        "small": dict(dim=128, depth=4, heads=4, batch=128, minutes=2.5),
         "paper": dict(dim=256, depth=32, heads=1, batch=128, steps=1_170_000)},
     "audio": {
         "tiny": dict(dim=48, depth=9, heads=1, batch=8, minutes=2.75),
-        "small": dict(dim=128, depth=20, heads=1, batch=32, minutes=2.5),
+        "small": dict(dim=128, depth=20, heads=1, batch=128, minutes=2.5),
         "paper": dict(dim=256, depth=36, heads=1, batch=256, steps=1_000_000)}}
 PAPER = {                            # App. D; where the paper is silent, the released code's values
     "text": dict(lr=5e-4, betas=(0.9, 0.99), weight_decay=1e-3, warmup=5000, clip=0.25, ema=0.995),
@@ -134,7 +134,9 @@ class Run:
         kind = "text" if data.kind == "bytes" else data.kind
         self.hyper = PAPER[kind] if c.recipe == "paper" else OURS[c.size]
         self.optimizers = make_optimizers(self.model.net, c, self.hyper)
-        self.loss = torch.compile(self.model.loss) if c.compile else self.model.loss
+        self.loss = self.model.loss
+        if c.compile:                                      # dynamic shapes are slower
+            self.loss = torch.compile(self.model.loss, dynamic=False)
         self.generator = torch.Generator(c.device).manual_seed(c.seed)
         self.rank, self.processes = 0, 1                   # of those that torchrun has started
         if distributed.is_initialized():
@@ -206,7 +208,7 @@ def train(run, data, folder):
             if run.loss == run.model.loss:
                 raise
             print(f"going on without torch.compile ({type(error).__name__})", file=sys.stderr)
-            run.loss, run.optimizers[-1].orthogonal = run.model.loss, orthogonal
+            run.loss = run.model.loss
             continue
         if run.rank:                                       # the first process tells and saves
             continue
@@ -338,8 +340,7 @@ def make_optimizers(net, c, hyper):
                                     fused=not c.device.startswith("mps"))]
     if matrices:
         optimizers.append(Muon(matrices, hyper["muon_lr"], hyper["muon_decay"],
-                               torch.bfloat16 if nets.has_bf16(c.device) else torch.float32,
-                               c.compile))
+                               torch.bfloat16 if nets.has_bf16(c.device) else torch.float32))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["full_lr"] = group["lr"]
@@ -351,9 +352,8 @@ class Muon(torch.optim.Optimizer):
     matrix is learnt at one rate. A convolution is the matrix of its outputs and all its inputs.
     torch.optim.Muon takes matrices alone, one by one, and rounds to bfloat16 on any machine."""
 
-    def __init__(self, matrices, lr, decay, dtype=torch.float32, compiled=False):
+    def __init__(self, matrices, lr, decay, dtype=torch.float32):
         self.dtype = dtype
-        self.orthogonal = torch.compile(orthogonal) if compiled else orthogonal
         super().__init__(matrices, dict(lr=lr, decay=decay, momentum=0.95))
 
     @torch.no_grad()
@@ -368,7 +368,7 @@ class Muon(torch.optim.Optimizer):
             gradients, means = [p.grad for p in same], [self.state[p]["mean"] for p in same]
             torch._foreach_lerp_(means, gradients, 1 - group["momentum"])
             torch._foreach_lerp_(gradients, means, group["momentum"])    # Nesterov's: a step ahead
-            steps = self.orthogonal(torch.stack([p.flatten(1) for p in gradients]).to(self.dtype))
+            steps = orthogonal(torch.stack([p.flatten(1) for p in gradients]).to(self.dtype))
             steps = [step.view_as(p).to(p.dtype) for p, step in zip(same, steps)]
             torch._foreach_mul_(same, 1 - group["lr"] * group["decay"])
             size = group["lr"] * max(1, rows / math.prod(columns)) ** 0.5

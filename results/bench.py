@@ -14,6 +14,7 @@
 Each keeps its rows in results/bench.json, with the machine and the day, and results/README.md is
 written anew. Real data is looked for in the folder ARDM_DATA. Run it alone on the machine.
 """
+import argparse
 import bz2
 import collections
 import contextlib
@@ -22,6 +23,7 @@ import io
 import itertools
 import json
 import lzma
+import multiprocessing
 import os
 import platform
 import re
@@ -253,7 +255,7 @@ def bench_mnist(args):
 def bench_cifar10(args):
     """CIFAR-10 (20,000 training images, 1,017 test images), bits/dim."""
     rows = []
-    for name, branch in (("order-agnostic", None), ("upscale-4", 4)):
+    for name, branch in (("order-agnostic", None), ("upscale-4", 4), ("upscale-2", 2)):
         given = dict(branch=branch) if branch else {}
         run, data = trained(f"cifar10-{name}", data=datasets.load(str(CIFAR)),
                             minutes=args.minutes or 20, **given)
@@ -413,22 +415,24 @@ def bench_prices(args):
 
 
 def bench_upscaling(args):
-    """Branching factors and parametrisations of MNIST, each for the minutes of the default run,
-    bits/dim of 2,000 validation images. The output head is a softmax in every row: by default our
-    models of values have a logistic distribution beside it. (The paper finds no meaningful
-    difference between data and direct on CIFAR-10, Table 6.)"""
+    """Branching factors and parametrisations of MNIST, and of the text of the default run, each for
+    its minutes, bits/dim of 2,000 validation images or of the validation split. The output head is
+    a softmax in every row: by default our models of values of images have a logistic distribution
+    beside it. (The paper finds no meaningful difference between data and direct on CIFAR-10, Table
+    6, and that upscaling did not help on text.)"""
     softmax, found = [WITHOUT_IMAGES["the logistic distribution"]], collections.defaultdict(list)
-    data = datasets.load("mnist")
-    ways = (4, "direct"), (4, "data"), (2, "direct"), (16, "direct"), (0, None)
-    for seed, (b, way) in itertools.product(range(args.seeds), ways):
+    ways = (("mnist", 4, "direct"), ("mnist", 4, "data"), ("mnist", 2, "direct"),
+            ("mnist", 16, "direct"), ("mnist", 0, None), ("pydoc", 3, "data"), ("pydoc", 0, None))
+    for seed, (name, b, way) in itertools.product(range(args.seeds), ways):
+        data = datasets.load(name, 64)
         run, _ = trained(data=data, patches=softmax, seed=seed, branch=b, parametrization=way,
                          minutes=args.minutes or 2.75)
         with patched(softmax):
-            bits = train.bound(run.ema, train.spread(data.chunks("valid"), 2000), 1)["bits"]
-        found[b or "order-agnostic", way or "", run.model.S].append(bits)
-        print(" ", b, way, seed, run.step, bits, flush=True)
+            bits = train.bound(run.ema, train.spread(data.chunks("valid"), 2000))["bits"]
+        found[name, b or "order-agnostic", way or "", run.model.S].append(bits)
+        print(" ", name, b, way, seed, run.step, bits, flush=True)
     draw_stages()
-    return [dict(zip(("b", "parametrization", "stages"), key)) | {
+    return [dict(zip(("data", "b", "parametrization", "stages"), key)) | {
         "bits": statistics.mean(bits), "seeds": len(bits),
         "+-": statistics.stdev(bits) if len(bits) > 1 else ""} for key, bits in found.items()]
 
@@ -805,67 +809,82 @@ def bench_speed(args):
 
 # -- One CUDA GPU ----------------------------------------------------------------------------------
 
-def every_size(device):
-    """(words, data, settings) of what `gpu` measures; on a CPU the small ones, to try the code."""
+def gpu_data(words, device):
+    """Data of the size that `gpu` measures, for what it is called."""
+    if "text" in words:
+        return datasets.load("pydoc", 250, device=device)
+    if "audio" in words:
+        return datasets.load("tones", device=device)
     noise = np.random.default_rng(0).integers(256, size=(600, 3, 32, 32), dtype=np.uint8)
-    images = datasets.Images("noise", noise[:500], noise[500:], device=device)
-    for size in ("small", "paper") if device == "cuda" else ("tiny",):
-        recipe = "paper" if size == "paper" else "ours"
-        given = dict(size=size, recipe=recipe, device=device, steps=10 ** 9)
-        yield f"text, {size}", datasets.load("pydoc", 250, device=device), given
-        yield f"images, {size}", images, given
-        yield f"images, {size}, upscale-4", images, given | dict(branch=4)
-        yield f"audio, {size}", datasets.load("tones", device=device), given
+    return datasets.Images("noise", noise[:500], noise[500:], device=device)
 
 
-def milliseconds(step, n, busy=False):
-    """Of one step: of the clock, and (busy) of the GPU at work."""
-    for _ in range(5):                                     # compiles, and finds its memory
-        step()
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    kinds = torch.profiler.ProfilerActivity
-    watch = torch.profiler.profile(activities=[kinds.CUDA]) if busy else contextlib.nullcontext()
-    wait()
-    with watch:
+def step_of(work):
+    """A row of `gpu`: one size, compiled beside the others, but measured alone."""
+    words, device, lock, most = work
+    data, size = gpu_data(words, device), words.split(", ")[1]
+    given = dict(recipe="paper", branch=0) if size == "paper" else dict(
+        branch=4 if "upscale" in words else None)
+    if "eager" in words:
+        given["compile"] = False
+    run = train.Run(train.complete(train.Settings(size=size, device=device, steps=10 ** 9, **given),
+                                   data), data)
+    run.parts = 4 if size == "paper" else 1                # the others are in memory, too
+    weights, x = sum(p.numel() for p in run.model.parameters()), data.batch(2)
+    with flop_counter.FlopCounterMode(display=False) as counter:
+        run.model.loss(x).sum().backward()
+    operations = counter.get_total_flops() / 2 * run.c.batch
+
+    def steps(n):
+        """Seconds of one step, of n."""
         begin = time.perf_counter()
         for _ in range(n):
-            step()
-        wait()
-        clock = 1000 * (time.perf_counter() - begin) / n
-    at_work = sum(event.self_device_time_total for event in watch.key_averages()) if busy else 0
-    return clock, at_work / 1000 / n
+            loss = train.train_step(run, run.draw(data))
+        loss.item()                                        # waits for a GPU
+        return (time.perf_counter() - begin) / n
+
+    kinds, n = torch.profiler.ProfilerActivity, 10 if device == "cuda" else 1
+    first = steps(1)
+    steps(4)
+    with lock:
+        steps(n)
+        seconds = statistics.median(steps(n) for _ in range(5))
+        with torch.profiler.profile(activities=[kinds.CUDA if n > 1 else kinds.CPU]) as watch:
+            steps(n)
+    busy = sum(event.self_device_time_total for event in watch.key_averages()) / n / 1e6
+    row = dict(step=words, weights=weights, batch=run.c.batch, parts=run.parts, first_step=first,
+               milliseconds=1000 * seconds, datapoints_a_second=round(run.c.batch / seconds),
+               variables_a_second=round(run.c.batch * data.D / seconds),
+               of_the_product=operations / seconds / most, busy=busy / seconds,
+               gigabytes=torch.cuda.max_memory_allocated() / 1e9)
+    del run
+    torch.cuda.empty_cache()
+    return row
 
 
 def bench_gpu(args):
-    """A training step of every size on one CUDA GPU: variables a second, the part of the card's own
-    bfloat16 matrix product (8,192 x 8,192) that the counted operations of forward and backward
-    reach, and the part of the time in which the GPU is busy. With --minutes, what `small` learns in
-    so many on text8 and CIFAR-10, too."""
+    """A training step of every size on one CUDA GPU: seconds of the first one, which compiles;
+    milliseconds of the others; the part of the card's own bfloat16 matrix product (8,192 x 8,192)
+    that the counted operations of forward and backward reach, and the part of the time in which the
+    GPU is busy (above 1 where another process compiled and tried its steps at the same time). The
+    paper's U-Net is not compiled, which takes more than six minutes. With --minutes, what `small`
+    learns in so many on text8 and CIFAR-10, too; seconds of the evaluation; datapoints a second of
+    compress.py with the default calls, encoding with its proof."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     square = torch.randn(2, *[8192 if device == "cuda" else 512] * 2, device=device).bfloat16()
-    most = 2 * square.shape[1] ** 3 / milliseconds(lambda: square[0] @ square[1], 20)[0]
-    rows = []
-    for words, data, given in every_size(device):
-        run = train.Run(train.complete(train.Settings(**given), data), data)
-        x = data.batch(2)
-        with flop_counter.FlopCounterMode(display=False) as counter:
-            run.model.loss(x).sum().backward()
-        n = 30 if device == "cuda" else 2
-
-        def step(run=run, data=data):
-            train.train_step(run, run.draw(data))
-
-        clock, _ = milliseconds(step, n)
-        _, busy = milliseconds(step, n, device == "cuda")
-        operations = counter.get_total_flops() / 2 * run.c.batch
-        rows.append(dict(step=words, weights=sum(p.numel() for p in run.model.parameters()),
-                         batch=run.c.batch, parts=run.parts, milliseconds=clock,
-                         variables_a_second=round(1000 * run.c.batch * data.D / clock),
-                         of_the_product=operations / clock / most, busy=busy / clock))
-        print(" ", rows[-1])
-        del run
-        if device == "cuda":
-            torch.cuda.empty_cache()
+    product, = median_seconds(lambda: (square[0] @ square[1])[0, 0].item())
+    most = 2 * square.shape[1] ** 3 / product
+    sizes = ("images, paper, eager", "text, paper", "images, small", "text, small",
+             "images, small, upscale-4", "audio, small", "audio, paper")
+    if device == "cpu":                                    # to try the code
+        sizes = [name.replace("small", "tiny") for name in sizes if "paper" not in name]
+    process = multiprocessing.get_context("spawn")
+    with process.Manager() as manager, process.Pool(4 if device == "cuda" else 1) as pool:
+        lock, rows = manager.Lock(), []
+        work = [(name, device, lock, most) for name in sizes]
+        for row in pool.imap_unordered(step_of, work):
+            rows.append(row)
+            print(" ", row, flush=True)
     size = "small" if device == "cuda" else "tiny"
     return rows + (list(learns(size, device, args.minutes)) if args.minutes else [])
 
@@ -876,11 +895,27 @@ def learns(size, device, minutes):
     for words, branch in (("text8", 0), ("CIFAR-10", 0), ("CIFAR-10, upscale-4", 4)):
         data = datasets.load(str(CIFAR), device=device) if "CIFAR" in words else text8_prefix(
             device=device)
-        run, _ = trained(data=data, size=size, device=device, minutes=minutes, branch=branch)
+        name = f"gpu-{words.replace(', ', '-')}"
+        run, _ = trained(name, data=data, size=size, device=device, minutes=minutes, branch=branch)
         begin = time.perf_counter()
         train.evaluate(run.ema, data)
         seconds = time.perf_counter() - begin
-        yield result(words, run, data, seconds_of_evaluation=seconds)
+        yield result(words, run, data, seconds_of_evaluation=seconds, **coding(RUNS / name, data))
+
+
+def coding(folder, data):
+    """Datapoints a second of compress.py: the test split's first 20,000 letters, or 20 images."""
+    path = folder / datasets.PIECES[data.kind]
+    if data.kind == "image":
+        np.save(path, data.chunks("test")[:20].view(-1, *data.shape).cpu().numpy())
+    else:
+        path.write_bytes(datasets.to_bytes(data.splits["test"][:20000].cpu(), data.K))
+    model, codec, _ = compress.settle(argparse.Namespace(
+        ckpt=folder / "ckpt.pt", device=data.splits["test"].device.type, input=path, calls=None,
+        order=None, block=None))
+    n, _, archive, encode, decode = round_trip(path, model, codec)
+    return dict(archive=8 * len(archive) / n, encoded_a_second=n / data.D / encode,
+                decoded_a_second=n / data.D / decode)
 
 
 # -- What was measured -----------------------------------------------------------------------------
