@@ -9,11 +9,6 @@
     any file       what its first bytes say, also if gzip, bz2, xz or a zip packs it: images (.npy,
                    .npz, idx, CIFAR-10 in its binary version), audio (.wav, or a folder or a tar of
                    them), or text: 27 symbols if it holds nothing but a-z and space, else bytes
-
-Text is split by position: 90% for training, 5% for validation, 5% for the test. Of images the
-last tenth of what is to train on is for validation; the first tenth of a file is for the test. Of
-clips every tenth is for the test, of fewer than ten the last tenth of each, and again the last
-tenth of what is left for validation.
 """
 import argparse
 import bz2
@@ -63,16 +58,15 @@ SOURCES = {                          # file -> where from, md5 or SHA-256 (of a 
     "t10k-images-idx3-ubyte.gz": (MNIST, "9fb629c4189551a2d022fa330f9573f3")}
 LARGEST = 1 << 31                    # bytes that a file may unpack to
 PACKED = {b"\x1f\x8b": gzip, b"BZh": bz2, b"\xfd7zXZ": lzma, b"PK\x03\x04": zipfile}
-FOREIGN = {                          # first bytes of what is not read
-    b"\x89PNG": "a PNG picture", b"\xff\xd8\xff": "a JPEG picture", b"GIF8": "a GIF picture",
-    b"%PDF": "a PDF document", b"RIFF": "a WAV, WebP or another RIFF file", b"fLaC": "FLAC audio",
-    b"ID3": "MP3 audio", b"OggS": "Ogg audio", b"\x7fELF": "a program", b"ARDM": "an archive",
-    b"II*\0": "a TIFF picture", b"MM\0*": "a TIFF picture", b"Rar!": "a RAR file",
-    b"RF64": "a large WAV file", b"7z\xbc\xaf": "a 7z file", b"PK\5\6": "an empty zip file",
-    b"\x93NUMPY": "a .npy file", b"PAR1": "a Parquet table", b"\x89HDF": "an HDF5 file",
-    b"\x28\xb5\x2f\xfd": "packed by zstd",
-    b"SQLite format 3": "an SQLite database", b"\x80\x02": "a pickle", b"\x80\x03": "a pickle",
-    b"\x80\x04": "a pickle", b"\x80\x05": "a pickle"}
+FOREIGN = {                          # what is not read, and its first bytes
+    "a PNG picture": b"\x89PNG", "a JPEG picture": b"\xff\xd8\xff", "a GIF picture": b"GIF8",
+    "a TIFF picture": (b"II*\0", b"MM\0*"), "a PDF document": b"%PDF", "a program": b"\x7fELF",
+    "a WAV, WebP or another RIFF file": b"RIFF", "a large WAV file": b"RF64", "MP3 audio": b"ID3",
+    "FLAC audio": b"fLaC", "Ogg audio": b"OggS", "an archive": b"ARDM", "a RAR file": b"Rar!",
+    "a 7z file": b"7z\xbc\xaf", "an empty zip file": b"PK\5\6", "a .npy file": b"\x93NUMPY",
+    "a Parquet table": b"PAR1", "an HDF5 file": b"\x89HDF", "packed by zstd": b"\x28\xb5\x2f\xfd",
+    "an SQLite database": b"SQLite format 3", "packed (unpack it first)": tuple(PACKED),
+    "a pickle": (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")}
 OTHER = re.compile(rb"[^a-z ]")      # what has no symbol where K = 27
 WAVS = r"(?i)(^|/)(?!\._)[^/]*\.wav$|(testing|validation)_list\.txt$"    # ._* are a Mac's
 SOUND_PACKERS = {                    # used where they are installed
@@ -197,7 +191,8 @@ def read(path, mapped=False):
 def unpack(content, name, member=""):
     """(n,) uint8 without what packs it, layer by layer: gzip, bz2, xz, or a zip file with one
     member (or one of that name). ValueError for what is damaged, or too large."""
-    packer = packer_of(content)
+    start = content[:8].tobytes()
+    packer = next((PACKED[magic] for magic in PACKED if start.startswith(magic)), None)
     if packer is None:
         return content
     packed = io.BytesIO(content)                           # a copy
@@ -218,12 +213,6 @@ def unpack(content, name, member=""):
             ValueError) as error:
         raise ValueError(f"{name} is packed and cannot be read: {error}")
     return unpack(np.frombuffer(bytearray(inner), np.uint8), name)
-
-
-def packer_of(content):
-    """The module that unpacks the bytes (n,), by the first ones; or None."""
-    start = content[:8].tobytes()
-    return next((PACKED[magic] for magic in PACKED if start.startswith(magic)), None)
 
 
 def layout(content, name, whole=True):
@@ -272,7 +261,7 @@ def wav_layout(content, name):
         at += 8 + size + size % 2                          # an odd chunk is padded
     begin, size = found.get(b"fmt ", (0, 0))
     form = content[begin:begin + size].tobytes()
-    if len(form) < 16 or b"data" not in found:
+    if len(form) < 16 or b"data" not in found or content[:4].tobytes() != b"RIFF":
         raise ValueError(f"{name} is a WAV file without a whole fmt chunk before a data chunk")
     code, channels, rate, _, _, bits = struct.unpack("<HHIIHH", form[:16])
     if code == 0xFFFE:                                     # WAVE_FORMAT_EXTENSIBLE
@@ -319,13 +308,10 @@ def array_in(content, name):
 
 def refuse_foreign(content, name):
     """ValueError for bytes that nobody would want to learn as text."""
-    start = content[:512].tobytes()
-    found = [words for magic, words in FOREIGN.items() if start.startswith(magic)]
-    if start[257:262] == b"ustar":
-        found = ["a tar file"]
-    if found:
-        raise ValueError(f"{name} is {found[0]}, which is not read: make it a text, a .npy of "
-                         "uint8 images, or a 16-bit .wav")
+    for words, start in FOREIGN.items():
+        if content[:16].tobytes().startswith(start):
+            raise ValueError(f"{name} is {words}, which is not read: make it a text, a .npy of "
+                             "uint8 images, or a 16-bit .wav")
 
 
 def folder():
@@ -348,8 +334,9 @@ def fetch(name):
     except (OSError, http.client.HTTPException) as error:
         raise ValueError(f"cannot download {url}{name} ({error}): fetch it elsewhere and put it "
                          f"into {folder()}/")
-    packed = read(path, mapped=name.endswith(".tar.gz"))
-    content = unpack(packed, name) if name.endswith(".zip") else packed
+    content = read(path, mapped=name.endswith(".tar.gz"))
+    with suppress(ValueError):                             # a torn zip is not the whole file
+        content = unpack(content, name) if name.endswith(".zip") else content
     kind = "sha256" if len(known or "") == 64 else "md5"
     if known in (None, hashlib.new(kind, content, usedforsecurity=False).hexdigest()):
         return content if name.endswith(".tar.gz") else unpack(content, name)
@@ -506,15 +493,14 @@ def load(name, length=None, bits=8, device="cpu", chunk=64):
         name = f"pydoc of Python {platform.python_version()}"
         return Text(name, pydoc(), length or chunk, device)
     if name == "glyphs":
-        images = glyphs(12000, seed=0)
-        return Images(name, images[:11000], images[11000:], bits, device)
+        return Images(name, *np.split(glyphs(12000, seed=0), [11000]), bits, device)
     if name == "mnist":
         parts = [array_in(fetch(f"{part}-images-idx3-ubyte.gz"), name)
                  for part in ("train", "t10k")]
         return Images(name, *parts, bits, device)
     if name == "cifar10":
-        content = unpack(fetch("cifar-10-binary.tar.gz"), name)
-        return Images(name, *cifar10(content, name), bits, device, flips=True)
+        parts = cifar10(fetch("cifar-10-binary.tar.gz"), name)
+        return Images(name, *parts, bits, device, flips=True)
     if name == "tones":
         return Audio(name, dict(enumerate(tones(240))), RATE, length or 2048, device,
                      test=set(range(9, 240, 10)))
@@ -561,9 +547,8 @@ def load_file(name, length, bits, device, chunk):
 def pydoc():
     """Topics of Python's help() in lower case, every run of other characters than a-z one space."""
     from pydoc_data.topics import topics
-    text = " ".join(topics[key] for key in topics).lower()
-    text = re.sub("[^a-z]+", " ", text).strip().encode()
-    return np.frombuffer(bytearray(text), np.uint8)
+    text = re.sub("[^a-z]+", " ", " ".join(topics.values()).lower()).strip()
+    return np.frombuffer(bytearray(text.encode()), np.uint8)
 
 
 def cifar10(content, name):
@@ -776,11 +761,9 @@ class Source:
         self.path, self.kind, self.K = path, settings["kind"], settings["K"]
         self.array = content = read(path, mapped=True)
         begin, end = 0, len(content)
-        if self.kind != "bytes" and packer_of(content):    # a model of bytes codes any file
-            raise ValueError(f"{path} is packed: unpack it first")
         if self.kind in ("image", "audio"):
             self.array = array_in(content, path)
-        if self.kind == "text" or self.array is None:
+        if self.kind == "text" or self.array is None:      # a model of bytes codes any file
             refuse_foreign(content, path)
         if self.kind in ("image", "audio"):
             found = () if self.array is None else self.array.shape
@@ -826,7 +809,10 @@ def write_array(file, head, tail, settings, length, parts):
     if settings["kind"] == "audio":
         shape = (length // shape[1], shape[1])
     file.write(head)
-    file.truncate(offset + length * np.dtype(kind).itemsize)
+    size = offset + length * np.dtype(kind).itemsize
+    file.truncate(size)
+    with suppress(AttributeError):                         # which not every platform has: a full
+        os.posix_fallocate(file.fileno(), 0, size)         # disk says so now, not by a signal later
     stored = np.empty(shape, kind)                         # a file of no symbols cannot be mapped
     if length:
         stored = np.memmap(file, kind, "r+", offset, shape, order)

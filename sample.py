@@ -17,7 +17,7 @@ import re
 import shutil
 import sys
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -153,16 +153,15 @@ def frames(model, x, sigma, plan, most=12):
     return [(s, t, model.net_input(x, sigma[s - 1] < t, s), sigma[s - 1] < t) for s, t in shown]
 
 
-def texts(x, steps, model):
-    """The files to write of text, {name: bytes}; the frames are printed, too."""
-    files = {"samples.txt": b"".join(datasets.to_bytes(row, model.K) + b"\n" for row in x)}
-    if steps:
-        lines = [f"s = {s}  " * (model.S > 1) + f"t = {t:4d}  "
-                 + datasets.show(state[i], model.K, known[i].numpy())
-                 for i in range(len(steps[0][2])) for s, t, state, known in steps]
-        print(*lines, sep="\n")
-        files["frames.txt"] = "\n".join(lines).encode() + b"\n"
-    return files
+def texts(steps, model):
+    """The files to write of frames of text, {name: bytes}, which are printed, too."""
+    if not steps:
+        return {}
+    lines = [f"s = {s}  " * (model.S > 1) + f"t = {t:4d}  "
+             + datasets.show(state[i], model.K, known[i].numpy())
+             for i in range(len(steps[0][2])) for s, t, state, known in steps]
+    print(*lines, sep="\n")
+    return {"frames.txt": "\n".join(lines).encode() + b"\n"}
 
 
 def windows(model, checkpoint, known, args):
@@ -217,6 +216,22 @@ def draw(model, x, todo, args):
                     samples[:, part] = model.generate(samples[:, part], calls, sigma, choose)
             print(erase, end="")                           # what follows stands in its place
         yield samples[:n - first].cpu(), sigma[:, :n - first].cpu()
+
+
+def draw_all(model, x, todo, args, file):
+    """All samples (n, T), and the orders of the first ones. Text goes to the open file and to the
+    terminal as it comes, and no more than the first samples are kept of it: many may come."""
+    kept, orders = [], []
+    for batch, sigma in draw(model, x, todo, args):
+        if len(orders) < FRAMED:
+            orders.append(sigma)
+        if file is None or len(kept) < FRAMED:
+            kept.append(batch.to(torch.uint8 if model.K <= 256 else torch.int32))
+        for row in () if file is None else batch:
+            file.write(datasets.to_bytes(row, model.K) + b"\n")
+            if not args.frames:
+                print(datasets.show(row, model.K))
+    return torch.cat(kept), torch.cat(orders, dim=1)
 
 
 def watched(choose, model, x, known):
@@ -368,27 +383,23 @@ def main():
     english = Path(path).resolve() == nets.ENGLISH.resolve()
     folder = Path(args.out or ("out/english" if english else Path(path).parent))
     folder.mkdir(parents=True, exist_ok=True)
-    drawn, orders = [], []
-    for batch, sigma in draw(model, x, todo, args):
-        drawn.append(batch.to(torch.int32 if audio else torch.uint8))    # many may come
-        orders += [sigma] if len(drawn) <= FRAMED else []
-        if text and not args.frames:
-            print(*(datasets.show(row, model.K) for row in batch), sep="\n")
-    drawn, steps = torch.cat(drawn), []
+    with datasets.write(folder / "samples.txt") if text else nullcontext() as file:
+        drawn, sigma = draw_all(model, x, todo, args, file)
+    steps = []
     if args.frames:
-        sigma = torch.cat(orders, dim=1)[:, :FRAMED]
-        steps = frames(model, drawn[:FRAMED].long(), sigma, todo[0][2])
+        steps = frames(model, drawn[:FRAMED].long(), sigma[:, :FRAMED], todo[0][2])
     if image:
         files = pictures(x, known, drawn, steps, settings)
     elif audio:
         files = sounds(known, drawn, steps, model, settings["rate"])
     else:
-        files = texts(drawn, steps, model)
+        files = texts(steps, model)
     for name, content in files.items():
         with datasets.write(folder / name) as file:
             file.write(content)
+    names = ["samples.txt"] * text + [*files]
     print(f"{len(x)} samples, {sum(len(plan) for _, _, plan, _ in todo)} network calls; "
-          f"{', '.join(files)} written to {folder}")
+          f"{', '.join(names)} written to {folder}")
 
 
 if __name__ == "__main__":

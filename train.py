@@ -148,6 +148,7 @@ class Run:
         self.seconds = 0.0
         self.L = self.counts = None                        # measured at the end
         self.log = []                                      # rows of log.csv
+        self.losses = collections.deque(maxlen=50)         # of the latest steps, tensors
 
     @property
     def progress(self):
@@ -167,7 +168,8 @@ class Run:
                              "with a smaller --lr")
         state = {name: getattr(self, name) for name in PLAIN} | dict(
             model=self.model.state_dict(), ema=self.ema.state_dict(), digest=nets.digest(self.ema),
-            optimizer=[optimizer.state_dict() for optimizer in self.optimizers])
+            optimizer=[optimizer.state_dict() for optimizer in self.optimizers],
+            losses=[loss.item() for loss in self.losses])
         buffer = io.BytesIO()                              # torch hides what a full disk says
         torch.save(state, buffer)
         with datasets.write(folder / "ckpt.pt") as file:
@@ -185,17 +187,20 @@ class Run:
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer"]):
             optimizer.load_state_dict(state)
         vars(self).update({name: checkpoint[name] for name in PLAIN if name != "settings"})
+        self.losses.clear()
+        self.losses.extend(torch.tensor(checkpoint.get("losses", []), device=self.c.device))
 
 
 def train(run, data, folder):
     """Steps until the run is over, or Ctrl-C. True if it was completed."""
-    stop, losses = [], collections.deque(maxlen=50)
+    stop = []
     old = {one: signal.signal(one, lambda *_: stop.append(1)) for one in signals_to_stop()}
     saved = said = time.perf_counter()
     begin = saved - run.seconds
     bar = tqdm(total=1.0, initial=min(run.progress, 1.0), mininterval=0.5,
                disable=True if run.rank else None,
                bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}")
+    bar.set_postfix_str("compiling" if run.c.compile else "")            # half a minute or more
     while True:
         now = torch.tensor([time.perf_counter() - begin, len(stop)], dtype=torch.float64)
         run.seconds, stopping = share(now).tolist()
@@ -203,7 +208,7 @@ def train(run, data, folder):
             break
         x = run.draw(data)
         try:
-            losses.append(train_step(run, x))
+            train_step(run, x)
         except Exception as error:                         # whatever a missing compiler brings up
             if run.loss == run.model.loss:
                 raise
@@ -213,7 +218,7 @@ def train(run, data, folder):
         if run.rank:                                       # the first process tells and saves
             continue
         if run.step % 10 == 0:                             # seldom: reading the loss waits for it
-            loss = torch.stack([*losses]).mean().item()
+            loss = torch.stack([*run.losses]).mean().item()
             bar.set_postfix_str(f"step {run.step}, {loss:.3f} bits/{datasets.UNITS[data.kind]}",
                                 refresh=False)
             bar.update(min(run.progress, 1.0) - bar.n)
@@ -270,6 +275,7 @@ def train_step(run, x):
     nn.utils.clip_grad_norm_(run.model.parameters(), run.hyper["clip"])
     for optimizer in run.optimizers:
         optimizer.step()
+    run.losses.append(loss)
     run.step += 1
     decay = min(run.hyper["ema"], 1 - 1 / (1 + 0.02 * run.step))   # forgets the beginning
     get_ema_multi_avg_fn(decay)([*run.ema.parameters()], [*run.model.parameters()], run.step)
@@ -289,9 +295,9 @@ def backward(run, x, t, s, sigma):
             loss.backward()
             total += loss.detach()
     except torch.OutOfMemoryError:
-        run.parts = next((n for n in range(run.parts + 1, B + 1) if B % n == 0), 0)
-        if not run.parts:
+        if run.parts == B:
             raise
+        run.parts = next(n for n in range(run.parts + 1, B + 1) if B % n == 0)
         return None
     return total
 

@@ -171,13 +171,11 @@ def without(ingredients, args, data, minutes, steps=None):
             found = train.bound(run.ema, data.chunks("valid"), passes=args.passes)
             bits.setdefault(name, []).append(found["bits"])
             print(f"  seed {seed} without {name}: {found['bits']:.4f}", flush=True)
-    rows = []
     for name, each in bits.items():
         gains = [a - b for a, b in zip(each, bits["nothing"])]
-        rows.append({"without": name, "steps": steps[name], "seeds": len(each),
-                     "bits": statistics.mean(each), "it gains": statistics.mean(gains),
-                     "+-": statistics.stdev(gains) if len(gains) > 1 else 0.0})
-    return rows
+        yield {"without": name, "steps": steps[name], "seeds": len(each),
+               "bits": statistics.mean(each), "it gains": statistics.mean(gains),
+               "+-": statistics.stdev(gains) if len(gains) > 1 else 0.0}
 
 
 def bench_text(args):
@@ -208,19 +206,17 @@ def bench_weights(args):
     1e-4 of this sum, as the paper's runs had it (App. D: no substantial difference)."""
     losses = {"the sum without a weight": weighted(lambda unknown: 2 * unknown),
               "Eq. 2 and 1e-4 of the sum": weighted(lambda unknown: 1 + 1e-4 * unknown)}
-    rows = without(losses, args, datasets.load("pydoc"), None, 10 if args.minutes else 3600)
-    rows[0]["without"] = "Eq. 2"
-    return [{"loss": row.pop("without")} | row for row in rows]
+    for row in without(losses, args, datasets.load("pydoc"), None, 10 if args.minutes else 3600):
+        name = row.pop("without")
+        yield {"loss": "Eq. 2" if name == "nothing" else name} | row
 
 
 # -- Runs: the test split, looked at once ----------------------------------------------------------
 
 def result(name, run, data, **more):
     found = train.bound(run.ema, data.chunks("test"))
-    row = dict(run=name, **more, bits=found["bits"], stderr=found["stderr"], steps=run.step,
-               weights=sum(p.numel() for p in run.model.parameters()), minutes=run.seconds / 60)
-    print(" ", row)
-    return row
+    return dict(run=name, **more, bits=found["bits"], stderr=found["stderr"], steps=run.step,
+                weights=sum(p.numel() for p in run.model.parameters()), minutes=run.seconds / 60)
 
 
 def text8_prefix(length=250, device="cpu"):
@@ -254,13 +250,11 @@ def bench_mnist(args):
 
 def bench_cifar10(args):
     """CIFAR-10 (20,000 training images, 1,017 test images), bits/dim."""
-    rows = []
     for name, branch in (("order-agnostic", None), ("upscale-4", 4), ("upscale-2", 2)):
         given = dict(branch=branch) if branch else {}
         run, data = trained(f"cifar10-{name}", data=datasets.load(str(CIFAR)),
                             minutes=args.minutes or 20, **given)
-        rows.append(result(name, run, data))
-    return rows
+        yield result(name, run, data)
 
 
 def bench_glyphs(args):
@@ -319,14 +313,12 @@ def bench_clips(args):
 def bench_branches(args):
     """FSDD with other numbers of stages, two minutes each, one seed, bits a sample of 256
     validation windows (in the paper on SC09: 6.29, 6.29, 6.30, 6.36, order-agnostic 7.93)."""
-    rows, data = [], datasets.load("fsdd")
+    data = datasets.load("fsdd")
     for branch in (2, 4, 16, 256, 0):
         run, _ = trained(data=data, minutes=args.minutes or 2, branch=branch)
         found = train.bound(run.ema, train.spread(data.chunks("valid"), 256), passes=8)
-        rows.append(dict(b=branch or "order-agnostic", stages=run.model.S, bits=found["bits"],
-                         stderr=found["stderr"], steps=run.step))
-        print(" ", rows[-1])
-    return rows
+        yield dict(b=branch or "order-agnostic", stages=run.model.S, bits=found["bits"],
+                   stderr=found["stderr"], steps=run.step)
 
 
 def bench_calls(args):
@@ -335,7 +327,7 @@ def bench_calls(args):
     (evenly)."""
     model, checkpoint = nets.load(RUNS / "fsdd" / "ckpt.pt")
     L, S, D = planner.smooth(checkpoint["L"], checkpoint["counts"]), model.S, model.D
-    x, rows = train.spread(datasets.load("fsdd").chunks("test"), 32).long(), []
+    x = train.spread(datasets.load("fsdd").chunks("test"), 32).long()
     halves = torch.from_numpy(planner.order("halves", D)).expand(x.shape)
 
     def exact(plan, sigma=None):
@@ -351,9 +343,7 @@ def bench_calls(args):
         if calls <= 128:
             row |= {"exact, planned": exact(plan), "exact, even": exact(even),
                     "exact, halves": exact(even, halves)}
-        rows.append(row)
-        print(" ", row)
-    return rows
+        yield row
 
 
 # -- Orders and archives ---------------------------------------------------------------------------
@@ -391,27 +381,27 @@ def bench_prices(args):
     many steps, on the same chunks and on all of them. The standard errors are over chunks.
     (In the paper, on the test data of text8: left to right 1.35, OA-ARDM 1.43.)"""
     model, checkpoint = nets.load(RUNS / "text8-ours" / "ckpt.pt")
-    data, D, rows = text8_prefix(), model.D, []
+    data, D = text8_prefix(), model.D
     x = train.spread(data.chunks("test"), 32).long()
 
     def row(words, nats):
-        rows.append({"": words} | train.mean_and_error(nats, D))
-        print(" ", rows[-1], flush=True)
+        return {"": words} | train.mean_and_error(nats, D)
 
     for rule in ("forward", "backward", "spaced:4", "spaced:63"):
-        row(rule, model.nll(x, sigma=torch.from_numpy(planner.order(rule, D)).expand(x.shape)))
+        sigma = torch.from_numpy(planner.order(rule, D)).expand(x.shape)
+        yield row(rule, model.nll(x, sigma=sigma))
     generator = torch.Generator().manual_seed(0)
     nats = torch.stack([model.nll(x, generator=generator) for _ in range(16)])
     for R in (1, 4, 16):
         parts = nats.view(-1, R, len(x))                   # 16 / R bounds, their mean
-        row(f"the bound by R = {R} orders", (np.log(R) - (-parts).logsumexp(dim=1)).mean(dim=0))
+        yield row(f"the bound by R = {R} orders",
+                  (np.log(R) - (-parts).logsumexp(dim=1)).mean(dim=0))
     with patched(PAST):
         run, _ = trained(data=data, length=250, batch=12, steps=checkpoint["step"])
         with torch.no_grad():
-            row(f"left to right alone, {run.step:,} steps", run.ema.loss(x))
-            row("the same, all chunks", torch.cat([
+            yield row(f"left to right alone, {run.step:,} steps", run.ema.loss(x))
+            yield row("the same, all chunks", torch.cat([
                 run.ema.loss(part.long()) for part in data.chunks("test").split(16)]))
-    return rows
 
 
 def bench_upscaling(args):
@@ -465,7 +455,6 @@ def lattice(shape):
 
 def bench_orders(args):
     """Orders of images at 100 network calls, even plans, exact bits/dim of validation images."""
-    rows = []
     for name, count in (("mnist", 100), ("cifar10-order-agnostic", 24)):
         model, checkpoint = nets.load(RUNS / name / "ckpt.pt")
         shape = checkpoint["settings"]["shape"]
@@ -476,11 +465,7 @@ def bench_orders(args):
             "random:1", "random:2", "random:3", "forward", f"spaced:{-(-model.D // 100)}")}
         for rule, sigma in (orders | {"lattice": lattice(shape)}).items():
             nats = model.nll(x, plan, torch.from_numpy(sigma).expand(x.shape))
-            bits = bits_per_dim(nats, model.D)
-            rows.append(dict(model=name, order=rule, bits=bits.mean().item(),
-                             stderr=(bits.std() / len(bits) ** 0.5).item()))
-            print(" ", rows[-1])
-    return rows
+            yield dict(model=name, order=rule) | train.mean_and_error(nats, model.D)
 
 
 def bench_plans(args):
@@ -488,7 +473,6 @@ def bench_plans(args):
     exact for the same data in the same random orders; last, structured orders (`spaced:G`, an even
     plan), which keep apart what one call generates. The standard errors are those of differences to
     the planned one."""
-    rows = []
     for name, count, budgets in (("text8-ours", 200, (5, 10, 20, 50)),
                                  ("mnist", 100, (20, 50, 100)),
                                  ("cifar10-order-agnostic", 16, (20, 50))):
@@ -510,11 +494,9 @@ def bench_plans(args):
                 bits = bits_per_dim(model.nll(x, plan, sigma, generator), D)
                 best = bits if best is None else best
                 predicted = planner.plan_cost(L, plan) / D if sigma is None else ""
-                rows.append(dict(model=name, calls=calls, plan=way, predicted=predicted,
-                                 exact=bits.mean().item(),
-                                 stderr=((bits - best).std() / len(x) ** 0.5).item()))
-                print(" ", rows[-1])
-    return rows
+                yield dict(model=name, calls=calls, plan=way, predicted=predicted,
+                           exact=bits.mean().item(),
+                           stderr=((bits - best).std() / len(x) ** 0.5).item())
 
 
 def bench_absorbing(args):
@@ -525,18 +507,17 @@ def bench_absorbing(args):
     with 20.)"""
     model, _ = nets.load(RUNS / "text8-ours" / "ckpt.pt")
     L, counts = train.components(model, text8_prefix().chunks("valid"), seconds=60)
-    (L,), D, rows = planner.smooth(L, counts), model.D, []
+    (L,), D = planner.smooth(L, counts), model.D
     schedules = {"linear": lambda u: u, "cosine": lambda u: 1 - np.cos(np.pi / 2 * u)}
     for T in (1000, 256, 64, 20):
         for name, q in schedules.items():
             parts = np.diff(q(np.arange(T + 1) / T))
-            rows.append({"": f"absorbing diffusion, {name}", "steps": T,
-                         "steps that write": float(sum(1 - (1 - parts) ** D)),
-                         "bits": planner.absorbing_bound(L, T, q)})
+            yield {"": f"absorbing diffusion, {name}", "steps": T,
+                   "steps that write": float(sum(1 - (1 - parts) ** D)),
+                   "bits": planner.absorbing_bound(L, T, q)}
     for calls in (D, 64, 20):
-        rows.append({"": "ARDM, planned", "steps": calls, "steps that write": float(calls),
-                     "bits": planner.plan_cost(L, planner.plan(L, calls)) / D})
-    return rows
+        yield {"": "ARDM, planned", "steps": calls, "steps that write": float(calls),
+               "bits": planner.plan_cost(L, planner.plan(L, calls)) / D}
 
 
 def bench_samples(args):
@@ -546,7 +527,7 @@ def bench_samples(args):
     model, checkpoint = nets.load(RUNS / "text8-ours" / "ckpt.pt")
     L = planner.smooth(checkpoint["L"], checkpoint["counts"])
     known = set(datasets.to_bytes(text8_prefix().splits["train"], 27).split())
-    D, rows, nothing = model.D, [], torch.zeros(model.D).bool()
+    D, nothing = model.D, torch.zeros(model.D).bool()
 
     def words(calls, way, temperature, seed):
         generator = torch.Generator().manual_seed(seed)
@@ -568,13 +549,11 @@ def bench_samples(args):
             for way in ("random", "planned", "spaced", "confident"):
                 drawn = [words(calls, way, temperature, seed) for seed in range(args.seeds)]
                 shares = [sum(word in known for word in each) / len(each) for each in drawn]
-                rows.append({"temperature": temperature, "calls": calls, "order": way,
-                             "share of known words": statistics.mean(shares),
-                             "+-": statistics.stdev(shares) if len(shares) > 1 else 0.0,
-                             "distinct": round(statistics.mean(len(set(each)) for each in drawn)),
-                             "of": round(statistics.mean(map(len, drawn)))})
-                print(" ", rows[-1], flush=True)
-    return rows
+                yield {"temperature": temperature, "calls": calls, "order": way,
+                       "share of known words": statistics.mean(shares),
+                       "+-": statistics.stdev(shares) if len(shares) > 1 else 0.0,
+                       "distinct": round(statistics.mean(len(set(each)) for each in drawn)),
+                       "of": round(statistics.mean(map(len, drawn)))}
 
 
 def shrink(run, path):
@@ -601,9 +580,9 @@ def bench_english(args):
     files = {f"English, part {i + 1}": text[i * len(text) // 3:][:n] for i, n in enumerate(sizes)}
     files["a PNG picture"] = datasets.read(HERE / "glyphs.png")
     files["random bytes"] = np.random.default_rng(0).integers(256, size=4_000, dtype=np.uint8)
-    rows = [{"file": f"the whole, bound of Eq. 2, standard error {found['stderr']:.3f}, after "
-             f"{checkpoint['step']:,} steps in {checkpoint['seconds'] / 60:.0f} minutes",
-             "bytes": len(text), "ours": found["bits"]}]
+    yield {"file": f"the whole, bound of Eq. 2, standard error {found['stderr']:.3f}, after "
+           f"{checkpoint['step']:,} steps in {checkpoint['seconds'] / 60:.0f} minutes",
+           "bytes": len(text), "ours": found["bits"]}
     packers = {"bzip2 -9": bz2.compress, "xz -9": lambda x: lzma.compress(x, preset=9)}
     with tempfile.TemporaryDirectory() as folder:
         path, out = Path(folder) / "file", Path(folder) / "archive"
@@ -616,11 +595,10 @@ def bench_english(args):
                 times.append(time.perf_counter())
             assert path.read_bytes() == content.tobytes()
             bits = 8 / len(content)
-            rows.append({"file": name, "bytes": len(content), "ours": bits * out.stat().st_size}
-                        | {packer: bits * len(pack(content.tobytes()))
-                           for packer, pack in packers.items()}
-                        | {"encode, s": times[1] - times[0], "decode, s": times[2] - times[1]})
-    return rows
+            others = {packer: bits * len(pack(content.tobytes()))
+                      for packer, pack in packers.items()}
+            yield {"file": name, "bytes": len(content), "ours": bits * out.stat().st_size,
+                   **others, "encode, s": times[1] - times[0], "decode, s": times[2] - times[1]}
 
 
 def bench_page(args):
@@ -649,30 +627,29 @@ def bench_compress(args):
     path = RUNS / "text8-ours" / "test.txt"
     path.write_bytes(datasets.to_bytes(text8_prefix().splits["test"][:20000], 27))
     model, checkpoint = nets.load(path.with_name("ckpt.pt"))
-    rows = []
     for calls in (16, 32, 63, 125):
         order = f"spaced:{-(-250 // calls)}"
         ks = [k for _, _, k in planner.uniform_plan(1, 250, calls)]
         codec = compress.Codec(model, checkpoint["settings"], order, [ks], 65)
         n, bits, archive, encode, decode = round_trip(path, model, codec)
-        rows.append({"": f"{calls} calls, {order}", "exact nll": bits / n,
-                     "archive": 8 * len(archive) / n, "encode with its proof, s": encode,
-                     "decode, s": decode})
-        print(" ", rows[-1])
+        yield {"": f"{calls} calls, {order}", "exact nll": bits / n,
+               "archive": 8 * len(archive) / n, "encode with its proof, s": encode,
+               "decode, s": decode}
     others = datasets.references(datasets.to_symbols(path.read_bytes(), 27), 27)
     for command in ("zstd -19 -c", "brotli -c"):           # where they are installed
         if shutil.which(command.split()[0]):
             done = subprocess.run(command.split(), input=path.read_bytes(), capture_output=True)
             others[command.removesuffix(" -c")] = 8 * len(done.stdout) / n
-    return rows + [{"": name, "archive": bits} for name, bits in others.items()]
+    yield from ({"": name, "archive": bits} for name, bits in others.items())
 
 
 def bench_single(args):
     """Single images (the paper's Table 3), the models of section cifar10: the first 100 test
     images, each a block of its own, coded in a random order by the best plan of so many network
-    calls, bits/dim; ten of them are decoded, and priced by exact nll alone. (In the paper, with 500
-    and 100 calls: OA-ARDM 2.73, 2.75; Upscale-4 2.71, 2.76. Others: section packers.)"""
-    rows, x = [], datasets.load(str(CIFAR)).chunks("test")[:100]
+    calls, bits/dim; ten of them are decoded, and priced by exact nll alone, last with one variable
+    a call. (In the paper, with 500 and 100 calls: OA-ARDM 2.73, 2.75; Upscale-4 2.71, 2.76. Others:
+    section packers.)"""
+    x = datasets.load(str(CIFAR)).chunks("test")[:100]
     for name in ("order-agnostic", "upscale-4"):
         model, checkpoint = nets.load(RUNS / f"cifar10-{name}" / "ckpt.pt")
         L, S, D = planner.smooth(checkpoint["L"], checkpoint["counts"]), model.S, model.D
@@ -683,23 +660,19 @@ def bench_single(args):
             blocks, bits = zip(*codec.encode(x[:, None], 0))
             back = torch.cat(list(codec.decode(blocks[:10], 1, D, 0)))
             assert torch.equal(back, x[:10].flatten())
-            rows.append(dict(model=name, calls=calls, images=100, exact=sum(bits) / x.numel(),
-                             archive=8 * len(b"".join(blocks)) / x.numel()))
-            print(" ", rows[-1], flush=True)
+            yield dict(model=name, calls=calls, images=100, exact=sum(bits) / x.numel(),
+                       archive=8 * len(b"".join(blocks)) / x.numel())
         sigma = torch.from_numpy(planner.order("random:1", (3, 32, 32))).expand(10, -1)
-        for calls in (100, 500):
+        for calls in (100, 500, L.size):
             nats = model.nll(x[:10].long(), planner.plan(L, calls), sigma)
-            rows.append(dict(model=name, calls=calls, images=10,
-                             exact=bits_per_dim(nats, D).mean().item()))
-            print(" ", rows[-1], flush=True)
-    return rows
+            yield dict(model=name, calls=calls, images=10,
+                       exact=bits_per_dim(nats, D).mean().item())
 
 
 def bench_packers(args):
     """PNG and WebP (by Pillow) and JPEG XL (cjxl -e 9, where it is installed) of the first 1,000
     test images, each by itself, bits/dim."""
     from PIL import Image
-    rows = []
     for name in ("mnist", str(CIFAR)):
         data = datasets.load(name)
         images = datasets.to_images(data.chunks("test")[:1000], data.shape)
@@ -716,8 +689,7 @@ def bench_packers(args):
                 subprocess.run(["cjxl", *paths, "-d", "0", "-e", "9", "--quiet"], check=True)
                 total += paths[1].stat().st_size
             row["JPEG XL"] = 8 * total / images.size
-        rows.append(row)
-    return rows
+        yield row
 
 
 def bench_portable(args):
@@ -732,7 +704,6 @@ def bench_portable(args):
             "sys.argv[2])")
     old = dict(ATEN_CPU_CAPABILITY="default", MKL_CBWR="COMPATIBLE", ONEDNN_MAX_CPU_ISA="SSE41",
                OMP_NUM_THREADS="1")
-    rows = []
     for name in ("text8-ours", "mnist", "cifar10-order-agnostic", "fsdd"):
         found = []
         for i, change in enumerate(({}, old)):
@@ -742,25 +713,21 @@ def bench_portable(args):
             found.append(torch.load(out))
         found = [[log_p.clamp(min=-18) for log_p in each] for each in found]     # deeper: alike
         differs = [(a - b).abs().max().item() for a, b in zip(*found)]
-        rows.append({"model": name, "float32": differs[0], "float64": differs[1]})
-    return rows
+        yield {"model": name, "float32": differs[0], "float64": differs[1]}
 
 
 # -- Seconds ---------------------------------------------------------------------------------------
 
 def bench_planner(args):
     """Seconds of the cheapest plan."""
-    rows = []
     for S, D, calls in ((1, 250, 20), (1, 3072, 50), (1, 16000, 50), (8, 16000, 400)):
         L = np.sort(np.random.default_rng(0).random((S, D)), axis=1)[:, ::-1]
         seconds, = median_seconds(lambda: planner.plan(L, calls), repeats=5)
-        rows.append(dict(stages=S, D=D, calls=calls, seconds=seconds))
-    return rows
+        yield dict(stages=S, D=D, calls=calls, seconds=seconds)
 
 
 def bench_coder(args):
     """Million symbols a second of the coder alone, from log-probabilities to bytes and back."""
-    rows = []
     for K in (4, 27, 256):
         n = 102_400
         logits = 2 * np.random.default_rng(0).normal(size=(n, K))
@@ -782,14 +749,12 @@ def bench_coder(args):
             assert decoder.end == 0
 
         there, back = median_seconds(encode, decode, repeats=5)
-        rows.append({"K": K, "encode": n / there / 1e6, "decode": n / back / 1e6})
-    return rows
+        yield {"K": K, "encode": n / there / 1e6, "decode": n / back / 1e6}
 
 
 def bench_speed(args):
     """Whole training steps a second, on data of the released code's sizes; it makes 30.9 (text),
     12.6 (images) and 14.0 (audio) datapoints a second on such a machine, in float32."""
-    rows = []
     text = dict(length=250, dim=256, depth=4, heads=4, batch=32)
     image = dict(dim=64, depth=4, heads=1, batch=16)
     sound = dict(length=4000, dim=64, depth=10, batch=4)
@@ -801,10 +766,8 @@ def bench_speed(args):
             run = train.Run(train.complete(c, data), data)
             x = data.batch(given["batch"])
             seconds, = median_seconds(lambda: train.train_step(run, x).item(), repeats=7)
-            rows.append({"training step": name, "recipe": recipe, "seconds": seconds,
-                         "datapoints a second": given["batch"] / seconds})
-            print(" ", rows[-1])
-    return rows
+            yield {"training step": name, "recipe": recipe, "seconds": seconds,
+                   "datapoints a second": given["batch"] / seconds}
 
 
 # -- One CUDA GPU ----------------------------------------------------------------------------------
@@ -822,6 +785,7 @@ def gpu_data(words, device):
 def step_of(work):
     """A row of `gpu`: one size, compiled beside the others, but measured alone."""
     words, device, lock, most = work
+    torch.cuda.empty_cache()                               # of the size before
     data, size = gpu_data(words, device), words.split(", ")[1]
     given = dict(recipe="paper", branch=0) if size == "paper" else dict(
         branch=4 if "upscale" in words else None)
@@ -857,8 +821,6 @@ def step_of(work):
                variables_a_second=round(run.c.batch * data.D / seconds),
                of_the_product=operations / seconds / most, busy=busy / seconds,
                gigabytes=torch.cuda.max_memory_allocated() / 1e9)
-    del run
-    torch.cuda.empty_cache()
     return row
 
 
@@ -880,13 +842,10 @@ def bench_gpu(args):
         sizes = [name.replace("small", "tiny") for name in sizes if "paper" not in name]
     process = multiprocessing.get_context("spawn")
     with process.Manager() as manager, process.Pool(4 if device == "cuda" else 1) as pool:
-        lock, rows = manager.Lock(), []
-        work = [(name, device, lock, most) for name in sizes]
-        for row in pool.imap_unordered(step_of, work):
-            rows.append(row)
-            print(" ", row, flush=True)
-    size = "small" if device == "cuda" else "tiny"
-    return rows + (list(learns(size, device, args.minutes)) if args.minutes else [])
+        lock = manager.Lock()
+        yield from pool.imap_unordered(step_of, [(name, device, lock, most) for name in sizes])
+    if args.minutes:
+        yield from learns("small" if device == "cuda" else "tiny", device, args.minutes)
 
 
 def learns(size, device, minutes):
@@ -963,7 +922,10 @@ def main():
     path = HERE / "bench.json"
     for name in args.sections:
         print(name)
-        rows = SECTIONS[name](args)
+        rows = []
+        for row in SECTIONS[name](args):
+            print(" ", row, flush=True)
+            rows.append(row)
         print(markdown(rows))
         kept = json.loads(path.read_text()) if path.exists() else {}
         kept[name] = dict(rows=rows, machine=machine(), day=str(datetime.date.today()))
