@@ -384,8 +384,9 @@ class Text:
 class Images:
     """Images, kept flat as uint8 on one device: (N, D) with D = C * H * W, colour by colour.
 
-    train, test: (N, C, H, W). bits: how many of the 8 are kept, from the most significant on; what
-    is smaller than 2^bits is taken as it is, and 0 and 1 alone are K = 2.
+    train, test: (N, C, H, W); the last tenth of train is for validation. bits: how many of the 8
+    are kept, from the most significant on; what is smaller than 2^bits is taken as it is, and 0 and
+    1 alone are K = 2.
     flips: training images are mirrored at random; turns: and turned by quarters.
     """
     kind = "image"
