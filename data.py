@@ -262,7 +262,7 @@ def wav_layout(content, name):
     begin, size = found.get(b"fmt ", (0, 0))
     form = content[begin:begin + size].tobytes()
     if len(form) < 16 or b"data" not in found or content[:4].tobytes() != b"RIFF":
-        raise ValueError(f"{name} is a WAV file without a whole fmt chunk before a data chunk")
+        raise ValueError(f"{name} is no RIFF WAV file with a whole fmt chunk before its data")
     code, channels, rate, _, _, bits = struct.unpack("<HHIIHH", form[:16])
     if code == 0xFFFE:                                     # WAVE_FORMAT_EXTENSIBLE
         code = int.from_bytes(form[24:26], "little")
@@ -812,8 +812,9 @@ def write_array(file, head, tail, settings, length, parts):
     file.write(head)
     size = offset + length * np.dtype(kind).itemsize
     file.truncate(size)
-    with suppress(AttributeError):                         # which not every platform has: a full
-        os.posix_fallocate(file.fileno(), 0, size)         # disk says so now, not by a signal later
+    # Takes the space now, where the platform can: under a map a full disk is a fatal signal.
+    with suppress(AttributeError):
+        os.posix_fallocate(file.fileno(), 0, size)
     stored = np.empty(shape, kind)                         # a file of no symbols cannot be mapped
     if length:
         stored = np.memmap(file, kind, "r+", offset, shape, order)

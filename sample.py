@@ -227,10 +227,10 @@ def draw_all(model, x, todo, args, file):
             orders.append(sigma)
         if file is None or len(kept) < FRAMED:
             kept.append(batch.to(torch.uint8 if model.K <= 256 else torch.int32))
-        for row in () if file is None else batch:
-            file.write(datasets.to_bytes(row, model.K) + b"\n")
+        if file is not None:
+            file.write(b"".join(datasets.to_bytes(row, model.K) + b"\n" for row in batch))
             if not args.frames:
-                print(datasets.show(row, model.K))
+                print(*(datasets.show(row, model.K) for row in batch), sep="\n")
     return torch.cat(kept), torch.cat(orders, dim=1)
 
 

@@ -785,7 +785,6 @@ def gpu_data(words, device):
 def step_of(work):
     """A row of `gpu`: one size, compiled beside the others, but measured alone."""
     words, device, lock, most = work
-    torch.cuda.empty_cache()                               # of the size before
     data, size = gpu_data(words, device), words.split(", ")[1]
     given = dict(recipe="paper", branch=0) if size == "paper" else dict(
         branch=4 if "upscale" in words else None)
@@ -816,12 +815,11 @@ def step_of(work):
         with torch.profiler.profile(activities=[kinds.CUDA if n > 1 else kinds.CPU]) as watch:
             steps(n)
     busy = sum(event.self_device_time_total for event in watch.key_averages()) / n / 1e6
-    row = dict(step=words, weights=weights, batch=run.c.batch, parts=run.parts, first_step=first,
-               milliseconds=1000 * seconds, datapoints_a_second=round(run.c.batch / seconds),
-               variables_a_second=round(run.c.batch * data.D / seconds),
-               of_the_product=operations / seconds / most, busy=busy / seconds,
-               gigabytes=torch.cuda.max_memory_allocated() / 1e9)
-    return row
+    return dict(step=words, weights=weights, batch=run.c.batch, parts=run.parts, first_step=first,
+                milliseconds=1000 * seconds, datapoints_a_second=round(run.c.batch / seconds),
+                variables_a_second=round(run.c.batch * data.D / seconds),
+                of_the_product=operations / seconds / most, busy=busy / seconds,
+                gigabytes=torch.cuda.max_memory_allocated() / 1e9)
 
 
 def bench_gpu(args):
@@ -840,8 +838,8 @@ def bench_gpu(args):
              "images, small, upscale-4", "audio, small", "audio, paper")
     if device == "cpu":                                    # to try the code
         sizes = [name.replace("small", "tiny") for name in sizes if "paper" not in name]
-    process = multiprocessing.get_context("spawn")
-    with process.Manager() as manager, process.Pool(4 if device == "cuda" else 1) as pool:
+    process, n = multiprocessing.get_context("spawn"), 4 if device == "cuda" else 1
+    with process.Manager() as manager, process.Pool(n, maxtasksperchild=1) as pool:
         lock = manager.Lock()
         yield from pool.imap_unordered(step_of, [(name, device, lock, most) for name in sizes])
     if args.minutes:
@@ -880,6 +878,12 @@ def coding(folder, data):
 # -- What was measured -----------------------------------------------------------------------------
 
 def markdown(rows):
+    """Tables of these rows, one for all that begin alike."""
+    groups = itertools.groupby(rows, key=lambda row: next(iter(row)))
+    return "\n\n".join(table([*group]) for _, group in groups)
+
+
+def table(rows):
     """A table of these rows; numbers with four digits."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
 
