@@ -1694,13 +1694,42 @@ def test_forward_loss_and_backward_are_one_graph(kind, branch, recipe, monkeypat
     """A break would be a synchronisation with the GPU in every step."""
     K, shape = dict(text=(27, [16]), image=(256, [3, 8, 8]), audio=(1 << 16, [64]))[kind]
     way = "mixture" if kind == "audio" and recipe == "ours" else "direct"
+    depth = 9 if kind == "image" and recipe == "paper" else 2            # deep: by regions
     model = nets.build(dict(kind=kind, K=K, shape=shape, recipe=recipe, branch=branch, dim=8,
-                            depth=2, heads=2, parametrization=way))
+                            depth=depth, heads=2, parametrization=way))
     x, (t, s) = torch.randint(K, (3, model.D)), torch.ones(2, 3, dtype=torch.long)
     torch._dynamo.reset()
     monkeypatch.delenv("TORCHDYNAMO_DISABLE")
     found = torch._dynamo.explain(model.loss)(x, t, s, sample_sigma(3, model.D))
     assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_embedding_by_products_is_a_lookup(device):
+    table = nets.Embedding(7, 5).to(device)
+    x = torch.randint(7, (3, 4), device=device)
+    one, other = table.product(x), table.eval()(x)
+    assert torch.equal(one, other)
+    weight = torch.randn_like(one)
+    assert torch.allclose(*(torch.autograd.grad((weight * found).sum(), table.weight)[0]
+                            for found in (one, other)), atol=1e-6)
+
+
+def test_a_run_ends_by_its_minutes_or_by_its_passes_what_comes_first():
+    data = datasets.load("pydoc", 250)
+    given = dict(device="cpu", size="small")
+    c = train.complete(train.Settings(**given), data)
+    assert c.minutes == 2.5
+    assert c.steps * c.batch * data.D == pytest.approx(150 * len(data.splits["train"]), rel=0.01)
+    assert train.complete(train.Settings(**given, steps=7), data).minutes is None
+    assert train.complete(train.Settings(**given, minutes=7), data).steps is None
+    assert train.complete(train.Settings(**given, batch=9999), data).steps == 500
+    assert train.complete(train.Settings(**given | dict(size="paper")), data).steps == 3_000_000
+    run = train.Run(settings(data), data)
+    run.c, run.step, run.seconds = c, c.steps // 2, 30
+    assert run.progress == pytest.approx(0.5, abs=0.01)
+    run.seconds = 120
+    assert run.progress == 0.8
 
 
 PAIR = """

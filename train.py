@@ -64,6 +64,7 @@ OURS = {                             # muon_lr and muon_decay are for the matric
     "small": dict(lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0, muon_lr=0.02, muon_decay=0.02,
                   warmup=200, clip=1.0, ema=0.998)}
 OURS["paper"] = OURS["small"]
+PASSES = 150                         # over the training data, at most, where no length is given
 REPORT = 100                         # steps between rows of log.csv
 PLAIN = ("settings", "step", "seconds", "L", "counts", "log")          # stored as it is
 MOST = 1 << 22                       # variables of the test split that a CPU evaluates by default
@@ -95,7 +96,8 @@ class Settings:
     batch: int = setting(None, "datapoints in a training step")
     lr: float = setting(None, "learning rate of Adam; Muon's is the recipe's own")
     steps: int = setting(None, "length of the run in training steps")
-    minutes: float = setting(None, "length of the run in minutes, if --steps is not given")
+    minutes: float = setting(None, "length of the run in minutes; without either the size's own, "
+                             f"and {PASSES} passes over the data at most")
     passes: int = setting(None, "passes over each split in the evaluation")
     compile: bool = setting(None, "torch.compile; default: yes on CUDA with Triton",
                             action=argparse.BooleanOptionalAction)
@@ -152,8 +154,9 @@ class Run:
 
     @property
     def progress(self):
-        """The part of the run that is done, 0..1: of its steps, or of its time."""
-        return self.step / self.c.steps if self.c.steps else self.seconds / (60 * self.c.minutes)
+        """The part of the run that is done, 0..1: of its steps or of its time, what ends first."""
+        return max(self.step / (self.c.steps or math.inf),
+                   self.seconds / (60 * (self.c.minutes or math.inf)))
 
     def draw(self, data):
         """This process's part of a batch, (B, D). Seed, process and step alone decide what a step
@@ -590,6 +593,9 @@ def complete(c, data):
             raise ValueError(words)
     if c.steps or c.minutes:
         preset = preset | dict(steps=None, minutes=None)
+    elif "minutes" in preset:                              # few data would be learnt by heart
+        values = data.splits["train"].numel()
+        preset["steps"] = max(500, PASSES * values // (data.D * (c.batch or preset["batch"])))
     ours = dict(text="data", image="direct", audio="mixture")
     papers = dict(text="data", image="data", audio="direct")
     preset["parametrization"] = (ours if c.recipe == "ours" else papers)[kind]
@@ -605,7 +611,9 @@ def reopen(path, given, changeable):
         raise ValueError(f"the settings come from the checkpoint: leave out --{foreign.pop()}")
     model, checkpoint = nets.load(path, given.get("device"))
     old = checkpoint["settings"]
-    anew = dict.fromkeys(["device", "compile"] + ["steps"] * ("minutes" in given))
+    anew = dict.fromkeys(["device", "compile"])
+    if "steps" in given or "minutes" in given:
+        anew |= dict(steps=None, minutes=None)
     c = Settings(**{field.name: old[field.name] for field in dataclasses.fields(Settings)}
                  | anew | given)
     data = load_data(c)

@@ -784,15 +784,13 @@ def gpu_data(words, device):
 
 def step_of(work):
     """A row of `gpu`: one size, compiled beside the others, but measured alone."""
-    words, device, lock, most = work
+    words, device, all_compiled, lock, most = work
     data, size = gpu_data(words, device), words.split(", ")[1]
     given = dict(recipe="paper", branch=0) if size == "paper" else dict(
         branch=4 if "upscale" in words else None)
-    if "eager" in words:
-        given["compile"] = False
     run = train.Run(train.complete(train.Settings(size=size, device=device, steps=10 ** 9, **given),
                                    data), data)
-    run.parts = 4 if size == "paper" else 1                # the others are in memory, too
+    run.parts = 4 if size == "paper" else 1                # all are in memory at once
     weights, x = sum(p.numel() for p in run.model.parameters()), data.batch(2)
     with flop_counter.FlopCounterMode(display=False) as counter:
         run.model.loss(x).sum().backward()
@@ -806,14 +804,16 @@ def step_of(work):
         loss.item()                                        # waits for a GPU
         return (time.perf_counter() - begin) / n
 
-    kinds, n = torch.profiler.ProfilerActivity, 10 if device == "cuda" else 1
+    kinds, n = torch.profiler.ProfilerActivity, 1 if device == "cpu" else 3 if size == "paper" else 10
     first = steps(1)
-    steps(4)
+    torch.cuda.empty_cache()
+    all_compiled.wait(timeout=600)                         # else one of them has failed
     with lock:
-        steps(n)
+        steps(4)
         seconds = statistics.median(steps(n) for _ in range(5))
         with torch.profiler.profile(activities=[kinds.CUDA if n > 1 else kinds.CPU]) as watch:
             steps(n)
+    torch.cuda.empty_cache()
     busy = sum(event.self_device_time_total for event in watch.key_averages()) / n / 1e6
     return dict(step=words, weights=weights, batch=run.c.batch, parts=run.parts, first_step=first,
                 milliseconds=1000 * seconds, datapoints_a_second=round(run.c.batch / seconds),
@@ -826,22 +826,21 @@ def bench_gpu(args):
     """A training step of every size on one CUDA GPU: seconds of the first one, which compiles;
     milliseconds of the others; the part of the card's own bfloat16 matrix product (8,192 x 8,192)
     that the counted operations of forward and backward reach, and the part of the time in which the
-    GPU is busy (above 1 where another process compiled and tried its steps at the same time). The
-    paper's U-Net is not compiled, which takes more than six minutes. With --minutes, what `small`
-    learns in so many on text8 and CIFAR-10, too; seconds of the evaluation; datapoints a second of
-    compress.py with the default calls, encoding with its proof."""
+    GPU is busy. With --minutes, what `small` learns in so many on text8 and CIFAR-10, too; seconds
+    of the evaluation; datapoints a second of compress.py with the default calls, encoding with its
+    proof."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     square = torch.randn(2, *[8192 if device == "cuda" else 512] * 2, device=device).bfloat16()
     product, = median_seconds(lambda: (square[0] @ square[1])[0, 0].item())
     most = 2 * square.shape[1] ** 3 / product
-    sizes = ("images, paper, eager", "text, paper", "images, small", "text, small",
+    sizes = ("images, paper", "text, paper", "images, small", "text, small",
              "images, small, upscale-4", "audio, small", "audio, paper")
     if device == "cpu":                                    # to try the code
         sizes = [name.replace("small", "tiny") for name in sizes if "paper" not in name]
-    process, n = multiprocessing.get_context("spawn"), 4 if device == "cuda" else 1
-    with process.Manager() as manager, process.Pool(n, maxtasksperchild=1) as pool:
-        lock = manager.Lock()
-        yield from pool.imap_unordered(step_of, [(name, device, lock, most) for name in sizes])
+    process = multiprocessing.get_context("spawn")
+    with process.Manager() as manager, process.Pool(len(sizes)) as pool:
+        how = device, manager.Barrier(len(sizes)), manager.Lock(), most
+        yield from pool.imap_unordered(step_of, [(name, *how) for name in sizes])
     if args.minutes:
         yield from learns("small" if device == "cuda" else "tiny", device, args.minutes)
 
