@@ -426,7 +426,7 @@ class Images:
 
 
 class Audio(Text):
-    """A stream of 16-bit samples, x = sample + 32,768, as uint16 on one device: the channels of the
+    """A stream of 16-bit samples, x = sample + 32,768, as int32 on one device: the channels of the
     clips one after the other. A datapoint is a window of D = `length` samples.
 
     clips: {name: (channels, n) int16}; valid, test: sets of names. Where none are named for the
@@ -454,8 +454,7 @@ class Audio(Text):
                 raise ValueError(f"{name}: {len(stream)} samples are too few for {part} in windows "
                                  f"of {length}: use more sound or a smaller --length")
             total.update(np.ascontiguousarray(stream))
-            x = torch.from_numpy(stream.view(np.uint16) ^ 0x8000)
-            self.splits[part] = x if device == "cpu" else x.int().to(device)     # unsigned: CPU
+            self.splits[part] = torch.from_numpy(stream.astype(np.int32) + 0x8000).to(device)
         self.digest = total.hexdigest()
 
 

@@ -95,7 +95,7 @@ def read_pictures(n, settings, path):
         found = data.chunks("test")
     if len(found) == 0:
         raise ValueError(f"{path} holds less than the model's {D} symbols")
-    x = found[torch.arange(n) * len(found) // n].long()
+    x = torch.from_numpy(found.numpy()[np.arange(n) * len(found) // n]).long()
     return x.repeat_interleave(COMPLETIONS, dim=0)
 
 

@@ -32,6 +32,7 @@ import xml.etree.ElementTree
 import zipfile
 import zlib
 from pathlib import Path
+from unittest import mock
 
 os.environ["TORCHDYNAMO_DISABLE"] = "1"               # on a GPU each run would compile for long
 
@@ -2739,6 +2740,15 @@ def browser(tmp_path_factory):
     seen = [event["method"] for event in browser.events]
     assert seen.count("Network.requestWillBeSent") == 1    # the page itself
     assert not {"Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded"} & {*seen}
+
+
+def test_an_ingredient_that_is_taken_away_is_away_in_the_evaluation_too(monkeypatch):
+    found = []
+    monkeypatch.setattr(bench, "trained", lambda **how: (mock.Mock(), None))
+    monkeypatch.setattr(train, "bound", lambda *x, **how: found.append(nets.CONV) or {"bits": 1})
+    list(bench.without({"it": mock.patch.object(nets, "CONV", 1)}, mock.Mock(seeds=1),
+                       mock.Mock(), None, steps=1))
+    assert found == [5, 1]
 
 
 def test_a_network_that_sees_the_past_alone_gives_all_texts_a_sum_of_1():
