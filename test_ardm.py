@@ -1724,7 +1724,7 @@ def test_a_run_ends_by_its_minutes_or_by_its_passes_what_comes_first():
     assert c.steps * c.batch * data.D == pytest.approx(150 * len(data.splits["train"]), rel=0.01)
     assert train.complete(train.Settings(**given, steps=7), data).minutes is None
     assert train.complete(train.Settings(**given, minutes=7), data).steps is None
-    assert train.complete(train.Settings(**given, batch=9999), data).steps == 500
+    assert train.complete(train.Settings(**given, batch=9999), data).steps == 100
     assert train.complete(train.Settings(**given | dict(size="paper")), data).steps == 3_000_000
     run = train.Run(settings(data), data)
     run.c, run.step, run.seconds = c, c.steps // 2, 30

@@ -64,7 +64,7 @@ OURS = {                             # muon_lr and muon_decay are for the matric
     "small": dict(lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0, muon_lr=0.02, muon_decay=0.02,
                   warmup=200, clip=1.0, ema=0.998)}
 OURS["paper"] = OURS["small"]
-PASSES = 150                         # over the training data, at most, where no length is given
+EPOCHS = 150                         # at most, where no length of the run is given
 REPORT = 100                         # steps between rows of log.csv
 PLAIN = ("settings", "step", "seconds", "L", "counts", "log")          # stored as it is
 MOST = 1 << 22                       # variables of the test split that a CPU evaluates by default
@@ -97,7 +97,7 @@ class Settings:
     lr: float = setting(None, "learning rate of Adam; Muon's is the recipe's own")
     steps: int = setting(None, "length of the run in training steps")
     minutes: float = setting(None, "length of the run in minutes; without either the size's own, "
-                             f"and {PASSES} passes over the data at most")
+                             f"and {EPOCHS} passes over the data at most")
     passes: int = setting(None, "passes over each split in the evaluation")
     compile: bool = setting(None, "torch.compile; default: yes on CUDA with Triton",
                             action=argparse.BooleanOptionalAction)
@@ -595,7 +595,7 @@ def complete(c, data):
         preset = preset | dict(steps=None, minutes=None)
     elif "minutes" in preset:                              # few data would be learnt by heart
         values = data.splits["train"].numel()
-        preset["steps"] = max(500, PASSES * values // (data.D * (c.batch or preset["batch"])))
+        preset["steps"] = max(100, EPOCHS * values // (data.D * (c.batch or preset["batch"])))
     ours = dict(text="data", image="direct", audio="mixture")
     papers = dict(text="data", image="data", audio="direct")
     preset["parametrization"] = (ours if c.recipe == "ours" else papers)[kind]

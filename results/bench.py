@@ -795,7 +795,8 @@ def step_of(work):
         branch=4 if "upscale" in words else None)
     run = train.Run(train.complete(train.Settings(size=size, device=device, steps=10 ** 9, **given),
                                    data), data)
-    run.parts = 4 if words in ("text, paper", "audio, paper") else 1     # all are in memory at once
+    in_parts = words in ("text, paper", "audio, paper")    # as all are in memory at once
+    run.parts = 4 if in_parts else 1
     weights, x = sum(p.numel() for p in run.model.parameters()), data.batch(2)
     with flop_counter.FlopCounterMode(display=False) as counter:
         run.model.loss(x).sum().backward()
@@ -809,7 +810,8 @@ def step_of(work):
         loss.item()                                        # waits for a GPU
         return (time.perf_counter() - begin) / n
 
-    kinds, n = torch.profiler.ProfilerActivity, 1 if device == "cpu" else 3 if size == "paper" else 10
+    kinds = torch.profiler.ProfilerActivity
+    n = 1 if device == "cpu" else 3 if size == "paper" else 10
     first = steps(1)
     torch.cuda.empty_cache()
     all_compiled.wait(timeout=600)                         # else one of them has failed
