@@ -205,7 +205,7 @@ class UNet(nn.Module):
             self.middle += [PixelAttention(dim, heads), ResBlock(dim, dim, time)]
         self.up = nn.ModuleList(ResBlock(2 * dim, dim, time) for _ in range(depth))
         self.run = ResBlock.__call__
-        if depth > 8:                                      # torch.compile then takes a quarter
+        if depth > 8:                                      # one block is compiled, not all
             self.run = torch.compiler.nested_compile_region(self.run)
         self.norm = nn.GroupNorm(groups(dim), dim)
         self.head = nn.Parameter(torch.randn(C, dim, num_outputs or K) * dim ** -0.5)
