@@ -1,6 +1,7 @@
 """The measurements: python -m results.bench SECTION [SECTION ...]
 
     text images weights     our recipe without each of its ingredients, in equal time; other losses
+    epochs                  how many passes over little data pay
     text8 paper mnist cifar10 glyphs tones    as a reader would run them, test data looked at once
     fsdd clips branches calls    audio: spoken digits, beside FLAC; stages; few network calls
     orders compress single packers     orders of images; archives of text; single images, PNG, WebP
@@ -214,6 +215,21 @@ def bench_weights(args):
     for row in without(losses, args, datasets.load("pydoc"), None, 10 if args.minutes else 3600):
         name = row.pop("without")
         yield {"loss": "Eq. 2" if name == "nothing" else name} | row
+
+
+def bench_epochs(args):
+    """How many passes over little data pay (train.EPOCHS): the default network on n bytes of English
+    prose, bits/byte of 40,000 bytes from elsewhere in it."""
+    text = datasets.load(str(REAL / "prose" / "english.zip"), 64).splits["train"]
+    x = text[300_000:340_000].long().view(-1, 64)
+    for n, epochs in itertools.product((5_000, 20_000), (50, 100, 150, 300)):
+        data = datasets.Text("prose", text[100_000:100_000 + n].numpy().copy(), 64)
+        steps, bits = epochs * len(data.splits["train"]) // (48 * 64), []
+        for seed in range(args.seeds):
+            run, _ = trained(data=data, seed=seed, steps=steps)
+            bits.append(train.bound(run.ema, x, passes=2)["bits"])
+        yield {"bytes": n, "passes": epochs, "steps": steps, "seeds": len(bits),
+               "bits": statistics.mean(bits), "+-": statistics.stdev(bits) if bits[1:] else 0.0}
 
 
 # -- Runs: the test split, looked at once ----------------------------------------------------------
