@@ -540,6 +540,15 @@ def test_attention_is_softmax_attention_in_both_kernels():
         assert torch.allclose(nets.attention(q, k, v).float(), exact, atol=0.05)
 
 
+def test_attention_of_images_is_between_all_pixels():
+    layer, x = nets.PixelAttention(8, 2), torch.randn(2, 8, 3, 5)
+    nn.init.normal_(layer.out.weight)
+    q, k, v = layer.qkv(layer.norm(x)).view(2, 3, 2, 4, 15).unbind(1)    # (B, heads, d, pixels)
+    p = torch.softmax(torch.einsum("bhdi,bhdj->bhij", q, k) / 2, dim=-1)
+    seen = torch.einsum("bhij,bhdj->bhdi", p, v).reshape(2, 8, 3, 5)
+    assert torch.allclose(layer(x, None), x + layer.out(seen), atol=1e-5)
+
+
 def settings(data, **given):
     given = dict(size="tiny", device="cpu", steps=8) | given
     return train.complete(train.Settings(**given), data)
