@@ -1742,6 +1742,20 @@ def test_a_run_ends_by_its_minutes_or_by_its_passes_what_comes_first():
     assert run.progress == 0.8
 
 
+def test_the_first_step_which_compiles_takes_no_time_of_the_run(tmp_path, monkeypatch):
+    data, step = datasets.load("pydoc", 16), train.train_step
+    run = train.Run(settings(data, steps=None, minutes=0.01, batch=2, depth=1, dim=16), data)
+
+    def slow(run, x):
+        time.sleep(1.0 if run.step == 0 else 0.01)
+        return step(run, x)
+
+    monkeypatch.setattr(train, "train_step", slow)
+    begin = time.perf_counter()
+    assert train.train(run, data, tmp_path) and 0.6 <= run.seconds < 1 and run.step > 5
+    assert time.perf_counter() - begin > 1.6
+
+
 PAIR = """
 import os, signal, sys, torch, data as datasets, train
 rank, folder = train.join(), sys.argv[1]

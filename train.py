@@ -204,20 +204,21 @@ def train(run, data, folder):
                disable=True if run.rank else None,
                bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}")
     bar.set_postfix_str("compiling" if run.c.compile else "")            # half a minute or more
-    while True:
+    for i in itertools.count():
         now = torch.tensor([time.perf_counter() - begin, len(stop)], dtype=torch.float64)
         run.seconds, stopping = share(now).tolist()
         if run.progress >= 1 or stopping:
             break
-        x = run.draw(data)
         try:
-            train_step(run, x)
+            train_step(run, run.draw(data))
         except Exception as error:                         # whatever a missing compiler brings up
             if run.loss == run.model.loss:
                 raise
             print(f"going on without torch.compile ({type(error).__name__})", file=sys.stderr)
             run.loss = run.model.loss
             continue
+        if i == 0:                                         # it compiles: no time of the run
+            begin = time.perf_counter() - run.seconds
         if run.rank:                                       # the first process tells and saves
             continue
         if run.step % 10 == 0:                             # seldom: reading the loss waits for it
