@@ -11,6 +11,7 @@ A run writes ckpt.pt, log.csv, a piece of the test split, results.json, and samp
 or audio (.png, .wav).
 """
 import argparse
+import atexit
 import collections
 import copy
 import csv
@@ -317,6 +318,7 @@ def join():
             raise ValueError(f"--nproc_per_node: there are {torch.cuda.device_count()} GPUs")
         torch.cuda.set_device(card)
     distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    atexit.register(distributed.destroy_process_group)     # its threads may else abort the exit
     return distributed.get_rank()
 
 
