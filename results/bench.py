@@ -218,8 +218,8 @@ def bench_weights(args):
 
 
 def bench_epochs(args):
-    """How many passes over little data pay (train.EPOCHS): the default network on n bytes of English
-    prose, bits/byte of 40,000 bytes from elsewhere in it."""
+    """How many passes over little data pay (train.EPOCHS): the default network on a few bytes of
+    English prose, bits/byte of 40,000 bytes from elsewhere in it."""
     text = datasets.load(str(REAL / "prose" / "english.zip"), 64).splits["train"]
     x = text[300_000:340_000].long().view(-1, 64)
     for n, epochs in itertools.product((5_000, 20_000), (50, 100, 150, 300)):
