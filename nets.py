@@ -119,7 +119,7 @@ class Attention(nn.Module):
 
 class Embedding(nn.Embedding):
     """In training on a GPU a product with one-hot rows: of a lookup, all gradients of one value are
-    added up one after the other, which took a fifth of a step of images."""
+    added up one after the other, which took nearly a fifth of a step of images."""
 
     def forward(self, x):
         return self.product(x) if self.training and x.is_cuda else super().forward(x)

@@ -95,7 +95,8 @@ def read_pictures(n, settings, path):
         found = data.chunks("test")
     if len(found) == 0:
         raise ValueError(f"{path} holds less than the model's {D} symbols")
-    x = torch.from_numpy(found.numpy()[np.arange(n) * len(found) // n]).long()
+    rows = np.arange(n) * len(found) // n                  # PyTorch 2.9 has no index into uint16
+    x = torch.from_numpy(found.numpy()[rows]).long()
     return x.repeat_interleave(COMPLETIONS, dim=0)
 
 

@@ -1725,7 +1725,7 @@ def test_an_embedding_by_products_is_a_lookup(device):
                             for found in (one, other)), atol=1e-6)
 
 
-def test_a_run_ends_by_its_minutes_or_by_its_passes_what_comes_first():
+def test_a_run_ends_by_its_minutes_or_by_its_passes_whichever_comes_first():
     data = datasets.load("pydoc", 250)
     given = dict(device="cpu", size="small")
     c = train.complete(train.Settings(**given), data)
@@ -1742,18 +1742,29 @@ def test_a_run_ends_by_its_minutes_or_by_its_passes_what_comes_first():
     assert run.progress == 0.8
 
 
+def test_a_new_length_of_a_run_replaces_both_old_ones(folder, tmp_path):
+    checkpoint = torch.load(folder / "ckpt.pt", weights_only=True)
+    checkpoint["settings"] |= dict(steps=50, minutes=2.0)
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    for given, expected in (({}, (50, 2.0)), (dict(steps=9), (9, None)),
+                            (dict(minutes=3.0), (None, 3.0))):
+        c = train.reopen(tmp_path / "ckpt.pt", given, {"steps", "minutes"})[2]
+        assert (c.steps, c.minutes) == expected
+
+
 def test_the_first_step_which_compiles_takes_no_time_of_the_run(tmp_path, monkeypatch):
     data, step = datasets.load("pydoc", 16), train.train_step
-    run = train.Run(settings(data, steps=None, minutes=0.01, batch=2, depth=1, dim=16), data)
+    run = train.Run(settings(data, steps=None, minutes=0.1, batch=2, depth=1, dim=16), data)
+    clock = mock.Mock(perf_counter=lambda: clock.seconds, seconds=0.0)
 
-    def slow(run, x):
-        time.sleep(1.0 if run.step == 0 else 0.01)
+    def timed(run, x):
+        clock.seconds += 1 if run.step else 1000
         return step(run, x)
 
-    monkeypatch.setattr(train, "train_step", slow)
-    begin = time.perf_counter()
-    assert train.train(run, data, tmp_path) and 0.6 <= run.seconds < 1 and run.step > 5
-    assert time.perf_counter() - begin > 1.6
+    monkeypatch.setattr(train, "time", clock)
+    monkeypatch.setattr(train, "train_step", timed)
+    assert train.train(run, data, tmp_path)
+    assert (run.step, run.seconds, clock.seconds) == (7, 6, 1006)
 
 
 PAIR = """

@@ -97,8 +97,8 @@ class Settings:
     batch: int = setting(None, "datapoints in a training step")
     lr: float = setting(None, "learning rate of Adam; Muon's is the recipe's own")
     steps: int = setting(None, "length of the run in training steps")
-    minutes: float = setting(None, "length of the run in minutes; without either the size's own, "
-                             f"and {EPOCHS} passes over the data at most")
+    minutes: float = setting(None, "length of the run in minutes; without --steps and --minutes "
+                             f"the size's own, and at most {EPOCHS} passes over the data")
     passes: int = setting(None, "passes over each split in the evaluation")
     compile: bool = setting(None, "torch.compile; default: yes on CUDA with Triton",
                             action=argparse.BooleanOptionalAction)
@@ -155,7 +155,7 @@ class Run:
 
     @property
     def progress(self):
-        """The part of the run that is done, 0..1: of its steps or of its time, what ends first."""
+        """The part of the run that is done, 0..1, of its steps or time, whichever ends first."""
         return max(self.step / (self.c.steps or math.inf),
                    self.seconds / (60 * (self.c.minutes or math.inf)))
 
@@ -596,7 +596,7 @@ def complete(c, data):
             raise ValueError(words)
     if c.steps or c.minutes:
         preset = preset | dict(steps=None, minutes=None)
-    elif "minutes" in preset:                              # few data would be learnt by heart
+    elif "minutes" in preset:                              # little data is learnt by heart
         values = data.splits["train"].numel()
         preset["steps"] = max(100, EPOCHS * values // (data.D * (c.batch or preset["batch"])))
     ours = dict(text="data", image="direct", audio="mixture")
