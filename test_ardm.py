@@ -2785,6 +2785,12 @@ def test_an_ingredient_that_is_taken_away_is_away_in_the_evaluation_too(monkeypa
     assert found == [5, 1]
 
 
+def test_a_training_that_was_told_to_stop_is_no_measurement(monkeypatch):
+    monkeypatch.setattr(train, "train", lambda *how: False)
+    with pytest.raises(KeyboardInterrupt):
+        bench.trained(data=datasets.load("pydoc", 16), steps=1)
+
+
 def test_a_network_that_sees_the_past_alone_gives_all_texts_a_sum_of_1():
     with bench.patched(bench.PAST):
         model = nets.build(dict(kind="text", K=2, shape=[5], recipe="ours", branch=0, dim=8,

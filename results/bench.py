@@ -10,7 +10,8 @@
     english page            the model in the repository: makes it of a run; what index.html shows
     planner coder speed     seconds
     portable                how far another machine's numbers differ
-    gpu                     training steps on one CUDA GPU, and with --minutes what they learn
+    gpu sizes               training steps on one CUDA GPU, and with --minutes what they learn;
+                            what `small` might be instead
 
 Each keeps its rows in results/bench.json, with the machine and the day, and results/README.md is
 written anew. Real data is looked for in the folder ARDM_DATA. Run it alone on the machine.
@@ -84,7 +85,8 @@ def trained(name=None, patches=(), data=None, **given):
         c = train.Settings(**dict(size="tiny") | given)
         data = data or train.load_data(c)
         run = train.Run(train.complete(c, data), data)
-        train.train(run, data, Path(folder))
+        if not train.train(run, data, Path(folder)):       # it was told to stop
+            raise KeyboardInterrupt
     if name:
         run.L, run.counts = train.components(run.ema, data.chunks("valid"))
         (RUNS / name).mkdir(parents=True, exist_ok=True)
@@ -868,18 +870,46 @@ def bench_gpu(args):
         yield from learns("small" if device == "cuda" else "tiny", device, args.minutes)
 
 
+def real_data(words, device):
+    """text8 prefix in chunks of 250, or CIFAR-10."""
+    if "CIFAR" in words:
+        return datasets.load(str(CIFAR), device=device)
+    return text8_prefix(device=device)
+
+
 def learns(size, device, minutes):
     """Rows of what `gpu` trains: text8 prefix in chunks of 250, its last 200,000 characters, and
     CIFAR-10, order-agnostic and upscale-4, its test images; with the seconds of the evaluation."""
     for words, branch in (("text8", 0), ("CIFAR-10", 0), ("CIFAR-10, upscale-4", 4)):
-        data = datasets.load(str(CIFAR), device=device) if "CIFAR" in words else text8_prefix(
-            device=device)
+        data = real_data(words, device)
         name = f"gpu-{words.replace(', ', '-')}"
         run, _ = trained(name, data=data, size=size, device=device, minutes=minutes, branch=branch)
         begin = time.perf_counter()
         train.evaluate(run.ema, data)
         seconds = time.perf_counter() - begin
         yield result(words, run, data, seconds_of_evaluation=seconds, **coding(RUNS / name, data))
+
+
+def bench_sizes(args):
+    """What the size `small` might be instead, two minutes each on one CUDA GPU, one seed: bits per
+    dim of 2,000 validation chunks (text8 in chunks of 250, CIFAR-10 order-agnostic)."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    given = dict(size="small" if device == "cuda" else "tiny", device=device,
+                 minutes=args.minutes or 2)
+    for words, flags in (
+            ("text8", dict(dim=(384, 768), depth=(4, 12), batch=(128, 512), lr=(1e-3, 4e-3))),
+            ("CIFAR-10", dict(dim=(96, 192, 288), depth=(2, 8), batch=(64, 256), lr=(1e-3, 4e-3)))):
+        zeros = dict(patches=[WITHOUT["zero initialisation"]])
+        ways = {"": {}, "without zero initialisation": zeros}
+        for name, value in ((name, value) for name, values in flags.items() for value in values):
+            ways[f"{name} {value}"] = {name: value}
+        data = real_data(words, device)
+        for way, change in ways.items():
+            run, _ = trained(data=data, **given, **change)
+            found = train.bound(run.ema, train.spread(data.chunks("valid"), 2000))
+            yield {"data": words, "small, but": way, "bits": found["bits"],
+                   "stderr": found["stderr"], "steps": run.step,
+                   "weights": sum(p.numel() for p in run.model.parameters())}
 
 
 def coding(folder, data):
