@@ -118,14 +118,19 @@ def run(main):
     except ValueError as error:
         code, words = 2, error
     except OSError as error:
-        code, words = 2, f"{error.filename or 'a pipe'}: {error.strerror or error}"
-    except (MemoryError, RuntimeError) as error:           # of NumPy, of CUDA, of torch on a CPU
-        full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if not full and "can't allocate memory" not in str(error):
+        code, words = 2, f"{error.filename or 'a stream'}: {error.strerror or error}"
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
             raise
         code, words = 2, "too little memory; a smaller --batch or --size of train.py takes less"
     print(f"{Path(sys.argv[0]).name}: {words}", file=sys.stderr)
     sys.exit(code)
+
+
+def out_of_memory(error):
+    """True if that is what an error says: of NumPy, of CUDA, of MPS, of torch on a CPU."""
+    return (isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            or re.search("out of memory|can't allocate memory", str(error)) is not None)
 
 
 @contextmanager
@@ -149,7 +154,7 @@ def write(path, others=(), mode="w+b"):
         raise ValueError(f"cannot write {path}: it is {what}")
     part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")    # a name of its own
     try:
-        with open(part, mode) as file:
+        with open(part, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -243,7 +248,8 @@ def layout(content, name, whole=True):
     grey = len(shape) == 3 and shape[2] not in (1, 3, 4)
     if not grey and len(colours) != 1 or min(shape) < 1:
         raise ValueError(f"{name} holds an array of shape {shape}, images are (N, H, W), (N, H, W, "
-                         "C) or (N, C, H, W): one picture is (1, H, W, C), grey ones (N, H, W, 1)")
+                         "C) or (N, C, H, W), not two of these at once: one picture is (1, H, W, C), "
+                         "grey ones (N, H, W, 1)")
     if whole and len(content) < offset + math.prod(shape):
         raise ValueError(f"{name} is cut off: its header promises more pixels")
     axes = [0, 1, 2, 3] if colours == [1] else [0, 3, 1, 2]
@@ -338,7 +344,8 @@ def fetch(name):
     with suppress(ValueError):                             # a torn zip is not the whole file
         content = unpack(content, name) if name.endswith(".zip") else content
     kind = "sha256" if len(known or "") == 64 else "md5"
-    if known in (None, hashlib.new(kind, content, usedforsecurity=False).hexdigest()):
+    found = hashlib.new(kind, content, usedforsecurity=False).hexdigest()
+    if known in (None, found) and len(content):
         return content if name.endswith(".tar.gz") else unpack(content, name)
     if not there:
         path.unlink()
@@ -533,8 +540,7 @@ def load_file(name, length, bits, device, chunk):
         n = len(array) // 10
         return Images(name, array[n:], array[:n], bits, device)
     if content[257:262].tobytes() == b"ustar":
-        start = content[:512].tobytes()
-        if b"_batch" in start or b"cifar" in start:
+        if re.search(rb"cifar-10-batches|(data|test)_batch\w*\.bin", content[:100]):      # its name
             name = f"a part of cifar10, {name}"
             return Images(name, *cifar10(content, name), bits, device, flips=True)
         return audio(name, members(name, WAVS, io.BytesIO(content)), length or 2048, device)
@@ -826,6 +832,7 @@ def write_array(file, head, tail, settings, length, parts):
         file.write(tail)
     else:                                                  # some are left out: a file of its own
         few = array.flat[:n]
+        del array, stored                                  # Windows does not cut a mapped file
         file.truncate(0)
         file.seek(0)
         if settings["kind"] == "audio":

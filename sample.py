@@ -64,6 +64,8 @@ def inpaint_mask(rule, settings):
         halves["ends"] = (at < D // 4) | (at >= D - D // 4)
     if rule not in halves:
         raise ValueError(f"--inpaint {rule}: choose {' or '.join(halves)}, which is what is known")
+    if not halves[rule].any():
+        raise ValueError(f"--inpaint {rule}: there is nothing of shape {shape} to keep")
     return halves[rule].flatten()
 
 
@@ -128,17 +130,15 @@ def read_known(args, model, settings):
     return x.expand(args.n, -1), known                     # takes no memory
 
 
-def make_plan(model, checkpoint, calls, n_known, D):
+def make_plan(S, L, calls, n_known, D):
     """The cheapest plan of so many network calls for what is unknown; without calls one variable
-    per call, and without a measured L_t an even one."""
-    S, left = model.S, D - n_known
-    if calls is None:
+    per call, and without L an even one."""
+    left = D - n_known
+    if calls in (None, S * left):
         plan = planner.full_plan(S, left)
-    elif checkpoint.get("L") is None:
-        print("this checkpoint has no measured L_t: the plan is an even one")
+    elif L is None:
         plan = planner.uniform_plan(S, left, calls)
     else:
-        L = planner.smooth(checkpoint["L"], checkpoint.get("counts"))
         plan = planner.plan(L[:, n_known:D], calls)
     return [(s, t + n_known, k) for s, t, k in plan]
 
@@ -169,7 +169,11 @@ def windows(model, checkpoint, known, args):
     """[(slice, known in it, plan, order)] of the windows that cover what is unknown (T,): each has
     the first unknown variable in its middle, or as near to it as the ends allow."""
     found, (T,), D, shape = [], known.shape, model.D, checkpoint["settings"]["shape"]
-    known = known.clone()
+    known, L = known.clone(), None
+    if args.calls is not None and checkpoint.get("L") is not None:
+        L = planner.smooth(checkpoint["L"], checkpoint.get("counts"))
+    elif args.calls is not None:
+        print("this checkpoint has no measured L_t: the plan is an even one")
     while not known.all():
         begin = max(0, min(int(known.int().argmin()) - D // 2, T - D))
         part = slice(begin, min(begin + D, T))
@@ -180,7 +184,7 @@ def windows(model, checkpoint, known, args):
         calls = args.calls
         if calls is not None and (T > D or calls <= model.S * len(m)):
             calls = min(calls, model.S * int((~m).sum()))  # of what is unknown
-        plan = make_plan(model, checkpoint, calls, int(m.sum()), len(m))
+        plan = make_plan(model.S, L, calls, int(m.sum()), len(m))
         found.append((part, m, plan, order))
         known[part] = True
     if args.frames and len(found) > 1:

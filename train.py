@@ -98,7 +98,8 @@ class Settings:
     lr: float = setting(None, "learning rate of Adam; Muon's is the recipe's own")
     steps: int = setting(None, "length of the run in training steps")
     minutes: float = setting(None, "length of the run in minutes; without --steps and --minutes "
-                             f"the size's own, and at most {EPOCHS} passes over the data")
+                             f"the size's own, and at most {EPOCHS} passes over the data, or 100 "
+                             "steps")
     passes: int = setting(None, "passes over each split in the evaluation")
     compile: bool = setting(None, "torch.compile; default: yes on CUDA with Triton",
                             action=argparse.BooleanOptionalAction)
@@ -210,14 +211,7 @@ def train(run, data, folder):
         run.seconds, stopping = share(now).tolist()
         if run.progress >= 1 or stopping:
             break
-        try:
-            train_step(run, run.draw(data))
-        except Exception as error:                         # whatever a missing compiler brings up
-            if run.loss == run.model.loss:
-                raise
-            print(f"going on without torch.compile ({type(error).__name__})", file=sys.stderr)
-            run.loss = run.model.loss
-            continue
+        try_step(run, data)
         if i == 0:                                         # it compiles: no time of the run
             begin = time.perf_counter() - run.seconds
         if run.rank:                                       # the first process tells and saves
@@ -243,6 +237,18 @@ def train(run, data, folder):
     for one, handler in old.items():
         signal.signal(one, handler)
     return run.progress >= 1
+
+
+def try_step(run, data):
+    """The next step of a run; from the first one on that cannot be compiled, without compiling."""
+    try:
+        train_step(run, run.draw(data))
+    except Exception as error:                             # whatever a missing compiler brings up
+        if run.loss == run.model.loss:
+            raise
+        print(f"going on without torch.compile ({type(error).__name__})", file=sys.stderr)
+        run.loss = run.model.loss
+        train_step(run, run.draw(data))
 
 
 def signals_to_stop():
@@ -299,8 +305,8 @@ def backward(run, x, t, s, sigma):
                 loss = bits_per_dim(run.loss(*part), D).sum() / B
             loss.backward()
             total += loss.detach()
-    except torch.OutOfMemoryError:
-        if run.parts == B:
+    except (MemoryError, RuntimeError) as error:
+        if run.parts == B or not datasets.out_of_memory(error):
             raise
         run.parts = next(n for n in range(run.parts + 1, B + 1) if B % n == 0)
         return None
@@ -418,7 +424,7 @@ def bound(model, chunks, passes=None, seconds=25):
     end = float("inf") if passes else time.perf_counter() + seconds
     passes = passes or -(-(S << 19) // (N * D))
     generator = torch.Generator(device).manual_seed(1)
-    row = torch.arange(N, device=device).repeat(passes)
+    row = torch.rand(N, device=device, generator=generator).argsort().repeat(passes)
     t, s = stratified_steps(N * passes, S, D, device, generator)
     nats, met = torch.zeros(2, N, device=device)
     begin, done = time.perf_counter(), 0
@@ -568,6 +574,8 @@ def parse():
             field.metadata, type=field.type)
         parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, **how)
     given = vars(parser.parse_args())
+    if given.keys() >= {"steps", "minutes"}:
+        raise ValueError("give --steps or --minutes, not both")
     return given, given.pop("resume"), given.pop("evaluate"), given.pop("plot")
 
 
@@ -587,8 +595,7 @@ def complete(c, data):
     if image and c.size == "tiny" and data.D < 1024:
         preset["batch"] *= 4                               # of small images more
     upscale = c.branch or preset.get("branch") and c.branch is None
-    for words, is_so in (("give --steps or --minutes, not both", c.steps and c.minutes),
-                         ("--bits is for images", c.bits < 8 and not image),
+    for words, is_so in (("--bits is for images", c.bits < 8 and not image),
                          ("--length is for text and audio", c.length and image),
                          ("--parametrization is for an upscale model: give --branch, too",
                           c.parametrization and not upscale)):
@@ -738,7 +745,10 @@ def main():
             return finish(run, data, folder, with_plot) if rank == 0 else None
     except KeyboardInterrupt:                              # in the evaluation
         pass
-    print(f"stopped at step {run.step} and saved; go on with: python train.py --resume --out "
+    command = "python"
+    if run.processes > 1:
+        command = f"torchrun --nproc_per_node={run.processes}"
+    print(f"stopped at step {run.step} and saved; go on with: {command} train.py --resume --out "
           f"{shlex.quote(folder.as_posix())}")
     sys.exit(130)
 

@@ -433,6 +433,8 @@ def bench_upscaling(args):
     a softmax in every row: by default our models of values of images have a logistic distribution
     beside it. (The paper finds no meaningful difference between data and direct on CIFAR-10, Table
     6, and that upscaling did not help on text.)"""
+    if not args.quick:
+        draw_stages()                                      # first: what it reads may not be there
     softmax, found = [WITHOUT_IMAGES["the logistic distribution"]], collections.defaultdict(list)
     ways = (("mnist", 4, "direct"), ("mnist", 4, "data"), ("mnist", 2, "direct"),
             ("mnist", 16, "direct"), ("mnist", 0, None), ("pydoc", 3, "data"), ("pydoc", 0, None))
@@ -444,7 +446,6 @@ def bench_upscaling(args):
             bits = train.bound(run.ema, train.spread(data.chunks("valid"), 2000))["bits"]
         found[name, b or "order-agnostic", way or "", run.model.S].append(bits)
         print(" ", name, b, way, seed, run.step, bits, flush=True)
-    draw_stages()
     return [dict(zip(("data", "b", "parametrization", "stages"), key)) | {
         "bits": statistics.mean(bits), "seeds": len(bits),
         "+-": statistics.stdev(bits) if len(bits) > 1 else ""} for key, bits in found.items()]
@@ -587,15 +588,16 @@ def shrink(run, path):
     small["ema"] = checkpoint["ema"] | {name: checkpoint["ema"][name].half()
                                         for name, _ in model.named_parameters()}
     model.load_state_dict(small["ema"])
-    torch.save(small | dict(digest=nets.digest(model)), path)
+    with datasets.write(path) as file:
+        torch.save(small | dict(digest=nets.digest(model)), file)
 
 
 def bench_english(args):
     """The model in results/english.pt: files that it has not seen (the last twentieth of its data:
     Chesterton's The Ball and the Cross, and addresses), a picture and random bytes, bits a byte of
     their archives, beside bzip2 -9 and xz -9."""
-    if (Path("out/english") / "ckpt.pt").exists():
-        shrink("out/english/ckpt.pt", nets.ENGLISH)
+    if (RUNS / "english" / "ckpt.pt").exists() and not args.quick:
+        shrink(RUNS / "english" / "ckpt.pt", nets.ENGLISH)
     model, checkpoint = nets.load(nets.ENGLISH)
     data = datasets.load(str(REAL / "prose" / "english.zip"), model.D)
     text, found = data.splits["test"].numpy(), train.bound(model, data.chunks("test"))
@@ -640,8 +642,12 @@ def bench_page(args):
                   fsdd={name: sounds[name] for name in ("FLAC -8", "WavPack -hhx6", "xz")})
     for name, row in (("mnist", "mnist"), ("cifar10", "cifar-10-binary")):
         others[name] = {coder: pictures[row][coder] for coder in ("PNG", "WebP")}
+    found = page.record(*models, others)
+    if not args.quick:
+        with datasets.write(HERE / "page.json", mode="w") as file:
+            json.dump(found, file, separators=(",", ":"))
     return [{"order": run["order"], "calls": run["calls"], "bits": run["bits"][-1],
-             "text": f"`{run['x']}`"} for run in page.record(*models, others)["sentences"]]
+             "text": f"`{run['x']}`"} for run in found["sentences"]]
 
 
 def bench_compress(args):

@@ -134,7 +134,7 @@ def visible(symbols):
 
 
 def record(english, letters, digits, speech, others):
-    """All that the page shows of models: page.json, also returned. english (of bytes), letters (of
+    """All that the page shows of models, for page.json. english (of bytes), letters (of
     text8), digits, speech: (model, checkpoint); others: what other programs need, by data set."""
     (model, checkpoint), (_, of_letters) = english, letters
     (L,) = planner.smooth(checkpoint["L"], checkpoint["counts"])
@@ -153,8 +153,6 @@ def record(english, letters, digits, speech, others):
         found[name] = dict(x=packed(x, np.uint16), sigma=packed(sigma, np.uint16), plan=plan,
                            shape=checkpoint["settings"]["shape"], rate=rate, K=model.K, b=model.A,
                            S=model.S)
-    with datasets.write(HERE / "page.json", mode="w") as file:
-        json.dump(found, file, separators=(",", ":"))
     return found
 
 
