@@ -69,6 +69,7 @@ FOREIGN = {                          # what is not read, and its first bytes
     "a pickle": (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")}
 OTHER = re.compile(rb"[^a-z ]")      # what has no symbol where K = 27
 WAVS = r"(?i)(^|/)(?!\._)[^/]*\.wav$|(testing|validation)_list\.txt$"    # ._* are a Mac's
+BATCHES = r"(^|/)(data_batch_[1-5]|test_batch)\.bin$"       # of CIFAR-10, its binary version
 SOUND_PACKERS = {                    # used where they are installed
     "FLAC -8": ("flac", "-8", "--no-padding", "--no-seektable", "--silent", "-c", "-"),
     "WavPack -hhx6": ("wavpack", "-hhx6", "-q", "-", "-o", "-")}
@@ -540,7 +541,7 @@ def load_file(name, length, bits, device, chunk):
         n = len(array) // 10
         return Images(name, array[n:], array[:n], bits, device)
     if content[257:262].tobytes() == b"ustar":
-        if re.search(rb"cifar-10-batches|(data|test)_batch\w*\.bin", content[:100]):      # its name
+        if any(members(name, BATCHES, io.BytesIO(content))):
             name = f"a part of cifar10, {name}"
             return Images(name, *cifar10(content, name), bits, device, flips=True)
         return audio(name, members(name, WAVS, io.BytesIO(content)), length or 2048, device)
@@ -562,10 +563,9 @@ def cifar10(content, name):
 
     A record is a byte for the label and 3,072 for the pixels.
     """
-    wanted = r"(^|/)(data_batch_[1-5]|test_batch)\.bin$"
     try:
         parts = {Path(file).name: records.reshape(-1, 3073)[:, 1:].reshape(-1, 3, 32, 32)
-                 for file, records in members(name, wanted, io.BytesIO(content))}
+                 for file, records in members(name, BATCHES, io.BytesIO(content))}
         test = parts.pop("test_batch.bin")
         return np.concatenate([parts[part] for part in sorted(parts)]), test
     except (ValueError, KeyError) as error:

@@ -1322,7 +1322,7 @@ def test_clips_are_read_from_folders_and_tars(tmp_path):
     assert len(parts["train"]) == 488 and data.chunks("test").shape == (6, 10)
     assert data.batch(3).shape == (3, 10) and data.batch(3).dtype == torch.int64
     for name in ("clips", "my_batch1"):
-        with tarfile.open(tmp_path / "clips.tgz", "w:gz") as archive:
+        with tarfile.open(tmp_path / "clips.tgz", "w:gz", format=tarfile.GNU_FORMAT) as archive:
             archive.add(place, name)
         assert datasets.load(str(tmp_path / "clips.tgz"), 10).digest == data.digest
     (place / "testing_list.txt").write_text("03.wav\n")
