@@ -249,8 +249,8 @@ def layout(content, name, whole=True):
     grey = len(shape) == 3 and shape[2] not in (1, 3, 4)
     if not grey and len(colours) != 1 or min(shape) < 1:
         raise ValueError(f"{name} holds an array of shape {shape}, images are (N, H, W), (N, H, W, "
-                         "C) or (N, C, H, W), not two of these at once: one picture is (1, H, W, C), "
-                         "grey ones (N, H, W, 1)")
+                         "C) or (N, C, H, W), no two of these: one picture is (1, H, W, C), grey "
+                         "ones (N, H, W, 1)")
     if whole and len(content) < offset + math.prod(shape):
         raise ValueError(f"{name} is cut off: its header promises more pixels")
     axes = [0, 1, 2, 3] if colours == [1] else [0, 3, 1, 2]

@@ -54,10 +54,7 @@ class Transformer(nn.Module):
         angles = wave_angles(torch.arange(D).double(), dim // heads if extras else dim)
         self.register_buffer("cos", angles.cos().float())     # in checkpoints, so that
         self.register_buffer("sin", angles.sin().float())     # machines agree
-        if extras:
-            nn.init.zeros_(self.head.weight)               # the output begins as uniform
-            nn.init.zeros_(self.head.bias)
-        else:
+        if not extras:
             self.apply(xavier)
 
     def forward(self, x, m, t, s):
@@ -86,8 +83,6 @@ class Block(nn.Module):
         self.mix = NeighbourConv(dim) if extras else nn.Identity()
         self.up = nn.Linear(dim, 4 * dim)
         self.down = nn.Linear(4 * dim, dim)
-        if extras:
-            nn.init.zeros_(self.down.weight)               # the block begins as the identity
 
     def forward(self, x, cos, sin):
         """(B, D, dim) -> (B, D, dim); cos and sin: (D, ...) of the angles of the positions."""
@@ -105,8 +100,6 @@ class Attention(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
-        if rotary:
-            nn.init.zeros_(self.out.weight)
 
     def forward(self, x, cos, sin):
         B, D, dim = x.shape

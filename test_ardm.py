@@ -492,11 +492,6 @@ def moved(net, x, i, m):
     return ((net(other, m, ONE, ONE) - net(x, m, ONE, ONE)).abs().amax(dim=2) > 1e-9)[0]
 
 
-def test_a_new_network_costs_exactly_D_log_K():
-    model = ARDM(nets.Transformer(27, 16, dim=32, depth=2), 16, 27)
-    assert torch.allclose(model.loss(torch.randint(27, (20, 16))), torch.tensor(16 * math.log(27)))
-
-
 @pytest.mark.parametrize("extras", [True, False])
 def test_transformer_sees_all_that_is_known_in_both_directions_and_no_more(extras):
     net, x = text_net(extras=extras), torch.randint(6, (1, 12))
@@ -2001,8 +1996,8 @@ def test_the_model_in_the_repository_writes_and_codes_any_bytes(tmp_path, monkey
     assert call(compress, "decode", old, "back") == 0 and Path("back").read_bytes() == PROVERB
     assert call(sample, "--n", 2, "--calls", 8) == 0 and "english.pt" in capsys.readouterr().out
     assert len(Path("out/english/samples.txt").read_bytes()) == 2 * (256 + 1)
-    Path("noise").write_bytes(os.urandom(20_000))
-    for name, most in (("noise", 20_000 * 1.002 + 200), ("back", len(PROVERB) + 200)):
+    Path("noise").write_bytes(os.urandom(3_000))
+    for name, most in (("noise", 3_000 * 1.002 + 200), ("back", len(PROVERB) + 200)):
         assert call(compress, "encode", name, "packed", "--calls", 8) == 0
         assert "english.pt" in capsys.readouterr().out and Path("packed").stat().st_size < most
         assert call(compress, "decode", "packed", "again") == 0
@@ -2223,15 +2218,20 @@ def test_exercise_09_any_item_of_any_archive_is_found(model, folder):
 
 
 def test_exercise_09_every_damaged_archive_is_refused_and_intact_blocks_delivered(model, folder):
-    """All truncations, and one changed bit at every position."""
+    """All truncations, and one changed bit at every position. A changed shift may lead to the same
+    integers: then the text is the right one."""
     text = (folder / "test.txt").read_bytes()[:80]
     archive, _ = pack(model, text, calls=3, block=1)
     blocks = blocks_of(archive)
+    shifts = {at + 4 for at, _ in blocks}
     for i in range(len(archive)):
         flipped = archive[:i] + bytes([archive[i] ^ 1 << i % 8]) + archive[i + 1:]
-        for bad in (archive[:i], flipped):
-            with pytest.raises(ValueError):
-                unpack(model, bad)
+        with pytest.raises(ValueError):
+            unpack(model, archive[:i])
+        if i in shifts and unpack(model, flipped, damaged=[]) == text:
+            continue
+        with pytest.raises(ValueError):
+            unpack(model, flipped)
         if i >= blocks[0][0]:
             damaged, hit = [], max(n for n, (at, _) in enumerate(blocks) if at <= i)
             back = unpack(model, flipped, damaged=damaged)
@@ -2458,8 +2458,11 @@ ELSEWHERE = dict(ATEN_CPU_CAPABILITY="default", MKL_CBWR="COMPATIBLE", ONEDNN_MA
                  NPY_DISABLE_CPU_FEATURES=numpy_features(), OMP_NUM_THREADS="1")
 
 
-def test_archives_decode_on_a_simulated_other_machine(folder, gallery, studio, tmp_path):
-    for place, name in ((folder, "test.txt"), (gallery, "test.npy"), (studio, "test.wav")):
+def test_archives_decode_on_a_simulated_other_machine(folder, gallery, studio, tmp_path, request):
+    places = [(gallery, "test.npy")]
+    if request.node.callspec.id == "upscale":              # text and sound once
+        places += [(folder, "test.txt"), (studio, "test.wav")]
+    for place, name in places:
         ckpt = ("--ckpt", place / "ckpt.pt", "--device", "cpu")
         assert call(compress, "encode", *ckpt, "--calls", 20, place / name,
                     tmp_path / "a") == 0

@@ -136,13 +136,13 @@ def constant_rate(c, hyper, step, progress):
 WITHOUT = {                          # in the code: every ingredient, and how it is taken away
     "Muon, Adam alone": mock.patch.object(train, "make_optimizers", adam_alone),
     "the rate that falls": mock.patch.object(train, "learning_rate", constant_rate),
-    "the average of the weights": mock.patch.dict(train.OURS["tiny"], ema=0.0),
-    "zero initialisation": mock.patch.object(
-        nets.nn.init, "zeros_", lambda x: x if x.ndim > 1 else x.detach().zero_())}    # biases stay
+    "the average of the weights": mock.patch.dict(train.OURS["tiny"], ema=0.0)}
 WITHOUT_TEXT = WITHOUT | {
     "neighbour convolutions": mock.patch.object(nets, "CONV", 1),
     "blocks without attention": mock.patch.object(nets, "EVERY", 1)}
 WITHOUT_IMAGES = WITHOUT | {
+    "zero initialisation": mock.patch.object(
+        nets.nn.init, "zeros_", lambda x: x if x.ndim > 1 else x.detach().zero_()),    # biases stay
     "the logistic distribution": mock.patch.object(nets, "logistic", lambda place, width, K: 0),
     "means of neighbours": mock.patch.object(
         nets, "local_means", lambda v, seen: torch.zeros(2, 4, *v.shape))}
@@ -905,10 +905,8 @@ def bench_sizes(args):
     for words, flags in (
             ("text8", dict(dim=(384, 768), depth=(4, 12), batch=(128, 512), lr=(1e-3, 4e-3))),
             ("CIFAR-10", dict(dim=(96, 192, 288), depth=(2, 8), batch=(64, 256), lr=(1e-3, 4e-3)))):
-        zeros = dict(patches=[WITHOUT["zero initialisation"]])
-        ways = {"": {}, "without zero initialisation": zeros}
-        for name, value in ((name, value) for name, values in flags.items() for value in values):
-            ways[f"{name} {value}"] = {name: value}
+        ways = {"": {}} | {f"{name} {value}": {name: value}
+                           for name, values in flags.items() for value in values}
         data = real_data(words, device)
         for way, change in ways.items():
             run, _ = trained(data=data, **given, **change)
