@@ -240,7 +240,7 @@ def train(run, data, folder):
 
 
 def try_step(run, data):
-    """The next step of a run; from the first one on that cannot be compiled, without compiling."""
+    """The next step of a run. One that cannot be compiled is made without, and so are all others."""
     try:
         train_step(run, run.draw(data))
     except Exception as error:                             # whatever a missing compiler brings up
