@@ -2567,17 +2567,17 @@ def test_decode_finds_the_checkpoint_of_an_archive(folder, gallery, tmp_path, ca
     assert "name it by --ckpt" in capsys.readouterr().err
 
 
-def test_data_has_an_identity(gallery, refused, tmp_path, capsys):
-    path, ckpt = gallery.parent / "a.npy", gallery / "ckpt.pt"
-    np.save(tmp_path / "other.npy", pictures(200, (6, 5, 3), seed=5))
-    refused(train, "--resume", "--out", gallery, "--data", tmp_path / "other.npy", "--steps", 30,
+def test_data_has_an_identity(studio, refused, tmp_path, capsys):
+    path, ckpt, other = studio.parent / "a.wav", studio / "ckpt.pt", tmp_path / "other.wav"
+    other.write_bytes(wav_bytes(np.random.default_rng(5).integers(-900, 900, (3000, 1))))
+    refused(train, "--resume", "--out", studio, "--data", other, "--steps", 90,
             match="is not the data that")
-    assert call(train, "--evaluate", ckpt, "--data", tmp_path / "other.npy", "--passes", 1) == 0
+    assert call(train, "--evaluate", ckpt, "--data", other, "--passes", 1) == 0
     assert "is not the data that" in capsys.readouterr().out         # on purpose
     (tmp_path / "moved").write_bytes(path.read_bytes())
     assert call(train, "--evaluate", ckpt, "--data", tmp_path / "moved", "--passes", 1) == 0
     assert "is not the data that" not in capsys.readouterr().out
-    path.write_bytes((tmp_path / "other.npy").read_bytes())
+    path.write_bytes(other.read_bytes())
     refused(train, "--evaluate", ckpt, match="is not the data that")
     path.write_bytes((tmp_path / "moved").read_bytes())
 
