@@ -240,7 +240,7 @@ def train(run, data, folder):
 
 
 def try_step(run, data):
-    """The next step of a run. One that cannot be compiled is made without, and so are all others."""
+    """The next step of a run. One that cannot be compiled is made without, and so are all later."""
     try:
         train_step(run, run.draw(data))
     except Exception as error:                             # whatever a missing compiler brings up
