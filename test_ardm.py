@@ -2836,7 +2836,7 @@ def test_a_network_that_sees_the_past_alone_gives_all_texts_a_sum_of_1():
         assert abs((-model.loss(all_x(5, 2))).exp().sum().item() - 1) < 1e-12
 
 
-@pytest.mark.skipif(ASSIGNMENT, reason="the page shows solutions")
+@pytest.mark.skipif(ASSIGNMENT, reason="this is an assignment itself")
 def test_an_assignment_holds_no_line_of_a_solution(tmp_path):
     make.make(tmp_path / "copy")
     for name in {name for name, *_ in make.EXERCISES.values()}:
