@@ -11,8 +11,8 @@ A message is one integer, the state x. A symbol with frequency f out of 2^P owns
     pop:   slot = x % 2^P lies in the interval of the symbol, which tells the symbol, and
            x  ->  f * (x // 2^P) + slot - start          undoes the push exactly
 
-What is pushed last is popped first. So the encoder begins with the last symbol, and the decoder
-reads forward: callers give everything in reading order.
+The symbol that is pushed last is popped first. So the encoder begins with the last symbol, and the
+decoder reads forward. Callers give everything in reading order.
 
 The state stays below 2^64. A push that would pass that first moves the low 32 bits out to a list
 of words; a pop that leaves x < 2^32 takes a word back. Both sides see it from x alone:
@@ -20,14 +20,14 @@ of words; a pop that leaves x < 2^32 takes a word back. Both sides see it from x
     push:  x >= f * 2^(64-P)  <=>  the push would give x >= 2^64          (before the push)
     pop:   x <  2^32          <=>  the push had moved a word out          (while words are left)
 
-The encoder's first state is a number below 2^32 that the decoder must end at: 0, or a checksum.
-A message is the state (big-endian, as short as it can be), then the words in reading order; the
-state has 5 bytes or more where there are words, so the length alone tells them apart.
+The encoder's first state is 0 or a checksum, below 2^32. The decoder must end at the same number.
+A message is the state (big-endian, as short as it can be), then the words in reading order. If
+there are words, the state has 5 bytes or more, so the length of the message tells them apart.
 
-Both sides need the same integers, and networks differ in their last bits from machine to machine.
-So log-probabilities (float64) are rounded to a grid of 1/64 nat, and all that follows is integer
-arithmetic. Two machines that differ by less than MARGIN round alike unless a boundary lies between
-them: the encoder looks (`safe`), and moves the grid where one does. This file needs NumPy alone.
+Both sides need the same integers, but networks differ in their last bits from machine to machine.
+So log-probabilities (float64) are rounded to a grid of 1/64 nat, and integer arithmetic follows.
+Two machines that differ by less than MARGIN round alike, unless a boundary lies between them. The
+encoder looks for that (`safe`), and moves the grid if need be. This file needs NumPy alone.
 """
 from bisect import bisect_right
 from decimal import Decimal
@@ -56,9 +56,9 @@ def safe(log_p, shift=0):
 def quantize(log_p, shift=0):
     """log_p (N, A) float64 nats -> cdf (N, A + 1) int64, strictly increasing from 0 to 2^P.
 
-    f = floor(w (2^P - A) / sum of w) + 1 with w = WEIGHTS[level], so that every symbol can be
-    coded; the last one gets what is left. ValueError for another type than float64 and another
-    shape, and if the probabilities of a row do not sum to 1 within 1e-6.
+    The frequency is f = floor(w (2^P - A) / sum of w) + 1 with w = WEIGHTS[level]. It is never 0,
+    so every symbol can be coded. The last symbol gets the numbers that are left.
+    ValueError if log_p has another type or shape, or if a row does not sum to 1 within 1e-6.
     """
     if log_p.dtype != np.float64 or log_p.ndim != 2:
         raise ValueError(f"log_p must be (N, A) float64, not {log_p.shape} {log_p.dtype}")
@@ -82,7 +82,11 @@ def intervals(cdf, symbols):
 
 def encode(starts, freqs, state=0):
     """Intervals (N,) in reading order -> bytes. state: what the decoder is to end at, < 2^32.
-    ValueError for an interval that is empty or leaves 0..2^P."""
+
+    Example with 2^P = 4 and frequencies (1, 3), so that cdf = (0, 1, 4): pushing symbol 1 onto
+    x = 5 gives (5 // 3) * 4 + 1 + 5 % 3 = 7.
+    ValueError for an interval that is empty or leaves 0..2^P.
+    """
     starts = np.asarray(starts, dtype=np.int64)
     freqs = np.asarray(freqs, dtype=np.int64)
     if starts.size and (freqs.min() < 1 or starts.min() < 0 or (starts + freqs).max() > 2 ** P):
@@ -106,7 +110,11 @@ class Decoder:
         self.words = np.frombuffer(data[head:], dtype=">u4")[::-1].tolist()
 
     def pop(self, cdf):
-        """cdf (n, A + 1) from `quantize` -> (n,) int64: the next n symbols, one per row."""
+        """cdf (n, A + 1) from `quantize` -> (n,) int64: the next n symbols, one per row.
+
+        Example, the one of `encode`: x = 7. The slot 7 % 4 = 3 lies in [1, 4), the interval of
+        symbol 1. Then x = 3 * (7 // 4) + 3 - 1 = 5, as before the push.
+        """
         x, symbols, width = self.x, [], cdf.shape[1]
         table = memoryview(np.ascontiguousarray(cdf).reshape(-1))
         for row in range(0, len(table), width):

@@ -1,10 +1,11 @@
-"""Networks: net(x, m, t, s) -> (B, D, num_outputs) logits (App. D), and how one is built or loaded.
+"""Networks net(x, m, t, s) -> (B, D, num_outputs) logits (App. D), and how one is built or loaded.
 
-x (B, D) int64 holds x^(s) where m (B, D) bool is True and x^(s-1) elsewhere; t and s are (B,)
-int64. Every variable sees every other: nothing here is causal; the mask hides what is unknown.
+x (B, D) int64 holds x^(s) where m (B, D) bool is True, and x^(s-1) elsewhere. t and s are (B,)
+int64. Nothing is causal: the mask alone hides what is unknown.
 
-With extras=False a network is the paper's. With extras=True it has in addition what learns more in
-minutes; every extra stands in a place of its own, marked "not in the paper".
+Transformer, UNet and WaveNet are the paper's. Our own networks learn more in minutes. They add some
+things and leave some out: the time (images, audio), attention in half of the blocks (text), and the
+embedding of values (audio).
 """
 import ctypes
 import hashlib
@@ -16,124 +17,103 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ardm import ARDM, UpscaleARDM, num_stages
+from ardm import ARDM, UpscaleARDM, column, num_stages
 
-# On a CPU, MKL chooses the kernel of a function when it is first called. Where two threads made
-# that call at once, one of them now and then got a coarse kernel, wrong by 1e-4, for that call:
-# enough to make an archive undecodable. So each function is first called here, by one thread.
+# On a CPU, MKL chooses the kernel of a function when it is first called. If two threads make that
+# call at once, one of them now and then gets a coarse kernel, wrong by 1e-4, for that call: enough
+# to make an archive undecodable. So one thread calls each function first, here.
 for function in (torch.exp, torch.log, torch.log1p, torch.sin, torch.cos, torch.tanh, torch.erf):
     function(torch.ones(1))
     function(torch.ones(1).double())
 
+MAX_WAVELENGTH = 10000.0             # of the sines that tell positions and steps, over 2 pi
+
+
+class Network(nn.Module):
+    """Calls without gradients are split over rows, so their memory does not grow with the batch."""
+
+    def __call__(self, x, *others):
+        rows = rows_per_call(x.device.type, x.shape[1])
+        if torch.is_grad_enabled() or len(x) <= rows:
+            return super().__call__(x, *others)
+        call, inputs = super().__call__, (x, *others)
+        return torch.cat([call(*part) for part in zip(*(each.split(rows) for each in inputs))])
+
 
 # -- Text ------------------------------------------------------------------------------------------
 
-CONV = 5                             # width of the convolution that mixes neighbours
-EVERY = 2                            # blocks from one with attention to the next
+class Transformer(Network):
+    """Bidirectional pre-norm Transformer (App. D). D is the longest input, shorter ones will do.
 
-
-class Transformer(nn.Module):
-    """Bidirectional pre-norm Transformer (App. D); D is the longest input, shorter ones will do.
-
-    stages: S of an upscale model. Without stages an unknown variable is an extra class, K; with
-    them it holds x^(s-1), and an embedding tells s and m.
+    With one stage an unknown variable is a class of its own, K. With more (stages: S of an upscale
+    model) it holds x^(s-1), and an embedding tells s and m.
     """
 
-    def __init__(self, K, D, num_outputs=None, dim=128, depth=4, heads=2, stages=1, extras=True):
+    def __init__(self, K, D, num_outputs=None, dim=128, depth=4, heads=2, stages=1):
         super().__init__()
-        self.absorbed, self.extras = K, extras
+        self.absorbed = K
         self.embed = Embedding(K + 1, dim)
         self.stage = nn.Embedding(2 * stages, dim) if stages > 1 else None
-        self.blocks = nn.ModuleList()
-        for i in range(depth):
-            # Not in the paper: every second block has no attention and mixes only neighbours.
-            has_attention = not extras or (depth - 1 - i) % EVERY == 0
-            self.blocks.append(Block(dim, heads if has_attention else 0, extras))
+        channels = self.make_blocks(dim, depth, heads)
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, num_outputs or K)
-        angles = wave_angles(torch.arange(D).double(), dim // heads if extras else dim)
-        self.register_buffer("cos", angles.cos().float())     # in checkpoints, so that
-        self.register_buffer("sin", angles.sin().float())     # machines agree
-        if not extras:
-            self.apply(xavier)
+        angles = wave_angles(torch.arange(D).double(), channels)
+        self.register_buffer("cos", angles.cos().float())  # in checkpoints, so that machines agree
+        self.register_buffer("sin", angles.sin().float())
+
+    def make_blocks(self, dim, depth, heads):
+        """The blocks. -> the number of channels that tell positions."""
+        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
+        return dim
 
     def forward(self, x, m, t, s):
         """(B, D) values and mask, (B,) step and stage -> (B, D, num_outputs) logits."""
-        D = x.shape[1]
         if self.stage is None:
-            x = torch.where(m, x, self.absorbed)
-        h = self.embed(x)                                  # (B, D, dim)
-        if self.stage is not None:
-            h = h + self.stage(2 * s[:, None] - 2 + m)
-        cos, sin = self.cos[:D], self.sin[:D]
-        if not self.extras:
-            h = h + torch.cat((sin, cos), dim=-1)          # the paper's positions
-        for block in self.blocks:
-            h = block(h, cos, sin)
+            h = self.embed(torch.where(m, x, self.absorbed))             # (B, D, dim)
+        else:
+            h = self.embed(x) + self.stage(2 * s[:, None] - 2 + m)
+        h = self.body(h, self.cos[:x.shape[1]], self.sin[:x.shape[1]])
         return self.head(self.norm(h))
+
+    def body(self, h, cos, sin):
+        h = h + torch.cat((sin, cos), dim=-1)
+        for block in self.blocks:
+            h = block(h)
+        return h
 
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, dim, heads, extras):
+    def __init__(self, dim, heads):
         super().__init__()
-        self.attention = Attention(dim, heads, extras) if heads else None
+        self.attention = Attention(dim, heads)
         self.norm = nn.LayerNorm(dim)
-        self.mix = NeighbourConv(dim) if extras else nn.Identity()
         self.up = nn.Linear(dim, 4 * dim)
         self.down = nn.Linear(4 * dim, dim)
 
-    def forward(self, x, cos, sin):
-        """(B, D, dim) -> (B, D, dim); cos and sin: (D, ...) of the angles of the positions."""
-        if self.attention is not None:
-            x = x + self.attention(x, cos, sin)
-        return x + self.down(F.gelu(self.up(self.mix(self.norm(x)))))
+    def forward(self, x):
+        x = x + self.attention(x)
+        return x + self.down(F.gelu(self.up(self.norm(x))))
 
 
 class Attention(nn.Module):
-    """Multi-head attention of norm(x); every position sees every other, no bias anywhere."""
+    """Multi-head attention of norm(x). Every position sees every other one. No layer has a bias."""
 
-    def __init__(self, dim, heads, rotary):
+    def __init__(self, dim, heads):
         super().__init__()
-        self.heads, self.rotary = heads, rotary
+        self.heads = heads
         self.norm = nn.LayerNorm(dim)
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
 
-    def forward(self, x, cos, sin):
+    def forward(self, x, turn=nn.Identity()):
+        """(B, D, dim) -> (B, D, dim). turn: a hook that may rotate queries and keys."""
         B, D, dim = x.shape
         qkv = self.qkv(self.norm(x)).view(B, D, 3, self.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)               # (B, heads, D, d) each
-        if self.rotary:
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        return self.out(attention(q, k, v).transpose(1, 2).reshape(B, D, dim))
-
-
-class Embedding(nn.Embedding):
-    """In training on a GPU a product with one-hot rows: of a lookup, all gradients of one value are
-    added up one after the other, which took nearly a fifth of a step of images."""
-
-    def forward(self, x):
-        return self.product(x) if self.training and x.is_cuda else super().forward(x)
-
-    def product(self, x):
-        one_hot = x[..., None] == torch.arange(self.num_embeddings, device=x.device)
-        return (one_hot.to(self.weight.dtype) @ self.weight).to(self.weight.dtype)
-
-
-class NeighbourConv(nn.Module):
-    """Not in the paper: a depthwise convolution along D, as a sum of shifted copies."""
-
-    def __init__(self, dim):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(CONV, 1, dim).uniform_(-1, 1) * CONV ** -0.5)
-        self.bias = nn.Parameter(torch.zeros(dim))
-
-    def forward(self, h):
-        D = h.shape[1]
-        around = F.pad(h, (0, 0, CONV // 2, CONV // 2))    # (B, 2 + D + 2, dim)
-        return sum((around[:, i:i + D] * w for i, w in enumerate(self.weight)), self.bias)
+        h = attention(turn(q), turn(k), v)
+        return self.out(h.transpose(1, 2).reshape(B, D, dim))
 
 
 def attention(q, k, v):
@@ -144,98 +124,62 @@ def attention(q, k, v):
     return F.scaled_dot_product_attention(q, k, v)
 
 
-def rotate(x, cos, sin):
-    """Rotary positions, not in the paper: turns the pairs (x_i, x_{i+d/2}) of x (..., D, d)."""
-    x1, x2 = x.chunk(2, dim=-1)
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)            # (D, d/2)
-    return torch.cat((x1 * cos - x2 * sin, x1 * sin + x2 * cos), dim=-1)
-
-
 def wave_angles(positions, dim):
-    """(n,) float positions -> (n, dim/2) angles, wavelengths from 2 pi to 2 pi 10000."""
+    """(n,) float positions -> (n, dim/2) angles, wavelengths from 2 pi to 2 pi MAX_WAVELENGTH."""
     exponents = torch.linspace(0, 1, dim // 2, dtype=positions.dtype, device=positions.device)
-    return positions[:, None] * 10000.0 ** -exponents
-
-
-def xavier(layer):
-    """The released code's initialisation of a text network's dense layers."""
-    if isinstance(layer, nn.Linear):
-        parts = 3 if layer.out_features == 3 * layer.in_features else 1  # queries, keys, values
-        for part in layer.weight.detach().chunk(parts):
-            nn.init.xavier_uniform_(part)
-        if layer.bias is not None:
-            nn.init.zeros_(layer.bias)
+    return positions[:, None] * MAX_WAVELENGTH ** -exponents
 
 
 # -- Images ----------------------------------------------------------------------------------------
 
-WINDOWS = (17, 9, 5, 3)              # widths of the windows of `local_means`
-
-
-class UNet(nn.Module):
+class UNet(Network):
     """U-Net at one resolution for images (C, H, W) (App. D): `depth` ResBlocks down, one in the
-    middle (with heads attention and another one), `depth` up, which also get what those down gave.
+    middle (with heads: attention and another one), `depth` up, which also get what those down gave.
 
-    D = C * H * W variables, colour by colour, each with its own mask. heads: of the attention
-    between all pixels; 0: none. stages, b: of an upscale model.
-    values: the outputs are logits of the K values, not of digits.
+    D = C * H * W variables, colour by colour, each with its own mask. stages, b: of upscaling.
     """
 
-    def __init__(self, K, shape, num_outputs=None, dim=32, depth=2, heads=0, stages=1, b=None,
-                 values=True, extras=True):
+    def __init__(self, K, shape, num_outputs=None, dim=32, depth=2, heads=0, stages=1, b=None):
         super().__init__()
-        self.K, self.shape, self.stages, self.b, self.extras = K, tuple(shape), stages, b, extras
-        C, time = shape[0], 0 if extras else 4 * dim
-        means = 2 * len(WINDOWS) * C if extras else 0
-        inputs = 2 * C + means + (stages if stages > 1 else 0)
-        self.first = nn.Conv2d(inputs, dim - dim // 4, 3, padding=1)
-        self.embed = Embedding(K, dim // 4)
-        self.mix = nn.Conv2d(C * (dim // 4), dim // 4, 1)
-        self.time = Time(dim, time, math.prod(shape), stages) if time else None
+        self.K, self.shape, self.stages, self.b = K, tuple(shape), stages, b
+        time, C = self.make_inputs(dim, 4 * dim), shape[0]
         self.down = nn.ModuleList(ResBlock(dim, dim, time) for _ in range(depth))
         self.middle = nn.ModuleList([ResBlock(dim, dim, time)])
         if heads:
             self.middle += [PixelAttention(dim, heads), ResBlock(dim, dim, time)]
         self.up = nn.ModuleList(ResBlock(2 * dim, dim, time) for _ in range(depth))
         self.run = ResBlock.__call__
-        if depth > 8:                                      # one block is compiled, not all
+        if depth > 8:                                      # compile one block, not all of them
             self.run = torch.compiler.nested_compile_region(self.run)
         self.norm = nn.GroupNorm(groups(dim), dim)
         self.head = nn.Parameter(torch.randn(C, dim, num_outputs or K) * dim ** -0.5)
         self.bias = nn.Parameter(torch.zeros(C, 1, num_outputs or K))
-        self.place = None
-        if extras:                                         # not in the paper, like all below
-            nn.init.zeros_(self.head)                      # the softmax begins as uniform
-        if extras and values:                              # and shares the work with `logistic`
-            self.place = nn.Conv2d(dim, 2 * C, 1)
-            nn.init.zeros_(self.place.weight)
-            nn.init.zeros_(self.place.bias)
+
+    def make_inputs(self, dim, time, planes=2):
+        """The first layers, for so many planes of numbers for each colour. time: channels of it."""
+        C = self.shape[0]
+        inputs = planes * C + (self.stages if self.stages > 1 else 0)
+        self.first = nn.Conv2d(inputs, dim - dim // 4, 3, padding=1)
+        self.embed = Embedding(self.K, dim // 4)
+        self.mix = nn.Conv2d(C * (dim // 4), dim // 4, 1)
+        self.time = Time(dim, time, math.prod(self.shape), self.stages) if time else no_time
+        return time
 
     def forward(self, x, m, t, s):
         """(B, D) values and mask, (B,) step and stage -> (B, D, num_outputs) logits."""
-        B, D = x.shape
-        x, m = x.view(B, *self.shape), m.view(B, *self.shape)
+        x, m = x.view(-1, *self.shape), m.view(-1, *self.shape)          # (B, C, H, W)
         if self.stages == 1:
             x = torch.where(m, x, self.K // 2)             # the value that is shown as 0
-        v = x.to(self.head.dtype) / self.K - 0.5
-        if self.extras:
-            inputs, near = self.neighbours(v, m, s)
-        else:
-            inputs = [v, m.to(v.dtype)]
-        if self.stages > 1:
-            stage = F.one_hot(s - 1, self.stages)[:, :, None, None].to(v.dtype)
-            inputs.append(stage.expand(-1, -1, *self.shape[1:]))
-        inputs = torch.cat(inputs, dim=1)
-        digits = self.embed(x).permute(0, 1, 4, 2, 3).flatten(1, 2)      # (B, C * dim/4, H, W)
-        h = torch.cat((self.first(inputs), self.mix(digits)), dim=1)     # (B, dim, H, W)
-        h = F.silu(self.norm(self.body(h, self.time(t, s) if self.time else None)))
-        pixels = h.permute(0, 2, 3, 1).reshape(B, 1, -1, h.shape[1])     # (B, 1, H * W, dim)
-        logits = (pixels @ self.head + self.bias).flatten(1, 2)          # (B, D, num_outputs)
-        if self.place is not None:
-            shift, scale = self.place(h).chunk(2, dim=1)   # (B, C, H, W)
-            logits = logits + logistic((near + shift).reshape(B, D, 1),
-                                       scale.reshape(B, D, 1), self.K)
-        return logits
+        planes = self.planes(x.to(self.head.dtype) / self.K - 0.5, m, s)
+        inputs = with_stage(planes, s, self.stages)
+        embedded = self.embed(x).permute(0, 1, 4, 2, 3).flatten(1, 2)    # (B, C * dim/4, H, W)
+        h = torch.cat((self.first(inputs), self.mix(embedded)), dim=1)   # (B, dim, H, W)
+        h = F.silu(self.norm(self.body(h, self.time(t, s))))
+        return self.logits(h, planes)
+
+    def planes(self, v, m, s):
+        """Values -0.5..0.5 and mask -> what the first convolution sees, a list of (B, C, H, W)."""
+        return [v, m.to(v.dtype)]
 
     def body(self, h, time):
         """Down, middle and up again. (B, dim, H, W) -> (B, dim, H, W)"""
@@ -249,23 +193,19 @@ class UNet(nn.Module):
             h = self.run(block, torch.cat((h, skips.pop()), dim=1), time)
         return h
 
-    def neighbours(self, v, m, s):
-        """Not in the paper: means of the known values around each variable, and the inputs as they
-        differ from the nearest mean: small numbers, the same where an image is darker as a whole.
+    def logits(self, h, planes):
+        """(B, dim, H, W) -> (B, D, num_outputs): each colour has a matrix of its own."""
+        pixels = h.permute(0, 2, 3, 1).flatten(1, 2)[:, None]            # (B, 1, H * W, dim)
+        return (pixels @ self.head + self.bias).flatten(1, 2)
 
-        -> [inputs], and the nearest mean (B, C, H, W).
-        """
-        known, seen = m.to(v.dtype), m.to(v.dtype)
-        if self.stages > 1:
-            # After the first stage the middle of the interval that x^(s-1) leaves is known, too.
-            later = (s > 1)[:, None, None, None]
-            unit = self.b ** (self.stages - s + 1)         # an integer: machines agree
-            half = 0.5 * unit.to(v.dtype)[:, None, None, None] / self.K
-            v = torch.where(later & ~m, v + half, v)
-            seen = (m | later).to(v.dtype)
-        means, counts = local_means(v, seen)               # (windows, B, C, H, W)
-        near = means[-1]
-        return [16 * (v - near) * seen, known, 8 * near, *16 * (means[:-1] - near), *counts], near
+
+def with_stage(planes, s, stages):
+    """A list of (B, .., H, W) or (B, .., D) as one tensor. With several stages: and s, one-hot."""
+    if stages > 1:
+        size = planes[0].shape[2:]
+        stage = F.one_hot(s - 1, stages).view(-1, stages, *[1] * len(size)).to(planes[0].dtype)
+        planes = [*planes, stage.expand(-1, -1, *size)]
+    return torch.cat(planes, dim=1)
 
 
 class Time(nn.Sequential):
@@ -276,15 +216,15 @@ class Time(nn.Sequential):
         self.D, self.stages = D, stages
 
     def forward(self, t, s):
-        part = 1000 * (t + (s - 1) * self.D).to(self[0].weight.dtype) / (self.stages * self.D)
-        angles = wave_angles(part, self[0].in_features)
+        part = (t + (s - 1) * self.D).to(self[0].weight.dtype) / (self.stages * self.D)
+        angles = wave_angles(1000 * part, self[0].in_features)
         return super().forward(torch.cat((angles.sin(), angles.cos()), dim=-1))
 
 
 class ResBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x))) + time))), with two 3x3 convolutions."""
+    """x + conv(silu(norm(conv(silu(norm(x))) + time))). time: channels of its input, 0: none."""
 
-    def __init__(self, width, out, time=0):
+    def __init__(self, width, out, time):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups(width), width)
         self.conv1 = nn.Conv2d(width, out, 3, padding=1)
@@ -302,56 +242,17 @@ class ResBlock(nn.Module):
         return self.short(x) + self.conv2(F.silu(self.norm2(h)))
 
 
-class PixelAttention(nn.Module):
-    """x + attention between all pixels of norm(x)."""
+class PixelAttention(Attention):
+    """x + attention between all pixels. It begins as x, as in the released code."""
 
     def __init__(self, dim, heads):
-        super().__init__()
-        self.heads = heads
-        self.norm = nn.GroupNorm(groups(dim), dim)
-        self.qkv = nn.Conv2d(dim, 3 * dim, 1)
-        self.out = nn.Conv2d(dim, dim, 1)
+        super().__init__(dim, heads)
         nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
 
     def forward(self, x, time):
-        B, dim, H, W = x.shape
-        qkv = self.qkv(self.norm(x)).flatten(2).mT.contiguous()          # for the fused kernels
-        q, k, v = qkv.view(B, H * W, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        h = attention(q, k, v)                             # (B, heads, H * W, d)
-        return x + self.out(h.permute(0, 1, 3, 2).reshape(B, dim, H, W))
-
-
-def local_means(v, seen, windows=WINDOWS, prior=0.3, first=0.0):
-    """Means of the seen values near each variable: v and seen (0 to 1) (B, C, H, W), or (B, 1, D).
-
-    From the whole of x to the smallest window, each mean also counts the mean of the window before
-    it, as `prior` values: where nothing is seen near by, the larger window speaks. Returns means
-    and logarithms of the counts, (windows, B, C, H, W) each.
-    """
-    v, places = v * seen, tuple(range(2, v.ndim))
-    pool = F.avg_pool2d if v.ndim == 4 else F.avg_pool1d
-    mean = (v.sum(places, keepdim=True) + prior * first) / (seen.sum(places, keepdim=True) + prior)
-    means, counts = [], []
-    for width in windows:
-        n = width ** len(places)                           # of a mean back to a sum
-        total, count = (n * pool(part, width, 1, width // 2) for part in (v, seen))
-        mean = (total + prior * mean) / (count + prior)
-        means.append(mean)
-        counts.append(torch.log1p(count) / 3)
-    return torch.stack(means), torch.stack(counts)
-
-
-def logistic(location, width, K):
-    """Not in the paper: logits of values are those of a logistic distribution, moved and scaled by
-    the network, plus a softmax's, for near values are alike. Its log-density but for a constant.
-
-    location (..., 1) on the scale of value/K - 0.5; its scale is e^(2 width - 3), 1/(2K) or more.
-    """
-    values = torch.arange(K, dtype=location.dtype, device=location.device) / K - 0.5
-    z = (values - location) * torch.exp(3 - 2 * width).clamp(max=2.0 * K)
-    # Above its threshold softplus(z) is taken to be z: exact at 40, not at the usual 20.
-    return z - 2 * F.softplus(z, threshold=40)
+        """(B, dim, H, W) -> (B, dim, H, W)"""
+        h = super().forward(x.flatten(2).mT.contiguous())  # (B, H * W, dim)
+        return x + h.mT.reshape(x.shape)
 
 
 def groups(width):
@@ -361,60 +262,47 @@ def groups(width):
 
 # -- Audio -----------------------------------------------------------------------------------------
 
-LOUDNESS = (513, 129, 33, 9)         # samples around, of which the local amplitude is measured
-FLOOR = 0.5                          # the least amplitude, in steps of the 16-bit scale
-NARROWEST = -3.0                     # log of the least scale of a logistic
-STEEPEST = 6.0                       # and of the least and largest one in proportion to its reach
+DILATIONS = 12                       # 1, 2, 4, .. 2048, then 1 again
+WIDEST = 7.0                         # limit of a logistic's log(scale), as released
 
 
-class WaveNet(nn.Module):
-    """DiffWave for audio (App. D): a WaveNet that sees both sides, `depth` gated blocks with
-    dilations 1, 2, 4, .. 2048, 1, .. The input may have any length; D counts for the time alone.
+class WaveNet(Network):
+    """DiffWave for audio (App. D): a WaveNet that sees both sides. Any length will do, D counts for
+    the time alone. mixture: the outputs are what `log_mass` takes, not logits of digits."""
 
-    stages, b: of an upscale model. mixture: the outputs are what `log_mass` takes, an anchor and
-    three numbers for each logistic, not logits of digits.
-    """
-
-    def __init__(self, K, D, num_outputs, dim=48, depth=9, stages=1, b=None, mixture=True,
-                 extras=True):
+    def __init__(self, K, D, num_outputs, dim=48, depth=9, stages=1, b=None, mixture=True):
         super().__init__()
-        self.K, self.num_outputs, self.stages, self.b = K, num_outputs, stages, b or K
-        self.mixture, self.extras = mixture, extras
-        time, inputs = (0, 20) if extras else (4 * dim, 2)
-        inputs += stages if stages > 1 else 0
-        self.time = Time(dim, time, D, stages) if time else None
-        self.embed = None if extras else nn.Embedding(K, dim // 4)
-        self.first = nn.Conv1d(inputs, dim if extras else dim - dim // 4, 3, padding=1)
-        self.blocks = nn.ModuleList(GatedBlock(dim, 2 ** (i % 12), time) for i in range(depth))
+        self.K, self.D, self.stages, self.b = K, D, stages, b or K
+        self.num_outputs, self.mixture = num_outputs, mixture
+        time = self.make_inputs(dim)
+        self.blocks = nn.ModuleList(GatedBlock(dim, 2 ** (i % DILATIONS), time)
+                                    for i in range(depth))
         self.last = nn.Conv1d(dim, dim, 1)
         self.head = nn.Conv1d(dim, num_outputs - mixture, 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
+    def make_inputs(self, dim):
+        """The first layers. -> channels of the time."""
+        self.time = Time(dim, 4 * dim, self.D, self.stages)
+        self.embed = nn.Embedding(self.K, dim // 4)
+        planes = 2 + (self.stages if self.stages > 1 else 0)
+        self.first = nn.Conv1d(planes, dim - dim // 4, 3, padding=1)
+        return 4 * dim
+
     def forward(self, x, m, t, s):
         """(B, D) values and mask, (B,) step and stage -> (B, D, num_outputs)."""
-        x, m = x[:, None], m[:, None]                      # (B, 1, D)
+        x, m, dtype = x[:, None], m[:, None], self.head.weight.dtype     # (B, 1, D)
         if self.stages == 1:
             x = torch.where(m, x, self.K // 2)             # the value that is shown as 0
-        if self.extras:
-            inputs, *frame = self.relative(x, m, s)
-        else:
-            inputs = [2 * x.to(self.head.weight.dtype) / self.K - 1, m.to(self.head.weight.dtype)]
-        if self.stages > 1:
-            stage = F.one_hot(s - 1, self.stages)[..., None].to(inputs[0].dtype)
-            inputs.append(stage.expand(-1, -1, x.shape[2]))
-        h = self.first(torch.cat(inputs, dim=1))           # (B, dim, D)
-        if self.embed is not None:
-            h = torch.cat((h, self.embed(x[:, 0]).mT), dim=1)
-        out = self.body(F.relu(h), None if self.time is None else self.time(t, s))
-        if self.mixture and self.extras:
-            out = self.around(out, *frame)
-        elif self.mixture:
-            out = self.spread(out)
-        return out.mT
+        planes = [2 * x.to(dtype) / self.K - 1, m.to(dtype)]
+        h = self.first(with_stage(planes, s, self.stages))
+        h = torch.cat((h, self.embed(x[:, 0]).mT), dim=1)  # (B, dim, D)
+        out = self.body(F.relu(h), self.time(t, s))
+        return (self.spread(out) if self.mixture else out).mT
 
     def body(self, h, time):
-        """The gated blocks, and the sum of what they say. (B, dim, D) -> (B, num_outputs, D)"""
+        """The gated blocks, and the sum of their skips. (B, dim, D) -> (B, num_outputs, D)"""
         total = 0.0
         for block in self.blocks:
             h, skip = block(h, time)
@@ -425,56 +313,17 @@ class WaveNet(nn.Module):
     def spread(self, out):
         """As released: logistics that begin evenly spread over all values."""
         n = self.num_outputs // 3
-        weight, place, width = out.to(torch.promote_types(out.dtype, torch.float32)).chunk(3, dim=1)
+        weight, place, width = thirds(out)
         start = torch.linspace(1 / n - 1, 1 - 1 / n, n, device=out.device, dtype=weight.dtype)
-        scale = (width - math.log(n)).clamp(-7, 7) + math.log(self.K / 2)
+        log_scale = (width - math.log(n)).clamp(-WIDEST, WIDEST) + math.log(self.K / 2)
         anchor = torch.full_like(weight[:, :1], self.K // 2)
-        return torch.cat((anchor, weight, (place + start[:, None]) * self.K / 2, scale), dim=1)
-
-    def around(self, out, anchor, centre, reach):
-        """Not in the paper: logistics around what is known, as wide as the sound is loud, or as the
-        interval that the digits so far leave. In proportion to that no number is large: machines
-        agree, and a scale that is to be without bounds stays in those of float32."""
-        weight, place, width = out.to(torch.promote_types(out.dtype, torch.float32)).chunk(3, dim=1)
-        start = torch.linspace(-2, 0, self.num_outputs // 3, device=out.device, dtype=weight.dtype)
-        scale = reach.log() + (start[:, None] + width).clamp(-STEEPEST, STEEPEST)
-        scale = scale.clamp(min=NARROWEST)
-        return torch.cat((anchor, weight, centre + reach * place, scale), dim=1)
-
-    def relative(self, x, m, s):
-        """Not in the paper: all in proportion to the local amplitude, so that loud and soft sound
-        look alike. -> [inputs], and for `around` the anchor, centre and reach, (B, 1, D) each.
-
-        A value of which the first digits are known stands at the end of its interval that is
-        nearest to zero: at its middle a quiet place would look loud. It weighs 2% of a known one.
-        """
-        s, dtype = s[:, None, None], self.head.weight.dtype
-        unit = self.b ** (self.stages - s + 1 - m.long())  # how many values the digits so far leave
-        v = nearest_to_zero(x - self.K // 2, unit).to(dtype)
-        weight = torch.where(m, 1.0, 0.02 * (s > 1)).to(dtype)
-        seen = (weight > 0).to(dtype)
-        power = v ** 2 + (unit.to(dtype) / 64) ** 2        # and what the missing digits may hold
-        powers, amounts = local_means(power, weight, LOUDNESS, first=(self.K / 64) ** 2)
-        loud = (powers + FLOOR ** 2).sqrt()                # (windows, B, 1, D)
-        means, counts = local_means(v, weight)
-        amplitude, near = loud[-1], means[-1]
-        inputs = [(v - near) / amplitude * seen, v / amplitude * seen, near / amplitude,
-                  m.to(dtype), (unit / amplitude).log() / 5, amplitude.log() / 5,
-                  *(means[:-1] - near) / amplitude, *(loud[:-1] / amplitude).log(), *counts,
-                  *amounts]
-        anchor = self.K // 2 + torch.where(seen > 0, v, 0.0)
-        return inputs, anchor, torch.where(seen > 0, 0.0, near), torch.minimum(amplitude, unit)
-
-
-def nearest_to_zero(low, unit):
-    """Of the integers low, low + 1, .. low + unit - 1 that which is nearest to zero, (...) each."""
-    return torch.maximum(low, (low + unit - 1).clamp(max=0))
+        return torch.cat((anchor, weight, (place + start[:, None]) * self.K / 2, log_scale), dim=1)
 
 
 class GatedBlock(nn.Module):
     """tanh(a) * sigmoid(b) of a dilated convolution -> the next block's input, and a skip."""
 
-    def __init__(self, dim, dilation, time=0):
+    def __init__(self, dim, dilation, time):
         super().__init__()
         self.time = nn.Linear(time, dim) if time else None
         self.gates = nn.Conv1d(dim, 2 * dim, 3, padding=dilation, dilation=dilation)
@@ -489,52 +338,52 @@ class GatedBlock(nn.Module):
         return (x + out) * 0.5 ** 0.5, skip
 
 
-class MixtureARDM(ARDM):
-    """Order-agnostic ARDM of audio, whose K no softmax can hold: net gives what `log_mass` takes.
+def thirds(out):
+    """(B, 3n, D) -> three (B, n, D), in float32 or better: weights, centres, log(scale)s."""
+    return out.to(torch.promote_types(out.dtype, torch.float32)).chunk(3, dim=1)
 
-    A value is chosen digit by digit from one prediction: `choose` is asked `draws` times a call,
-    with log_p (n, 16), and its s counts the digits. There is no `log_probs`, and no (B, D, K).
-    """
+
+class MixtureARDM(ARDM):
+    """The order-agnostic ARDM of audio. net gives what `log_mass` takes. Log-probabilities of all
+    K = 65,536 values exist only for the variables of one call."""
 
     def __init__(self, net, D, K):
         super().__init__(net, D, K)
-        self.base = min(16, K)
-        self.draws = num_stages(K, self.base)
+        self.outputs = net.num_outputs
 
-    def symbol(self, x, s):
-        """The digit number s of x, (B, D) in 0..15."""
-        return x // self.base ** (self.draws - s) % self.base
-
-    def predict(self, x, m, t, s):
-        """The parameters of every variable's mixture, (B, D, outputs)."""
-        return self.logits(x, m, t, s, self.net.num_outputs)
+    def log_probs(self, x, m, t, s, where=None):
+        """log p of every value: (B, D, K), or (n, K) of the n variables in `where`."""
+        mixture = self.logits(x, m, t, s)
+        mixture = mixture if where is None else mixture[where]
+        value = torch.arange(self.K, device=x.device)
+        few = max(1, (1 << 19) // self.K)                  # bounds the memory of `log_mass`
+        log_p = [log_mass(part[:, None], value, value + 1, self.K)
+                 for part in mixture.flatten(0, -2).split(few)]
+        return torch.cat([*log_p, mixture.new_empty(0, self.K)]).view(*mixture.shape[:-1], self.K)
 
     def true_log_p(self, x, m, t, s):
-        """log p of the values that x has, (B, D) nats."""
-        return log_mass(self.predict(x, m, t, s), x, x + 1, self.K)
-
-    def decide(self, mixture, where, s, choose):
-        """Values (n,) of the variables in `where`, digit by digit from their mixtures (n, ...)."""
-        value = torch.zeros(len(mixture), dtype=torch.long, device=mixture.device)
-        for digit in range(1, self.draws + 1):
-            unit = self.base ** (self.draws - digit)
-            log_p = digit_log_p(mixture, value, unit, self.base, self.K)
-            value = value + unit * choose(log_p, where, digit)
-        return value
+        """log p of the values that x has, (B, D) nats: one mass each."""
+        return log_mass(self.logits(x, m, t, s), x, x + 1, self.K)
 
 
 class UpscaleMixture(UpscaleARDM):
-    """Upscale ARDM of audio: a digit has the mass of its interval, divided by that of the interval
-    that the digits before it leave (the data parametrisation of a K that no softmax can hold)."""
+    """The upscale ARDM of audio. A digit has the mass of its interval, divided by the mass of the
+    interval that the digits before it leave (App. A.1, for a K that is too large for logits)."""
 
-    def log_probs(self, x, m, t, s):
-        """log p of every digit of stage s: (B, D, b) nats, normalised over b."""
-        mixture, before = self.logits(x, m, t, s, self.net.num_outputs), self.coarsen(x, s - 1)
-        return digit_log_p(mixture, before, self.unit(s), self.A, self.K)
+    def __init__(self, net, D, K, b):
+        super().__init__(net, D, K, b)
+        self.outputs = net.num_outputs
+
+    def digits(self, mixture, x, s):
+        """log p of the digits of stage s, (B, D, b) nats, normalised over b."""
+        unit = self.unit(s)[..., None]
+        low = self.coarsen(x, s - 1)[..., None] + torch.arange(self.A, device=x.device) * unit
+        log_p = log_mass(mixture[..., None, :], low, low + unit, self.K)
+        return log_p.masked_fill(low >= self.K, -torch.inf).log_softmax(dim=-1)
 
     def true_log_p(self, x, m, t, s):
-        """log p of the digits that x has, (B, D) nats: of two masses, not b."""
-        mixture = self.logits(x, m, t, s, self.net.num_outputs)
+        """log p of the digits that x has, (B, D) nats: from two masses, not b."""
+        mixture = self.logits(x, m, t, s)
         digit, before = self.coarsen(x, s), self.coarsen(x, s - 1)
         return (log_mass(mixture, digit, digit + self.unit(s), self.K)
                 - log_mass(mixture, before, before + self.unit(s - 1), self.K))
@@ -543,14 +392,14 @@ class UpscaleMixture(UpscaleARDM):
 def log_mass(mixture, low, high, K):
     """log of the mass that a mixture of logistics puts on the values low..high - 1 of 0..K-1.
 
-    mixture (..., 1 + 3n): the anchor, a whole number from which centres are counted; logits of the
-    n weights, the centres, logarithms of the scales. low and high (...) integers. The first value
-    owns all below it, the last all above: the K masses sum to 1.
-    With a and b = (boundary - centre) / scale, and w = b - a, the mass between is
+    mixture (..., 1 + 3n): the anchor, a whole number from which centres are counted; n logits of
+    the weights; n centres; n log(scale)s. low and high (...) are integers. The first value owns all
+    numbers below it, the last value all above it, so the K masses sum to 1.
+    With a and b = (boundary - centre) / scale, and w = b - a, the mass between a and b is
 
-        sigmoid(b) - sigmoid(a) = sigmoid(b) sigmoid(-a) (1 - e^-w)
+        sigmoid(b) - sigmoid(a) = sigmoid(b) sigmoid(-a) (1 - e^-w).
 
-    as a product, of which no digit is lost, however far out the interval lies.
+    The product loses no digits, however far out the interval lies.
     """
     anchor, (weight, centre, log_scale) = mixture[..., :1], mixture[..., 1:].chunk(3, dim=-1)
     low, high = low[..., None], high[..., None]
@@ -565,77 +414,270 @@ def log_mass(mixture, low, high, K):
     return (weight.log_softmax(dim=-1) + log_p).logsumexp(dim=-1)
 
 
-def digit_log_p(mixture, low, unit, b, K):
-    """log p (..., b) of the digit that comes next after those that gave low (...): of the masses of
-    the b intervals of `unit` values from low on, normalised."""
-    unit = torch.as_tensor(unit, device=low.device)[..., None]
-    low = low[..., None] + torch.arange(b, device=low.device) * unit
-    log_p = log_mass(mixture[..., None, :], low, low + unit, K)
-    return log_p.masked_fill(low >= K, -torch.inf).log_softmax(dim=-1)
+# -- Skip on a first reading: what is not in the paper; models from settings and checkpoints -------
+
+CONV = 5                             # width of the convolution that mixes neighbours
+EVERY = 2                            # blocks from one with attention to the next
 
 
-# -- From settings or a checkpoint to a model ------------------------------------------------------
+class OurTransformer(Transformer):
+    """Not in the paper: rotary positions, attention in every second block, and convolutions."""
 
-ENGLISH = Path(__file__).parent / "results" / "english.pt"  # taken where no checkpoint is named
-SETTINGS = {                         # what those of a run are called: of others nobody knows here
-    "kind", "K", "shape", "rate", "sha256", "data", "size", "recipe", "branch", "parametrization",
-    "bits", "length", "dim", "depth", "heads", "batch", "lr", "steps", "minutes", "passes",
-    "compile", "device", "seed", "out"}
+    def make_blocks(self, dim, depth, heads):
+        self.blocks = nn.ModuleList(OurBlock(dim, 0 if i % EVERY else heads)
+                                    for i in reversed(range(depth)))
+        return dim // heads
+
+    def body(self, h, cos, sin):
+        for block in self.blocks:
+            h = block(h, lambda q: rotate(q, cos, sin))
+        return h
+
+
+class OurBlock(nn.Module):
+    """x + attention(norm(x)) if it has heads, then x + mlp(mix(norm(x)))."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.attention = Attention(dim, heads) if heads else None
+        self.norm = nn.LayerNorm(dim)
+        self.mix = NeighbourConv(dim)
+        self.up = nn.Linear(dim, 4 * dim)
+        self.down = nn.Linear(4 * dim, dim)
+
+    def forward(self, x, turn):
+        if self.attention is not None:
+            x = x + self.attention(x, turn)
+        return x + self.down(F.gelu(self.up(self.mix(self.norm(x)))))
+
+
+class NeighbourConv(nn.Module):
+    """A depthwise convolution along D: a sum of shifted copies."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(CONV, 1, dim).uniform_(-1, 1) * CONV ** -0.5)
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, h):
+        D = h.shape[1]
+        around = F.pad(h, (0, 0, CONV // 2, CONV // 2))    # (B, 2 + D + 2, dim)
+        return sum((around[:, i:i + D] * w for i, w in enumerate(self.weight)), self.bias)
+
+
+def rotate(x, cos, sin):
+    """Rotary positions: turns the pairs (x_i, x_{i+d/2}) of x (..., D, d) by angles (D, d/2)."""
+    x1, x2 = x.chunk(2, dim=-1)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat((x1 * cos - x2 * sin, x1 * sin + x2 * cos), dim=-1)
+
+
+class Embedding(nn.Embedding):
+    """A lookup, but in training on a GPU a product with one-hot rows: a lookup adds up all gradients
+    of one value one after the other, which took a fifth of a step of images."""
+
+    def forward(self, x):
+        return self.product(x) if self.training and x.is_cuda else super().forward(x)
+
+    def product(self, x):
+        one_hot = x[..., None] == torch.arange(self.num_embeddings, device=x.device)
+        return (one_hot.to(self.weight.dtype) @ self.weight).to(self.weight.dtype)
+
+
+WINDOWS = (17, 9, 5, 3)              # widths of the windows of `local_means`
+PRIOR = 0.3                          # the larger window's mean counts as so many values
+NEAR, MEAN = 16, 8                   # factors that bring differences and means to about 1
+
+
+class OurUNet(UNet):
+    """Not in the paper: means of the known values around each variable as inputs, no time input,
+    and a logistic distribution beside the softmax if the outputs are values, not digits."""
+
+    def __init__(self, K, shape, num_outputs=None, dim=32, **sizes):
+        super().__init__(K, shape, num_outputs, dim, **sizes)
+        nn.init.zeros_(self.head)                          # the softmax begins as uniform
+        self.place = nn.Conv2d(dim, 2 * shape[0], 1) if self.head.shape[2] == K else None
+        if self.place is not None:
+            nn.init.zeros_(self.place.weight)
+            nn.init.zeros_(self.place.bias)
+
+    def make_inputs(self, dim, time):
+        return super().make_inputs(dim, 0, planes=2 + 2 * len(WINDOWS))
+
+    def logits(self, h, planes):
+        logits = super().logits(h, planes)
+        if self.place is not None:
+            shift, width = self.place(h).chunk(2, dim=1)   # (B, C, H, W)
+            location = planes[2] / MEAN + shift
+            logits = logits + logistic(location.flatten(1)[..., None],
+                                       width.flatten(1)[..., None], self.K)
+        return logits
+
+    def planes(self, v, m, s):
+        """Values and mask (B, C, H, W) as differences from the mean of the nearest known values, so
+        that a darker image looks the same. The third plane is this mean itself."""
+        known, seen = m.to(v.dtype), m.to(v.dtype)
+        if self.stages > 1:
+            # After the first stage the middle of the interval that x^(s-1) leaves is known, too.
+            later = (s > 1)[:, None, None, None]
+            unit = self.b ** (self.stages - s + 1)         # an integer: machines agree
+            half = 0.5 * unit.to(v.dtype)[:, None, None, None] / self.K
+            v = torch.where(later & ~m, v + half, v)
+            seen = (m | later).to(v.dtype)
+        means, counts = local_means(v, seen)               # (windows, B, C, H, W)
+        near = means[-1]
+        return [NEAR * (v - near) * seen, known, MEAN * near, *NEAR * (means[:-1] - near), *counts]
+
+
+def local_means(v, seen, windows=WINDOWS, first=0.0):
+    """Means of the seen values near each variable: v and seen (0 to 1) (B, C, H, W), or (B, 1, D).
+
+    From the whole of x to the smallest window, each mean also counts the mean of the window before
+    it, as PRIOR values: where nothing near is seen, the larger window speaks. first: the mean if
+    nothing at all is seen. -> means, and log(1 + counts) / 3: (windows, B, C, H, W) each.
+    """
+    v, places = v * seen, tuple(range(2, v.ndim))
+    pool = F.avg_pool2d if v.ndim == 4 else F.avg_pool1d
+    mean = (v.sum(places, keepdim=True) + PRIOR * first) / (seen.sum(places, keepdim=True) + PRIOR)
+    means, counts = [], []
+    for width in windows:
+        n = width ** len(places)                           # from a mean back to a sum
+        total, count = (n * pool(part, width, 1, width // 2) for part in (v, seen))
+        mean = (total + PRIOR * mean) / (count + PRIOR)
+        means.append(mean)
+        counts.append(torch.log1p(count) / 3)
+    return torch.stack(means), torch.stack(counts)
+
+
+def logistic(location, width, K):
+    """Neighbouring values are similarly likely. So these are logits (..., K) of a logistic density.
+    The network predicts location and width (..., 1) on the scale of value/K - 0.5: its scale is
+    e^(2 width - 3), 1/(2K) or more."""
+    values = torch.arange(K, dtype=location.dtype, device=location.device) / K - 0.5
+    z = (values - location) * torch.exp(3 - 2 * width).clamp(max=2.0 * K)
+    # Above its threshold softplus(z) is taken to be z: exact at 40, not at the usual 20.
+    return z - 2 * F.softplus(z, threshold=40)
+
+
+LOUDNESS = (513, 129, 33, 9)         # windows in which the local amplitude is measured
+FLOOR = 0.5                          # the smallest amplitude, in steps of the 16-bit scale
+COARSE = 0.02                        # weight of a value of which only the first digits are known
+NARROWEST = -3.0                     # smallest log(scale) of a logistic
+STEEPEST = 6.0                       # limit of log(scale / reach), both ways
+
+
+class OurWaveNet(WaveNet):
+    """Not in the paper: inputs and outputs are relative to the local amplitude, so that loud and
+    soft sound look alike. Means of known values are inputs, time and embedded values are not."""
+
+    def make_inputs(self, dim):
+        planes = 4 + 2 * len(WINDOWS) + 2 * len(LOUDNESS) + (self.stages if self.stages > 1 else 0)
+        self.first = nn.Conv1d(planes, dim, 3, padding=1)
+        return 0
+
+    def forward(self, x, m, t, s):
+        x, m = x[:, None], m[:, None]                      # (B, 1, D)
+        if self.stages == 1:
+            x = torch.where(m, x, self.K // 2)
+        planes, *frame = self.relative(x, m, s)
+        out = self.body(F.relu(self.first(with_stage(planes, s, self.stages))), None)
+        return (self.around(out, *frame) if self.mixture else out).mT
+
+    def relative(self, x, m, s):
+        """(B, 1, D) values and mask -> planes, and for `around`: anchor, centre, reach (B, 1, D).
+
+        If only the first digits of a value are known, it stands at the end of its interval that is
+        nearest to zero: at the middle, a quiet place would look loud.
+        """
+        s, dtype = s[:, None, None], self.head.weight.dtype
+        unit = self.b ** (self.stages - s + 1 - m.long())  # how many values the known digits leave
+        v = nearest_to_zero(x - self.K // 2, unit).to(dtype)
+        weight = torch.where(m, 1.0, COARSE * (s > 1)).to(dtype)
+        seen = (weight > 0).to(dtype)
+        power = v ** 2 + (unit.to(dtype) / 64) ** 2        # and what the missing digits may hold
+        powers, amounts = local_means(power, weight, LOUDNESS, first=(self.K / 64) ** 2)
+        loud = (powers + FLOOR ** 2).sqrt()                # (windows, B, 1, D)
+        means, counts = local_means(v, weight)
+        amplitude, near = loud[-1], means[-1]
+        planes = [(v - near) / amplitude * seen, v / amplitude * seen, near / amplitude,
+                  m.to(dtype), (unit / amplitude).log() / 5, amplitude.log() / 5,
+                  *(means[:-1] - near) / amplitude, *(loud[:-1] / amplitude).log(), *counts,
+                  *amounts]
+        anchor = self.K // 2 + torch.where(seen > 0, v, 0.0)
+        return planes, anchor, torch.where(seen > 0, 0.0, near), torch.minimum(amplitude, unit)
+
+    def around(self, out, anchor, centre, reach):
+        """Logistics around what is known. reach: the local amplitude, or if that is smaller the
+        interval that the known digits leave. In units of `reach` all numbers stay small, so
+        machines agree. The clamp keeps extreme scales finite in float32."""
+        weight, place, width = thirds(out)
+        start = torch.linspace(-2, 0, self.num_outputs // 3, device=out.device, dtype=weight.dtype)
+        log_scale = reach.log() + (start[:, None] + width).clamp(-STEEPEST, STEEPEST)
+        log_scale = log_scale.clamp(min=NARROWEST)
+        return torch.cat((anchor, weight, centre + reach * place, log_scale), dim=1)
+
+
+def no_time(t, s):
+    """Stands for `Time` in a network that is not told how far the generation is."""
+    return None
+
+
+def nearest_to_zero(low, unit):
+    """Of the integers low, low + 1, .. low + unit - 1 the one nearest to zero, (...) each."""
+    return torch.maximum(low, (low + unit - 1).clamp(max=0))
+
+
+ENGLISH = Path(__file__).parent / "results" / "english.pt"  # used where no checkpoint is named
+EDITION = 3                          # of the settings in a checkpoint
+LOGISTICS = {"ours": 3, "paper": 30}
 
 
 def build(c):
-    """An untrained ARDM from plain settings c: a dict with kind, K, shape, recipe, branch,
-    parametrization, dim, depth and heads."""
+    """An untrained ARDM. c: a dict with kind, K, shape, recipe, branch, parametrization, dim, depth
+    and heads. ValueError for sizes that do not fit together."""
     keep_freed_memory()
-    dim, heads, kind, way = c["dim"], c["heads"], c["kind"], c["parametrization"]
-    if dim < 4 or heads < (kind in ("text", "bytes")) or dim % (2 * max(1, heads)):
+    kind, K, shape, b, dim, heads = (c[name] for name in (
+        "kind", "K", "shape", "branch", "dim", "heads"))
+    if dim < 4 or heads < (kind == "text") or dim % (2 * max(1, heads)):
         raise ValueError(f"--dim {dim} must be 4 or more, and a multiple of 2 * --heads = "
                          f"{2 * heads}; --heads may not be 0 for text")
-    if way not in (("mixture", "direct") if kind == "audio" else ("data", "direct")):
-        raise ValueError(f"--parametrization {way} is not for {kind}")
-    K, shape, b = c["K"], tuple(c["shape"]), c["branch"] or None
-    S, D = 1 if b is None else num_stages(K, b), math.prod(shape)
-    values = b is None or way != "direct"
-    extras = c["recipe"] == "ours"
-    same = dict(num_outputs=K if values else S * b, dim=dim, depth=c["depth"], stages=S,
-                extras=extras)
-    if kind == "audio":
-        if values:                                         # an anchor, and 3 or 30 logistics
-            same["num_outputs"] = 10 if extras else 91
-        net = WaveNet(K, D, b=b, mixture=values, **same)
+    way, ways = c["parametrization"], ("mixture" if kind == "audio" else "data", "direct")
+    if b and way not in ways:
+        raise ValueError(f"--parametrization {way} is not for {kind}: choose {' or '.join(ways)}")
+    D, S, ours = math.prod(shape), num_stages(K, b) if b else 1, c["recipe"] == "ours"
+    values = not b or way != "direct"                      # the network speaks of values
+    sizes = dict(num_outputs=K if values else S * b, dim=dim, depth=c["depth"], stages=S)
+    if kind == "text":
+        net = (OurTransformer if ours else Transformer)(K, D, heads=heads, **sizes)
     elif kind == "image":
-        net = UNet(K, shape, b=b, values=values, heads=heads, **same)
+        net = (OurUNet if ours else UNet)(K, shape, b=b or None, heads=heads, **sizes)
     else:
-        net = Transformer(K, D, heads=heads, **same)
-    if b is None:
-        return MixtureARDM(net, D, K) if kind == "audio" else ARDM(net, D, K)
-    return UpscaleMixture(net, D, K, b) if way == "mixture" else UpscaleARDM(net, D, K, b, way)
+        sizes["num_outputs"] = 1 + 3 * LOGISTICS[c["recipe"]] if values else S * b
+        net = (OurWaveNet if ours else WaveNet)(K, D, b=b or None, mixture=values, **sizes)
+    if kind == "audio" and values:
+        return UpscaleMixture(net, D, K, b) if b else MixtureARDM(net, D, K)
+    return UpscaleARDM(net, D, K, b, way) if b else ARDM(net, D, K)
 
 
 def load(path, device=None):
-    """(model with the averaged weights, checkpoint): tensors and plain values alone are read."""
+    """(model with the averaged weights, checkpoint). Only tensors and plain values are read. The
+    network is made without memory first: settings that do not fit the weights cost nothing."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        odd = checkpoint["settings"].keys() ^ SETTINGS
-        if odd:
-            raise ValueError(f"its settings are of another version: {', '.join(sorted(odd))}")
-        model = build(checkpoint["settings"])
-        model.load_state_dict(checkpoint["ema"])
-        if "digest" in checkpoint and checkpoint["digest"] != digest(model):
-            raise ValueError("its weights are not those that were saved")
+        settings, weights = checkpoint["settings"], checkpoint["ema"]
+        if settings.get("edition") != EDITION:
+            raise ValueError(f"not of edition {EDITION}")
+        if settings["depth"] > len(weights):
+            raise ValueError("too few weights")
+        with torch.device("meta"):
+            model = build(settings)
+        model.load_state_dict({name: each.float() for name, each in weights.items()}, assign=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint; python train.py writes one")
-    except Exception as error:                             # what a torn or foreign file brings up
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if isinstance(error, KeyError):
-            reason = f"there is no {error} in it"
-        if "Weights only" in reason:                       # torch's words for it are many
-            reason = "it holds something else than tensors and plain values"
-        raise ValueError(f"{path} is no checkpoint of this program, or a damaged one "
-                         f"({reason[:80]})")
-    model = model.eval().to(pick_device(device))
-    model.rows = rows_at_once(model)
-    return model, checkpoint
+    except Exception as error:                             # whatever a torn or foreign file raises
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:80]
+        raise ValueError(f"{path} is no checkpoint of this program, or a damaged one ({reason})")
+    return model.eval().to(pick_device(device)), checkpoint
 
 
 def digest(model):
@@ -647,7 +689,7 @@ def digest(model):
 
 
 def pick_device(name=None):
-    """The device of that name; without one the fastest kind there is."""
+    """The device of that name. Without a name: the fastest kind there is."""
     best = ("cuda" if torch.cuda.is_available() else
             "mps" if torch.backends.mps.is_available() else "cpu")
     try:
@@ -667,22 +709,14 @@ def has_bf16(device):
     return device == "cpu" and bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
-def rows_at_once(model):
-    """Datapoints that suit one network call without gradients: on a CPU 2^12 variables, as more are
-    slower; on a GPU as many as a quarter of its free memory holds, by a rough count."""
-    device = next(model.parameters()).device
-    if device.type != "cuda":
-        return max(1, (1 << 12) // model.D)
-    widest = max(layer.weight.shape[0] for layer in model.modules()
-                 if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d)))
-    outputs = getattr(model.net, "num_outputs", model.K)
-    each = model.D * (64 * widest + 64 * outputs + 8 * model.D)          # bytes of a datapoint
-    return max(1, torch.cuda.mem_get_info(device)[0] // 4 // each)
+def rows_per_call(device, D):
+    """Datapoints in one call without gradients. More are slower on a CPU, or do not fit a GPU."""
+    return max(1, (1 << (12 if device == "cpu" else 17)) // D)
 
 
 def keep_freed_memory():
-    """Lets the C library keep freed memory for the next network call: glibc would give large blocks
-    back and fetch them again, zeroed page by page. Saves 10 to 30% of the time on a CPU."""
+    """Lets glibc keep freed memory for the next network call. It would give large blocks back, and
+    fetch them again, zeroed page by page: 10 to 30% of the time on a CPU."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)                                # M_MMAP_MAX

@@ -1,28 +1,26 @@
-"""Which variables in which network call: plans for a budget of calls, and orders by name.
+"""Plans: which variables in which network call, for a budget of calls. And orders by name.
 
-Each of the k variables that one call at step t generates together costs L_t (Eq. 3). The cheapest
-way to D variables in n calls is the cheapest path with n edges from 0 to D, where the edge i -> j
-(i variables known before the call, j after it) costs (j - i) L_{i+1} (Sec. 3.1, App. A.2):
+If one call at step t generates k variables together, each of them costs L_t (Eq. 3). So a call that
+leads from i known variables to j costs (j - i) L_{i+1}. The cheapest plan of n calls is the
+cheapest path of n such calls from 0 to D (Sec. 3.1, App. A.2):
 
     E_n[j] = min over i < j of  E_{n-1}[i] + (j - i) L_{i+1}
 
-Since L does not increase (Eq. 4), the best i does not fall as j grows: one more call takes
-O(D log D), not O(D^2). And the cheapest cost is convex in the number of calls: calls can be given
-one at a time to the stage where they save most, and the split is still exact.
-
-L is (S, D), or (D,) for one stage, in any unit; L[s-1, t-1] is of step t in stage s. NumPy alone.
+L is (S, D), or (D,) for one stage, in any unit. L[s-1, t-1] belongs to step t of stage s. This file
+needs NumPy alone.
 """
 import hashlib
 
 import numpy as np
 
 
-# -- Loss components: measured ones are noisy, and a plan would pick out the lucky ones ------------
+# -- Loss components ------------------------------------------------------------------------------
 
 def smooth(L, counts=None):
     """A non-increasing L, stage by stage: a local fit, then isotonic regression (Eq. 4).
 
-    counts: how often each step was measured, of the shape of L; where 0, L is not read.
+    Measured L_t are noisy, and a plan would pick out those that are low by luck. counts: how often
+    each step was measured. Where that is 0 or L is NaN, L is filled in from the steps around.
     """
     L = np.asarray(L, dtype=np.float64)
     counts = np.ones_like(L) if counts is None else np.asarray(counts, dtype=np.float64)
@@ -30,34 +28,44 @@ def smooth(L, counts=None):
         raise ValueError(f"L and counts must be (S, D) or (D,), not {L.shape} and {counts.shape}")
     if L.ndim == 2:
         return np.stack([smooth(*row) for row in zip(L, counts)])
-    met = np.flatnonzero(counts)
+    met = np.flatnonzero((counts > 0) & ~np.isnan(L))
     if len(met) == 0 or not np.isfinite(L[met]).all():
         raise ValueError("L must be a finite number at one step or more")
+    weights = np.full(len(L), 1e-9)                        # what is filled in weighs nothing
+    weights[met] = counts[met]
     L = np.interp(np.arange(len(L)), met, L[met])
-    counts = np.maximum(counts, 1e-9)                      # what is interpolated weighs nothing
-    return isotonic(local_fit(L, counts), counts)
+    return isotonic(local_fit(L, weights), weights)
 
 
-def local_fit(L, counts):
-    """A straight line around every step t: Gaussian weights of standard deviation t/8, times
-    counts. L is steep for small t and noisy for large t. (D,) -> (D,)"""
-    t = np.arange(1, len(L) + 1)
-    fit = np.empty(len(L))
-    for i in range(len(L)):
-        near = slice(i // 2, i + i // 2 + 2)               # four standard deviations on each side
-        w = np.exp(-0.5 * ((t[near] - t[i]) / (t[i] / 8)) ** 2) * counts[near]
-        w /= w.sum()
-        x = t[near] - w @ t[near]
-        mean = w @ L[near]
-        slope = w @ (x * (L[near] - mean)) / max(w @ x ** 2, 1e-9)
-        fit[i] = mean + slope * x[i - near.start]
-    return fit
+def local_fit(L, weights):
+    """A straight line around every step t: Gaussian weights of standard deviation t/8, times the
+    given ones. L is steep for small t, and noisy for large t. (D,) -> (D,)
+
+    The fit bends little, so it is computed at a few centres only, and drawn straight between them.
+    """
+    D = len(L)
+    centres = [0]
+    while centres[-1] < D - 1:
+        centres.append(min(centres[-1] + 1 + centres[-1] // 128, D - 1))
+    fit = [line_at(i, L, weights) for i in centres]
+    return np.interp(np.arange(D), centres, fit)
+
+
+def line_at(i, L, weights):
+    """The height at step t = i + 1 of the line that fits L around it."""
+    near = np.arange(i // 2, min(i + i // 2 + 2, len(L)))  # four standard deviations on each side
+    distance = near - i
+    w = weights[near] * np.exp(-0.5 * (8 * distance / (i + 1)) ** 2)
+    w /= w.sum()
+    centre, mean = w @ distance, w @ L[near]
+    slope = w @ ((distance - centre) * (L[near] - mean)) / max(w @ (distance - centre) ** 2, 1e-9)
+    return mean - slope * centre
 
 
 def isotonic(L, weights):
     """The non-increasing fit nearest in weighted squares. (D,) -> (D,)
 
-    Pool adjacent violators: a step above its predecessor is merged with it at their mean.
+    Pool adjacent violators: a step above the one before it is merged with it at their mean.
     """
     pools = []                                             # [mean, weight, steps], means decrease
     for mean, weight in zip(L, weights):
@@ -73,6 +81,22 @@ def isotonic(L, weights):
 
 
 # -- Plans -----------------------------------------------------------------------------------------
+
+def one_more_call(E, L):
+    """App. A.2: E_{n-1} -> E_n and start, (D+1,) each. start[j] is the best i before the last call.
+
+    Example: L = (1.0, 0.5, 0.2), E_1 = (inf, 1, 2, 3). E_2[3] is the smaller one of
+    E_1[1] + 2 * 0.5 = 2.0 and E_1[2] + 1 * 0.2 = 2.2. So E_2[3] = 2.0, and start[3] = 1.
+    """
+    D = len(L)
+    E_n = np.full(D + 1, np.inf)
+    start = np.zeros(D + 1, dtype=int)
+    for j in range(1, D + 1):
+        cost = [E[i] + (j - i) * L[i] for i in range(j)]   # L[i] is L_{i+1}
+        start[j] = np.argmin(cost)
+        E_n[j] = cost[start[j]]
+    return E_n, start
+
 
 def plan(L, budget):
     """The cheapest plan with exactly `budget` network calls, S..S*D, split over the stages.
@@ -93,16 +117,16 @@ def plan(L, budget):
     return calls[::-1]
 
 
+def plan_cost(L, plan):
+    """What a plan costs (Eq. 3): the sum of k * L_t over its calls, in the unit of L."""
+    return float(sum(k * np.atleast_2d(L)[s - 1, t - 1] for s, t, k in plan))
+
+
 def costs(L, budgets=None):
     """{budget: cost of the cheapest plan}, for the given budgets or all from S to S*D."""
     budgets = range(len(np.atleast_2d(L)), np.size(L) + 1) if budgets is None else list(budgets)
     curve = [cost for _, cost, _ in hand_out(L, budgets)]
     return {budget: curve[budget - 1] for budget in budgets}
-
-
-def plan_cost(L, plan):
-    """What a plan costs (Eq. 3): the sum of k * L_t over its calls, in the unit of L."""
-    return float(sum(k * np.atleast_2d(L)[s - 1, t - 1] for s, t, k in plan))
 
 
 def full_plan(S, D):
@@ -116,90 +140,45 @@ def uniform_plan(S, D, budget):
 
 
 def cosine_plan(S, D, budget):
-    """Few variables first, as in MaskGIT: after the part u of the calls 1 - cos(pi u / 2) known."""
+    """Few variables first, as in MaskGIT: after a part u of the calls 1 - cos(pi u / 2) is known."""
     return by_curve(S, D, budget, lambda u: 1 - np.cos(np.pi / 2 * u))
 
 
-def by_curve(S, D, budget, curve):
-    """A plan from a curve u -> part known, u being the part of a stage's calls that is done."""
-    check_budget(budget, S, D)
-    calls = []
-    for s in range(1, S + 1):
-        n, done = budget // S + (s <= budget % S), 0       # the remainder to the early stages
-        for i in range(1, n + 1):                          # every call generates something
-            j = min(max(round(D * float(curve(i / n))), done + 1), D - n + i)
-            calls.append((s, done + 1, j - done))
-            done = j
-    return calls
+# -- Orders ----------------------------------------------------------------------------------------
 
+def order(rule, shape):
+    """An order by its name: sigma (D,) int64. shape: D or (D,), or (C, H, W) colour by colour.
 
-def cut(plan, first, last):
-    """Of a plan, what generates the steps first..last of each stage: for data of which some
-    variables are known, or that is shorter than the plan."""
-    for s, t, k in plan:
-        begin = max(t, first)
-        end = min(t + k - 1, last)
-        if begin <= end:
-            yield s, begin, end - begin + 1
-
-
-def check_budget(budget, S, D):
-    """ValueError for a number of network calls that no plan has."""
-    if not S <= budget <= S * D:
-        raise ValueError(f"{budget} network calls: choose {S} to {S * D}")
-
-
-def absorbing_bound(L, T, q):
-    """The bound of absorbing diffusion in T steps (App. C) by the network of L (D,), per variable.
-    q(u): the part that is absorbed at time u, growing from q(0) = 0 to q(1) = 1.
-
-    At step i each variable is absorbed with probability q_i = q(i / T): n of them, binomially.
-    Backwards each of these appears with probability r_i = (q_i - q_{i-1}) / q_i, at the price of
-    L_{D-n+1}, which is L[::-1][n-1]. The bound is the sum over i and n of r_i P(n) n L_{D-n+1}.
+    forward, backward   text from one end; an image row by row, the colours of a pixel together
+    random:SEED         a permutation that depends on SEED and D alone, the same on every machine
+    spaced:G            at most G stretches: the first variable of each, then the second of each, ..
+    halves              halves every gap between known variables, again and again (van der Corput)
     """
-    L, D, total = np.asarray(L), len(L), 0.0
-    n = np.arange(1, D + 1)
-    log_choose = np.log((D - n + 1) / n).cumsum()          # of the ways in which n are absorbed
-    for i in range(1, T + 1):
-        before, now = q((i - 1) / T), q(i / T)
-        log_P = log_choose + n * np.log(now) + (D - n) * np.log(max(1 - now, 1e-300))
-        total += (now - before) / now * (np.exp(log_P) * n * L[::-1]).sum()
-    return total / D
+    name, _, number = rule.partition(":")
+    C, D = shape[0] if np.size(shape) == 3 else 1, int(np.prod(shape))
+    turn = np.arange(D).reshape(C, -1).T.reshape(-1)       # turn[i]: the variable at step i + 1
+    if name == "random" and number.isdecimal() and len(number) < 20:     # sorted by hashes
+        turn = sorted(range(D), key=lambda i: hashlib.sha256(f"{number}:{i}".encode()).digest())
+    elif name == "spaced" and number.isdecimal() and int(number) > 0:
+        turn = turn[np.argsort(np.arange(D) % -(-D // int(number)), kind="stable")]
+    elif rule == "halves":
+        turn = turn[np.argsort([int(f"{i:032b}"[::-1], 2) for i in range(D)])]
+    elif rule == "backward":
+        turn = turn[::-1]
+    elif rule != "forward":
+        raise ValueError(f"order {rule!r}: choose forward, backward, random:SEED, spaced:G, halves")
+    sigma = np.empty(D, dtype=np.int64)
+    sigma[turn] = np.arange(1, D + 1)
+    return sigma
 
 
-# -- The dynamic programme -------------------------------------------------------------------------
+# -- Skip on a first reading: the same, faster; the split over stages; absorbing diffusion ---------
 
-def hand_out(L, budgets):
-    """Yields (stage, total cost, starts) for every call up to the largest of the budgets: first
-    one per stage, then always the one that saves most. starts: see `one_more_call`."""
-    L = np.atleast_2d(np.asarray(L, dtype=np.float64))
-    if not (np.diff(L, axis=1) <= 0).all() or not np.isfinite(L).all():
-        raise ValueError("L must be finite and must not increase: see planner.smooth")
-    for budget in budgets:
-        check_budget(budget, *L.shape)
-    stages = [best_paths(row) for row in L]
-    now = np.full(len(L), np.inf)                          # what each stage costs with its calls
-    offers = [next(stage) for stage in stages]             # and with one more
-    for _ in range(max(budgets)):
-        s = int(np.argmin([cost for cost, _ in offers] - now))
-        now[s], start = offers[s]
-        yield s, float(now.sum()), start
-        offers[s] = next(stages[s], (np.inf, None))
+def one_more_call_fast(E, L, n):
+    """The same as `one_more_call`, in O(D log D). E is E_{n-1}. L must not increase (Eq. 4).
 
-
-def best_paths(L):
-    """Yields (E_n[D], starts of the n-th call) for n = 1..D, one stage."""
-    E = np.append(0.0, np.full(len(L), np.inf))
-    for n in range(1, len(L) + 1):
-        E, start = one_more_call(E, L, n)
-        yield E[-1], start
-
-
-def one_more_call(E, L, n):
-    """E_{n-1} -> E_n and start, (D+1,) each: start[j] is the best i from which call n reaches j.
-
-    A plain minimum over i < j is right, too. Faster: the middle j first, then those halfway: the
-    best i of j lies between those of j - h and j + h, so a level has about D candidates.
+    Then the best i does not fall as j grows. So the middle j comes first, then those halfway: the
+    best i of j lies between those of j - h and j + h, and each level has about D candidates.
     """
     D = len(L)
     ends = D - n + 1                                       # j = n..D; row q = j - n + 1 = 1..ends
@@ -224,29 +203,84 @@ def one_more_call(E, L, n):
     return np.append(fewer + np.inf, cost[1:]), np.append(fewer, start[1:ends + 1])
 
 
-# -- Orders ----------------------------------------------------------------------------------------
+def best_paths(L):
+    """Yields (E_n[D], starts of the n-th call) for n = 1..D, one stage."""
+    E = np.append(0.0, np.full(len(L), np.inf))
+    for n in range(1, len(L) + 1):
+        E, start = one_more_call_fast(E, L, n)
+        yield E[-1], start
 
-def order(rule, shape):
-    """An order by its name: sigma (D,) int64. shape: D or (D,), or (C, H, W) colour by colour.
 
-    forward, backward   text from its ends; an image row by row, the colours of a pixel together
-    random:SEED         a permutation that depends on SEED and D alone, the same on every machine
-    spaced:G            parts of ceil(D / G), at most G of them, are read side by side
-    halves              every gap between known ones is halved, again and again (van der Corput)
+def hand_out(L, budgets):
+    """Yields (stage, total cost, starts) for every call up to the largest of the budgets: first
+    one for each stage, then always the one that saves most. starts: see `one_more_call`.
+
+    The cheapest cost of a stage is convex in its calls, so this split over the stages is the best.
     """
-    name, _, number = rule.partition(":")
-    C, D = shape[0] if np.size(shape) == 3 else 1, int(np.prod(shape))
-    turn = np.arange(D).reshape(C, -1).T.reshape(-1)       # turn[i]: the variable at step i + 1
-    if name == "random" and number.isdecimal() and len(number) < 20:     # sorted by hashes
-        turn = sorted(range(D), key=lambda i: hashlib.sha256(f"{number}:{i}".encode()).digest())
-    elif name == "spaced" and number.isdecimal() and int(number) > 0:
-        turn = turn[np.argsort(np.arange(D) % -(-D // int(number)), kind="stable")]
-    elif rule == "halves":
-        turn = turn[np.argsort([int(f"{i:032b}"[::-1], 2) for i in range(D)])]
-    elif rule == "backward":
-        turn = turn[::-1]
-    elif rule != "forward":
-        raise ValueError(f"order {rule!r}: choose forward, backward, random:SEED, spaced:G, halves")
-    sigma = np.empty(D, dtype=np.int64)
-    sigma[turn] = np.arange(1, D + 1)
-    return sigma
+    L = np.atleast_2d(np.asarray(L, dtype=np.float64))
+    if not (np.diff(L, axis=1) <= 0).all() or not np.isfinite(L).all():
+        raise ValueError("L must be finite and must not increase: see planner.smooth")
+    for budget in budgets:
+        check_budget(budget, *L.shape)
+    stages = [best_paths(row) for row in L]
+    now = np.full(len(L), np.inf)                          # what each stage costs with its calls
+    offers = [next(stage) for stage in stages]             # and with one more
+    for _ in range(max(budgets)):
+        s = int(np.argmin([cost for cost, _ in offers] - now))
+        now[s], start = offers[s]
+        yield s, float(now.sum()), start
+        offers[s] = next(stages[s], (np.inf, None))
+
+
+def by_curve(S, D, budget, curve):
+    """A plan by a curve: after a part u of a stage's calls, the part curve(u) is known."""
+    check_budget(budget, S, D)
+    calls = []
+    for s in range(1, S + 1):
+        n, done = budget // S + (s <= budget % S), 0       # the remainder to the early stages
+        for i in range(1, n + 1):                          # every call generates something
+            j = min(max(round(D * float(curve(i / n))), done + 1), D - n + i)
+            calls.append((s, done + 1, j - done))
+            done = j
+    return calls
+
+
+def cut(plan, first, last):
+    """Yields what generates steps first..last: for data that is partly known, or shorter."""
+    for s, t, k in plan:
+        begin = max(t, first)
+        end = min(t + k - 1, last)
+        if begin <= end:
+            yield s, begin, end - begin + 1
+
+
+def check(plan, S, first, last):
+    """ValueError unless the plan generates steps first..last of stages 1..S in order."""
+    wanted = [(s, t) for s in range(1, S + 1) for t in range(first, last + 1)]
+    steps = [(s, i) for s, t, k in cut(plan, first, last) for i in range(t, t + k)]
+    if steps != wanted:
+        raise ValueError(f"the plan must generate steps {first}..{last} of stages 1..{S} in order")
+
+
+def check_budget(budget, S, D):
+    """ValueError for a number of network calls that no plan can have."""
+    if not S <= budget <= S * D:
+        raise ValueError(f"{budget} network calls: choose {S} to {S * D}")
+
+
+def absorbing_bound(L, T, q):
+    """The bound of absorbing diffusion in T steps (App. C) per variable, by L (D,) of our network.
+    q(u) is the part that is absorbed at time u, from q(0) = 0 to q(1) = 1.
+
+    At step i each variable is absorbed with probability q_i = q(i / T): n of them, binomially.
+    Backwards each of these appears with probability r_i = (q_i - q_{i-1}) / q_i, and costs
+    L_{D-n+1}, which is L[::-1][n-1]. The bound is the sum over i and n of r_i P(n) n L_{D-n+1}.
+    """
+    L, D, total = np.asarray(L), len(L), 0.0
+    n = np.arange(1, D + 1)
+    log_choose = np.log((D - n + 1) / n).cumsum()          # of the ways in which n are absorbed
+    for i in range(1, T + 1):
+        before, now = q((i - 1) / T), q(i / T)
+        log_P = log_choose + n * np.log(now) + (D - n) * np.log(max(1 - now, 1e-300))
+        total += (now - before) / now * (np.exp(log_P) * n * L[::-1]).sum()
+    return total / D
