@@ -3,38 +3,35 @@
     python compress.py encode IN OUT                           by a model of English, of any bytes
     python compress.py encode --ckpt out/pydoc/ckpt.pt IN OUT
     python compress.py decode IN OUT
-    python compress.py decode --ckpt out/mnist/ckpt.pt --item 17 IN OUT     that image, no other
+    python compress.py decode --ckpt out/mnist/ckpt.pt --item 17 IN OUT     that image alone
     python compress.py bench --ckpt out/pydoc/ckpt.pt [IN]     bits, beside bz2, xz and zlib
-    python compress.py info IN                                 what an archive holds
+    python compress.py info IN
 
-IN is text, bytes, images (.npy, idx) or audio (.wav). An archive, numbers big-endian:
+IN is text, images (.npy, idx) or sound (.wav). An archive, with big-endian numbers:
 
-    4, 1    "ARDM", and the format version, 8
-    4, 4    h, the length of the header, and its CRC-32
-    h       header: JSON, deflated after TYPICAL; see `encode_file`
+    4, 1    "ARDM", and the format version, 9
+    4       length of the header
+    header  a zlib stream: JSON, then the bytes before and behind an array if they are unusual
     then for every block of datapoints, in the order of the file:
-    4       length of the stream; its top bit: the symbols are stored raw
-    1       shift: the grid of coder.py moved by shift/256 of a step
+    4       length of the stream; its top bit says that the symbols are stored raw
+    1       shift: the grid of coder.py is moved by shift/256 of a step
             the stream: what each call of the plan generates in this block, call by call
 
-A block, 2^14 symbols in whole datapoints, is decoded and checked as a whole; a last, shorter
-datapoint is a block of its own. A stream starts from the CRC-32 of the block's number and symbols,
-so a decoder that ends elsewhere has damaged bytes, or a block in a wrong place.
+A block has about 2^14 symbols, in whole datapoints; a last, shorter datapoint is its own block. A
+stream starts from the CRC-32 of the block's number and symbols. A decoder that ends elsewhere has
+read damaged bytes, or a block in a wrong place.
 
 In float64 the machines that were tried differ by less than 1e-12. A block with a log-probability
-within coder.MARGIN of a rounding boundary uses the next shift. So where numbers differ by less, the
-same integers come out: on CPU or CUDA, with any number of threads and any batch.
+within coder.MARGIN of a rounding boundary uses the next shift. So the same integers come out on
+every machine that differs by less: CPU or CUDA, with any number of threads.
 """
 import copy
-import io
 import itertools
 import json
-import os
 import shlex
 import struct
 import sys
 import zlib
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -47,19 +44,12 @@ import nets
 import planner
 from ardm import bits_per_dim
 
-MAGIC, VERSION = b"ARDM", 8
-BLOCK = 1 << 14                      # symbols in a block, about; twice as many at most
-LONGEST_HEADER = 1 << 22             # bytes
-TYPICAL = (                          # what deflated headers have in common: a part of the format
-    rb'"text" "bytes" "image" "forward" "spaced:63" "head":"\u0093NUMPY\u0001\u0000v\u0000{'
-    rb"'descr': '|u1', 'fortran_order': False, 'shape': (16, 28, 28), }             \n"
-    rb'{"kind":"audio","length":16384,"order":"random:1","plan":[[64,63,62,31,32,16,15]],'
-    rb'"tail":"","block":8,"weights":"0123456789abcdef","head":"RIFF\u0000\u0000WAVEfmt \u0010'
-    rb'\u0000\u0000\u0000\u0001\u0000\u0001\u0000@\u001f\u0000\u0000\u0080>\u0000\u0000\u0002\u0000'
-    rb'\u0010\u0000data\u0000\u0000"}')
+MAGIC, VERSION = b"ARDM", 9
+BLOCK = 1 << 14                      # symbols in a block, about; at most twice as many
 RAW = 1 << 31                        # the bit of a length that says: stored raw
-DAMAGED = b"\xff" * 5                # stands for a block that is not whole
+LONGEST = 1 << 26                    # bytes of a header
 CALLS = {"image": 100, "audio": 64}  # by default; of text a quarter of the variables
+FIELDS = ("kind", "length", "form", "order", "block", "plan", "weights", "head")
 
 
 class Codec:
@@ -70,302 +60,260 @@ class Codec:
     """
 
     def __init__(self, model, settings, order, plan, block):
+        if isinstance(model, nets.MixtureARDM):
+            raise ValueError("an order-agnostic model of audio cannot code: train one with "
+                             "--branch 16")
         device = next(model.parameters()).device
         self.device = "cpu" if device.type == "mps" else device          # MPS has no float64
         self.model = copy.deepcopy(model).to(self.device).double()
-        self.settings, self.block, self.order, self.ks = settings, block, order, plan
-        self.dtype = torch.uint16 if model.K > 256 else torch.uint8
-        if model.draws != model.S:
-            raise ValueError("an order-agnostic model of audio cannot code: train one with "
-                             "--branch 16")
-        planner.order(order, settings["shape"])
+        self.shape, self.order, self.ks, self.block = settings["shape"], order, plan, block
+        self.dtype = "<u2" if model.K > 256 else "u1"      # of symbols stored raw
+        self.tick = lambda n: None                         # called with the symbols of every call
         most = max(1, 2 * BLOCK // model.D)
         if type(block) is not int or not 1 <= block <= most:
             raise ValueError(f"--block {block}: choose 1 to {most}")
         if [sum(ks) for ks in plan] != [model.D] * model.S or not all(
                 type(k) is int and k > 0 for ks in plan for k in ks):
             raise ValueError("a plan must generate each variable once in every stage")
+        planner.order(order, self.shape)
         self.plan = [(s, end - k + 1, k) for s, ks in enumerate(plan, start=1)
                      for k, end in zip(ks, itertools.accumulate(ks))]
-        self.together = max(1, model.rows // block)
-        self.tick = lambda n: None                         # called with the symbols of every call
-
-    def groups(self, n):
-        """(blocks, rows, D) of what goes through the network together, for a file of n symbols;
-        the last rows and a shorter last datapoint are blocks of their own."""
-        while n > 0:
-            D = min(n, self.model.D)
-            rows = min(n // D, self.block)
-            blocks = min(n // (rows * D), self.together)
-            yield blocks, rows, D
-            n -= blocks * rows * D
 
     def generate(self, x, choose):
-        """ARDM.generate in one order for all rows of x (B, D); of text D may be shorter."""
-        shape = self.settings["shape"] if len(self.settings["shape"]) == 3 else x.shape[1:]
+        """ARDM.generate in one order for all rows of x (B, D). Text may be shorter than D."""
+        shape = self.shape if len(self.shape) == 3 else x.shape[1:]
         sigma = torch.from_numpy(planner.order(self.order, shape)).to(self.device)
         return self.model.generate(x, self.plan, sigma.expand(x.shape), choose)
 
-    def encode(self, x, first):
-        """x (blocks, rows, D) uint8 or uint16 -> [(block as it stands in an archive, -log2 p)].
-        first: the number of the first block."""
-        true = x.flatten(0, 1).long().to(self.device)      # (blocks * rows, D)
-        noted = []                                         # for every call, block by block
+    def encode(self, x, number):
+        """Block `number` of symbols x (rows, D) -> (the bytes of it in an archive, -log2 p)."""
+        x = torch.from_numpy(x.astype(np.int64)).to(self.device)
+        calls = []                                         # (log_p (n, A), symbols (n,)) of each
 
-        def note(log_p, where, s):
+        def read(log_p, where, s):
             """Reads the symbols from the data, and notes what the model says about them."""
-            a = self.model.symbol(true, s)[where]
-            noted.append(zip(*(np.split(part.cpu().numpy(), len(x)) for part in (log_p, a))))
+            a = self.model.symbol(x, s)[where]
+            calls.append((log_p.cpu().numpy(), a.cpu().numpy()))
             self.tick(len(a))
             return a
 
-        self.generate(true, note)
-        return [pack(x[i], calls, first + i) for i, calls in enumerate(zip(*noted))]
+        self.generate(x, read)
+        shift = safe_shift([log_p for log_p, _ in calls])
+        intervals = [coder.intervals(coder.quantize(log_p, shift), a) for log_p, a in calls]
+        starts, freqs = map(np.concatenate, zip(*intervals))
+        raw = x.cpu().numpy().astype(self.dtype).tobytes()
+        check, flag = zlib.crc32(raw, number), 0           # numbered: no two can change places
+        stream = coder.encode(starts, freqs, check)
+        if len(stream) > 4 + len(raw):                     # the symbols themselves are shorter
+            stream, flag = check.to_bytes(4, "big") + raw, RAW
+        nats = -sum(log_p[np.arange(len(a)), a].sum() for log_p, a in calls)
+        return struct.pack(">IB", flag | len(stream), shift) + stream, bits_per_dim(nats, 1)
 
-    def decode(self, packed, rows, D, first):
-        """Blocks from an archive -> (rows * D,) symbols each; None where one is damaged."""
-        decoders = [coder.Decoder(block[5:]) for block in packed]
+    def decode(self, block, rows, D, number):
+        """The bytes of a block in an archive -> symbols (rows, D), or None if it is damaged."""
+        length, shift = struct.unpack(">IB", block[:5])
+        if length & RAW:
+            check, raw = int.from_bytes(block[5:9], "big"), block[9:]
+            if len(raw) != rows * D * np.dtype(self.dtype).itemsize:
+                return None
+            self.tick(rows * D * self.model.S)
+        else:
+            decoder = coder.Decoder(block[5:])
 
-        def pop(log_p, where, s):
-            """Takes the symbols from the streams."""
-            parts = zip(decoders, packed, np.split(log_p.cpu().numpy(), len(packed)))
-            a = np.concatenate([decoder.pop(coder.quantize(part, block[4]))
-                                for decoder, block, part in parts])
-            a = torch.from_numpy(a).to(self.device)
-            self.tick(len(a))
-            impossible = log_p.gather(1, a[:, None])[:, 0] == -torch.inf
-            return torch.where(impossible, 0, a)           # damaged, as the checksum will tell
+            def pop(log_p, where, s):
+                """Takes the symbols from the stream."""
+                log_p = log_p.cpu().numpy()
+                a = decoder.pop(coder.quantize(log_p, shift))
+                if (log_p[np.arange(len(a)), a] == -np.inf).any():
+                    raise Damaged
+                self.tick(len(a))
+                return torch.from_numpy(a).to(self.device)
 
-        x = torch.zeros(len(packed) * rows, D, dtype=torch.long, device=self.device)
-        x = self.generate(x, pop).cpu().to(self.dtype).view(len(packed), -1)
-        for i, block in enumerate(packed):
-            part, end = x[i], decoders[i].end
-            if block[0] & 128:                             # stored raw, behind the checksum
-                whole = len(block) == 9 + part.nbytes
-                part = torch.frombuffer(bytearray(block[9:]), dtype=self.dtype) if whole else part
-                end = int.from_bytes(block[5:9], "big")
-            yield part if end == checksum(part, first + i) else None
-
-
-def pack(x, calls, number):
-    """One block x (rows, D) as it stands in an archive, and -log2 p of it. calls: of every network
-    call log_p (n, A) and the symbols (n,) that it generates."""
-    safe = (i for i in range(256) if all(coder.safe(log_p, i) for log_p, _ in calls))
-    shift = next(safe, None)
-    if shift is None:
-        raise ValueError("no grid is safe for a block: take a smaller --block")
-    intervals = [coder.intervals(coder.quantize(log_p, shift), a) for log_p, a in calls]
-    starts, freqs = map(np.concatenate, zip(*intervals))
-    check, flag = checksum(x, number), 0
-    stream = coder.encode(starts, freqs, check)
-    if len(stream) > 4 + x.nbytes:                         # the symbols themselves are shorter
-        stream, flag = check.to_bytes(4, "big") + x.numpy().tobytes(), RAW
-    nats = -sum(log_p[np.arange(len(a)), a].sum() for log_p, a in calls)
-    return struct.pack(">IB", flag | len(stream), shift) + stream, bits_per_dim(nats, 1)
+            x = torch.zeros(rows, D, dtype=torch.long, device=self.device)
+            try:
+                raw = self.generate(x, pop).cpu().numpy().astype(self.dtype).tobytes()
+            except Damaged:
+                return None
+            check = decoder.end
+        return np.frombuffer(raw, self.dtype).reshape(rows, D) if check == zlib.crc32(
+            raw, number) else None
 
 
-def checksum(symbols, number):
-    """CRC-32 of a block's symbols, begun with its number, so that no two can change places."""
-    return zlib.crc32(symbols.numpy().tobytes(), number)
+class Damaged(Exception):
+    """A symbol of probability 0 came out of a stream."""
+
+
+def safe_shift(log_probs):
+    """The first shift of the grid at which no log-probability is near a boundary."""
+    for shift in range(256):
+        if all(coder.safe(log_p, shift) for log_p in log_probs):
+            return shift
+    raise ValueError("no grid is safe for a block: take a smaller --block")
 
 
 # -- The archive -----------------------------------------------------------------------------------
 
-def encode_file(file, model, codec, source):
-    """A source -> an archive in an open file, every block decoded before it is written. Returns
-    -log2 p under this order and plan."""
-    head, tail = (part.tobytes().decode("latin-1") for part in (source.head, source.tail))
-    header = dict(kind=source.kind, length=source.n, order=codec.order, plan=codec.ks, tail=tail,
-                  block=codec.block, weights=nets.digest(model), head=head)
-    text = json.dumps(header, separators=(",", ":")).encode()
-    if len(text) > LONGEST_HEADER:
-        raise ValueError(f"{source.path}: {len(head + tail):,} bytes beside its data are too many")
-    deflate = zlib.compressobj(9, wbits=-15, zdict=TYPICAL)
-    text = deflate.compress(text) + deflate.flush()
-    file.write(struct.pack(">4sBII", MAGIC, VERSION, len(text), zlib.crc32(text)) + text)
-    first = done = total = 0
+def encode_file(path, model, codec, settings):
+    """A file -> (its archive, the number of its symbols, -log2 p). Every block has been decoded."""
+    symbols, found = datasets.open_symbols(path, settings)
+    n, total, form = len(symbols), 0.0, found and found.form
+    beside = found and (found.head, found.tail)
+    if found and datasets.file_of(symbols, settings, form) == datasets.read(path):
+        beside = None                                      # a file written anew is the same
+    head, tail = beside or (b"", b"")
+    fields = (settings["kind"], n, form, codec.order, codec.block, codec.ks, nets.digest(model),
+              len(head) if beside else None)
+    header = json.dumps(fields, separators=(",", ":")).encode() + b"\n" + head + tail
+    if len(header) > LONGEST:
+        raise ValueError(f"{path}: {len(head + tail):,} bytes beside its data are too many")
+    header = zlib.compress(header, 9)
+    parts = [struct.pack(">4sBI", MAGIC, VERSION, len(header)) + header]
     with tqdm(desc="encoding", unit="symbol", unit_scale=True, leave=False, disable=None,
-              total=2 * source.n * model.S) as bar:
+              total=2 * n * model.S) as bar:
         codec.tick = bar.update
-        for blocks, rows, D in codec.groups(source.n):
-            x = source.read(done, done + blocks * rows * D).view(blocks, rows, D)
-            packed, bits = zip(*codec.encode(x, first))
-            for part, true in zip(codec.decode(packed, rows, D, first), x):
-                if part is None or not torch.equal(part, true.flatten()):
-                    raise ValueError("a block does not decode to what went in: this machine does "
-                                     "not compute the same numbers twice; nothing was written")
-            file.write(b"".join(packed))
-            first += blocks
-            done += x.numel()
-            total += sum(bits)
-            bar.set_postfix_str(f"{total / done:.3f} bits each")
-    return total
+        for number, start, rows, D in layout(n, codec):
+            x = symbols[start:start + rows * D].reshape(rows, D)
+            block, bits = codec.encode(x, number)
+            if not np.array_equal(codec.decode(block, rows, D, number), x):
+                raise ValueError("a block does not decode to what went in: this machine does not "
+                                 "compute the same numbers twice; nothing was written")
+            parts.append(block)
+            total += bits
+            bar.set_postfix_str(f"{total / (start + rows * D):.3f} bits each")
+    return b"".join(parts), n, total
 
 
-def read_header(file, name):
-    """The header of an open archive; ValueError where it is none, or damaged."""
-    start = file.read(13)
-    if start[:4] != MAGIC:
+def layout(n, codec):
+    """Yields (number, first symbol, rows, D) of the blocks of a file of n symbols."""
+    start, D = 0, codec.model.D
+    for number in itertools.count():
+        rows = min((n - start) // D, codec.block)
+        if start == n:
+            return
+        yield number, start, *((rows, D) if rows else (1, n - start))
+        start += rows * D if rows else n - start
+
+
+def read_header(archive, name):
+    """Header of an archive, a dict; the bytes beside its array, or None; where the blocks begin."""
+    if archive[:4] != MAGIC:
         raise ValueError(f"{name} is no archive of compress.py")
-    if start[4:5] != bytes([VERSION]):
-        raise ValueError(f"{name} has another format version than {VERSION}, which this program "
-                         f"reads: {start[4:5].hex()}")
-    inflate = zlib.decompressobj(-15, zdict=TYPICAL)
+    if archive[4:5] != bytes([VERSION]):
+        raise ValueError(f"{name} has format version {archive[4:5].hex()}, not {VERSION}: decode "
+                         "it by the edition of this program that wrote it")
     try:
-        length, check = struct.unpack(">II", start[5:])
-        text = file.read(min(length, LONGEST_HEADER))
-        if zlib.crc32(text) != check:
+        end = 9 + struct.unpack(">I", archive[5:9])[0]
+        inflate = zlib.decompressobj()
+        text, _, beside = inflate.decompress(archive[9:end], LONGEST).partition(b"\n")
+        if not inflate.eof or inflate.unused_data:
             raise ValueError
-        return dict(json.loads(inflate.decompress(text, LONGEST_HEADER)))
+        header = dict(zip(FIELDS, json.loads(text), strict=True))
+        cut = header["head"]
+        return header, None if cut is None else (beside[:cut], beside[cut:]), end
     except (ValueError, TypeError, RecursionError, struct.error, zlib.error):
-        raise ValueError(f"{name} is damaged: its header is cut off or does not match its checksum")
+        raise ValueError(f"{name} is damaged: its header is cut off or changed")
 
 
 def open_codec(header, model, settings, name):
-    """The codec of an archive; ValueError where header and model do not belong together, or where
-    the header claims what would cost time or memory."""
-    if header.get("weights") != nets.digest(model):
-        right = find(header) or "which is not in out/*/"
-        raise ValueError(f"{name} was written with another checkpoint, {right}")
+    """The codec of an archive. ValueError if header and model do not belong together."""
+    if header["weights"] != nets.digest(model):
+        raise ValueError(f"{name} was written with another checkpoint: name it by --ckpt")
+    n, form = header["length"], header["form"]
     try:
-        length, head = header["length"], header["head"].encode("latin-1")
-        header["tail"].encode("latin-1")
-        if type(length) is not int or not 0 <= length < 1 << 60:
+        if type(n) is not int or not 0 <= n < 1 << 60:
             raise ValueError
-        if settings["kind"] in ("image", "audio"):
-            _, shape, axes, *_ = datasets.layout(np.frombuffer(head, np.uint8), name, whole=False)
-            found = [shape[axis] for axis in axes]
-            wanted = [length // model.D, *settings["shape"]]
-            if length % found[0] if settings["kind"] == "audio" else found != wanted:
-                raise ValueError
+        if settings["kind"] != "text" or form is not None:
+            datasets.check_form(form, n, settings)
         return Codec(model, settings, header["order"], header["plan"], header["block"])
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, AttributeError):
         raise ValueError(f"{name} is damaged: its header makes no sense")
 
 
-def find(header):
-    """The path of the checkpoint of an archive, one in out/*/ or the model of English; or None."""
-    for path in [nets.ENGLISH, *sorted(Path("out").glob("*/ckpt*.pt"))]:
-        with suppress(ValueError):
-            if nets.digest(nets.load(path, "cpu")[0]) == header.get("weights"):
-                return str(path)
-    return None
-
-
-def read_block(file, n):
-    """The next block of an archive, of n symbols; where it is not whole, one that is damaged; b""
-    where the archive has ended."""
-    start = file.read(5)
-    length = int.from_bytes(start[:4], "big") % RAW
-    stream = file.read(min(length, 2 * n + 4))             # no stream is longer than that
-    whole = len(start) == 5 and len(stream) == length
-    return start + stream if whole or not start else DAMAGED
-
-
-def decode_file(file, codec, n, item=None):
-    """An open archive of n symbols behind its header -> iterator of (number of a block, its
-    symbols or None where it is damaged); of item, the number of a datapoint, its symbols alone."""
-    first = row = 0
-    if item is not None:
-        codec.together = 1
-        if not 0 <= item < -(-n // codec.model.D):
-            raise ValueError(f"--item {item}: there are {-(-n // codec.model.D)}, counted from 0")
+def decode_file(archive, at, codec, n, item=None):
+    """Yields (number, symbols or None if they are damaged) of the blocks of an archive, which begin
+    at `at`. n: symbols of the whole. With item: of that datapoint alone."""
+    D = codec.model.D
+    if item is not None and not 0 <= item < -(-n // D):
+        raise ValueError(f"--item {item}: there are {-(-n // D)}, counted from 0")
     with tqdm(desc="decoding", unit="symbol", unit_scale=True, leave=False, disable=None,
               total=n * codec.model.S) as bar:
         codec.tick = bar.update
-        for blocks, rows, D in codec.groups(n):
-            packed = [read_block(file, rows * D) for _ in range(blocks)]
-            if item is None or row <= item < row + rows:
-                whole = [block or DAMAGED for block in packed]
-                for i, part in enumerate(codec.decode(whole, rows, D, first), start=first):
-                    if item is not None and part is not None:
-                        part = part.view(rows, D)[item - row]
-                    yield i, part
-            first += blocks
-            row += blocks * rows
-            if b"" in packed:                              # whatever length the header claims
-                break
-    missing = item is not None and item >= row
-    if missing or item is None and file.read(1):           # or something follows the last block
-        yield first, None
+        number = -1
+        for number, start, rows, width in layout(n, codec):
+            end = at + 5 + int.from_bytes(archive[at:at + 4], "big") % RAW
+            block, at = archive[at:end], end
+            whole = len(block) > 4 and end <= len(archive)
+            if item is None or 0 <= item - start // D < rows:
+                x = codec.decode(block, rows, width, number) if whole else None
+                if x is not None and item is not None:
+                    x = x[item - start // D]
+                yield number, x
+            if not whole:                                  # whatever length the header claims
+                return
+        if at != len(archive):                             # something follows the last block
+            yield number + 1, None
 
 
-# -- The commands ----------------------------------------------------------------------------------
+# -- Skip on a first reading: the commands ---------------------------------------------------------
 
 def settle(args):
-    """model, codec and source by the command line. Text is read by `spaced` readers and audio in
-    halves, with which an even plan is the cheapest; images in a random order, as L_t was measured
-    in, by the best plan."""
+    """model, codec, settings and the path of the file, by the command line."""
     model, checkpoint = nets.load(args.ckpt, args.device)
     settings = checkpoint["settings"]
     S, D, kind = model.S, model.D, settings["kind"]
-    piece = Path(args.ckpt).parent / datasets.PIECES[kind]
-    source = datasets.Source(args.input or piece, settings)
-    usual = min(S * D, CALLS.get(kind, -(-S * D // 4)))
-    calls = usual if args.calls is None else args.calls
-    even = planner.uniform_plan(S, D, calls)
-    spaced = f"spaced:{-(-S * D // calls)}"
-    order = args.order or {"image": "random:1", "audio": "halves"}.get(kind, spaced)
+    path = args.input or Path(args.ckpt).parent / datasets.piece(kind, model.K)
+    calls = args.calls or min(S * D, CALLS.get(kind, -(-S * D // 4)))
+    plan = planner.uniform_plan(S, D, calls)
+    # An even plan is the cheapest for these orders. Images take the best plan for a random one.
+    order = args.order or {"image": "random:1", "audio": "halves"}.get(
+        kind, f"spaced:{-(-S * D // calls)}")
+    if order.startswith("random") and checkpoint.get("L") is not None:
+        plan = planner.plan(planner.smooth(checkpoint["L"], checkpoint.get("counts")), calls)
+    ks = [[k for stage, _, k in plan if stage == s] for s in range(1, S + 1)]
+    block = max(1, BLOCK // D) if args.block is None else args.block
     if checkpoint.get("L") is None and "optimizer" in checkpoint:
         print("this run is not finished: keep a copy of its checkpoint, as --resume changes it",
               file=sys.stderr)
-
-    def codec(order):
-        plan = even
-        if order.startswith("random") and checkpoint.get("L") is not None:
-            plan = planner.plan(planner.smooth(checkpoint["L"], checkpoint["counts"]), calls)
-        ks = [[k for stage, _, k in plan if stage == s] for s in range(1, S + 1)]
-        block = max(1, BLOCK // D) if args.block is None else args.block
-        return Codec(model, settings, order, ks, block)
-
-    if order == "auto":                                    # the smallest nll of the first symbols
-        rows = min(source.n // D, max(4, 2048 // D))
-        x = source.read(0, rows * D).view(1, rows, D)
-        found = {rule: sum(bits for _, bits in codec(rule).encode(x, 0))
-                 for rule in (spaced, "halves", "forward", "random:1") if rows}
-        order = min(found, key=found.get, default=spaced)
-    return model, codec(order), source
+    return model, Codec(model, settings, order, ks, block), settings, path
 
 
 def run_encode(args):
     """a file to an archive"""
-    with datasets.write(args.output, (args.input, args.ckpt)) as file:   # before all work
-        model, codec, source = settle(args)
-        encode_file(file, model, codec, source)
-        size = file.tell()
-    print(f"{args.input}: {source.n:,} symbols -> {size:,} bytes, {8 * size / max(1, source.n):.3f}"
-          f" bits each; order {codec.order}, {len(codec.plan)} network calls, proved by decoding\n"
-          f"back again: python compress.py decode --ckpt {shlex.quote(args.ckpt)} "
-          f"{shlex.quote(args.output)} FILE", file=args.words)
+    datasets.check_output(args.output, (args.input, args.ckpt))          # before all work
+    model, codec, settings, path = settle(args)
+    archive, n, _ = encode_file(path, model, codec, settings)
+    datasets.write(args.output, archive, (args.input, args.ckpt))
+    print(f"{path}: {n:,} symbols -> {len(archive):,} bytes, {8 * len(archive) / max(1, n):.3f} "
+          f"bits each; order {codec.order}, {len(codec.plan)} network calls, proved by decoding\n"
+          f"back again: python compress.py decode --ckpt {shlex.quote(str(args.ckpt))} "
+          f"{shlex.quote(args.output)} FILE")
 
 
 def run_decode(args):
-    """an archive back to text or images"""
-    damaged = []
-
-    def intact(parts):
-        """The symbols of the blocks that are not damaged."""
-        for i, part in parts:
-            if part is not None:
-                yield part
-                continue
-            damaged.append(f"block {i} (counted from 0) is cut off, too many, or does not match "
-                           "its checksum")
-            if not args.keep_going:
-                raise ValueError(f"{args.input} is damaged: {damaged[0]}; --keep-going delivers "
-                                 "the rest")
-
-    with open(args.input, "rb") as file:
-        header = read_header(file, args.input)
-        ckpt = args.ckpt or find(header)
-        if not ckpt:
-            raise ValueError(f"{args.input}: its checkpoint is not in out/*/, name it by --ckpt")
-        model, checkpoint = nets.load(ckpt, args.device)
-        codec = open_codec(header, model, checkpoint["settings"], args.input)
-        parts = intact(decode_file(file, codec, header["length"], args.item))
-        with datasets.write(args.output, (args.input, ckpt)) as out:
-            n = datasets.write_back(out, header, checkpoint["settings"], parts)
-    print(f"{args.output}: {n:,} symbols by {ckpt}, their checksums match", file=args.words)
+    """an archive back to a file"""
+    datasets.check_output(args.output, (args.input, args.ckpt))
+    archive = datasets.read(args.input)
+    header, beside, at = read_header(archive, args.input)
+    model, checkpoint = nets.load(args.ckpt, args.device)
+    settings, form = checkpoint["settings"], header["form"]
+    codec = open_codec(header, model, settings, args.input)
+    parts, damaged = [np.empty(0, codec.dtype)], []
+    for number, x in decode_file(archive, at, codec, header["length"], args.item):
+        if x is not None:
+            parts.append(x.reshape(-1))
+            continue
+        damaged.append(f"block {number} (counted from 0) is cut off, too many, or changed")
+        if not args.keep_going:
+            raise ValueError(f"{args.input} is damaged: {damaged[0]}; --keep-going delivers the "
+                             "rest")
+    symbols = np.concatenate(parts)
+    if len(symbols) < header["length"] and settings["kind"] == "audio":
+        form = [form[0], 1]                                # parts of channels, one after another
+    content = datasets.file_of(symbols, settings, form)
+    if beside and len(symbols) == header["length"]:
+        content = beside[0] + datasets.file_array(content, "it").middle + beside[1]
+    datasets.write(args.output, content, (args.input, args.ckpt))
+    print(f"{args.output}: {len(symbols):,} symbols by {args.ckpt}, their checksums match")
     if damaged:
         print(*damaged, f"{args.input} is damaged; this is what could be saved", sep="\n",
               file=sys.stderr)
@@ -374,33 +322,31 @@ def run_decode(args):
 
 def run_info(args):
     """what an archive holds, without decoding it"""
-    with open(args.input, "rb") as file:
-        header = read_header(file, args.input)
-    size = f"{os.path.getsize(args.input):,} bytes, " * os.path.isfile(args.input)
-    print(f"{args.input}: {size}format {VERSION}")
+    archive = datasets.read(args.input)
+    header, _, _ = read_header(archive, args.input)
+    print(f"{args.input}: {len(archive):,} bytes, format {VERSION}")
     for name, value in header.items():
         print(f"  {name:8} {ascii(value)[:80]}")           # no control characters
 
 
 def run_bench(args):
     """what a file costs by every measure; without IN, the piece of test data beside CKPT"""
-    model, codec, source = settle(args)
-    n, file = source.n, io.BytesIO()
+    model, codec, settings, path = settle(args)
+    archive, n, bits = encode_file(path, model, codec, settings)
     if not n:
-        raise ValueError(f"{source.path} is empty")
-    bits = encode_file(file, model, codec, source)
+        raise ValueError(f"{path} is empty")
+    symbols, found = datasets.open_symbols(path, settings)
     rows = {"exact nll of this order and plan": bits / n,
-            f"archive, {file.tell():,} bytes": 8 * file.tell() / n}
-    rows |= datasets.references(source.read(0, n).numpy(), model.K, codec.settings.get("rate"))
-    print(f"{source.path}: {n:,} symbols, order {codec.order}, {len(codec.plan)} network calls; "
-          "bits each:")
+            f"archive, {len(archive):,} bytes": 8 * len(archive) / n}
+    rows |= datasets.references(symbols, model.K, found and found.rate)
+    print(f"{path}: {n:,} symbols, order {codec.order}, {len(codec.plan)} calls; bits each:")
     for name, value in rows.items():
         print(f"  {name:34} {value:.4f}")
     print("decoded and identical; the weights, "
           f"{sum(4 * p.numel() for p in model.parameters()):,} bytes, are not counted")
 
 
-def main():
+def parse():
     """The command line: encode, decode, bench, info."""
     parser = datasets.Parser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(required=True, metavar="encode | decode | bench | info")
@@ -409,34 +355,31 @@ def main():
         command = commands.add_parser(name, help=run.__doc__)
         command.set_defaults(run=run)
         add = command.add_argument
-        add("input", nargs="?" if name == "bench" else None, metavar="IN", help="a file, or -")
+        add("input", nargs="?" if name == "bench" else None, metavar="IN")
         if name != "info":
-            add("--ckpt", help="a checkpoint of train.py (default: results/english.pt; to decode, "
-                "the archive's own, looked for in out/*/, too)")
+            add("--ckpt", default=nets.ENGLISH, help="a checkpoint of train.py (default: "
+                "results/english.pt)")
             add("--device", help="cuda, mps or cpu; the network runs in float64, in which consumer "
                 "GPUs are 32 to 64 times slower than in float32")
         if name in ("encode", "decode"):
-            add("output", metavar="OUT", help="a file, or -")
+            add("output", metavar="OUT")
         if name in ("encode", "bench"):
             add("--calls", type=int, help="network calls for a block (default: a quarter of the "
                 f"variables of a text, {CALLS['image']} for images, {CALLS['audio']} for audio)")
-            add("--order", help="forward, backward, random:SEED, spaced:G, halves, or auto: "
-                "the best of several on this file")
+            add("--order", help="forward, backward, random:SEED, spaced:G or halves (default: the "
+                "best measured for each kind)")
             add("--block", type=int, help="datapoints that are decoded together (default: as many "
                 f"as have {BLOCK} symbols)")
         if name == "decode":
             add("--item", type=int, help="only this datapoint, counted from 0")
             add("--keep-going", action="store_true", help="leave out damaged blocks, deliver the "
                 "others; exit code 1")
-    args = parser.parse_args()
-    if args.input == "-":
-        args.input = "/dev/stdin"
-    piped = datasets.stream(getattr(args, "output", "")) is not None
-    args.words = sys.stderr if piped else sys.stdout       # not into what goes to stdout
-    if args.run in (run_encode, run_bench) and args.ckpt is None:
-        args.ckpt = str(nets.ENGLISH)
-        if args.input is None:
-            raise ValueError("name a file, or a checkpoint beside which a piece of test data lies")
+    return parser.parse_args()
+
+
+def main():
+    """One of the four commands."""
+    args = parse()
     args.run(args)
 
 
