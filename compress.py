@@ -261,7 +261,7 @@ def settle(args):
     model, checkpoint = nets.load(args.ckpt, args.device)
     settings = checkpoint["settings"]
     S, D, kind = model.S, model.D, settings["kind"]
-    path = args.input or Path(args.ckpt).parent / datasets.piece(kind, model.K)
+    path = args.input or Path(args.ckpt).parent / datasets.PIECES[kind]
     calls = args.calls or min(S * D, CALLS.get(kind, -(-S * D // 4)))
     plan = planner.uniform_plan(S, D, calls)
     # An even plan is the cheapest for these orders. Images take the best plan for a random one.
@@ -279,7 +279,7 @@ def settle(args):
 
 def run_encode(args):
     """a file to an archive"""
-    datasets.check_output(args.output, (args.input, args.ckpt))          # before all work
+    datasets.write(args.output, None, (args.input, args.ckpt))           # before all work
     model, codec, settings, path = settle(args)
     archive, n, _ = encode_file(path, model, codec, settings)
     datasets.write(args.output, archive, (args.input, args.ckpt))
@@ -291,7 +291,7 @@ def run_encode(args):
 
 def run_decode(args):
     """an archive back to a file"""
-    datasets.check_output(args.output, (args.input, args.ckpt))
+    datasets.write(args.output, None, (args.input, args.ckpt))
     archive = datasets.read(args.input)
     header, beside, at = read_header(archive, args.input)
     model, checkpoint = nets.load(args.ckpt, args.device)
@@ -311,7 +311,8 @@ def run_decode(args):
         form = [form[0], 1]                                # parts of channels, one after another
     content = datasets.file_of(symbols, settings, form)
     if beside and len(symbols) == header["length"]:
-        content = beside[0] + datasets.file_array(content, "it").middle + beside[1]
+        size = symbols.nbytes
+        content = beside[0] + content[len(content) - size:] + beside[1]
     datasets.write(args.output, content, (args.input, args.ckpt))
     print(f"{args.output}: {len(symbols):,} symbols by {args.ckpt}, their checksums match")
     if damaged:
@@ -335,10 +336,10 @@ def run_bench(args):
     archive, n, bits = encode_file(path, model, codec, settings)
     if not n:
         raise ValueError(f"{path} is empty")
-    symbols, found = datasets.open_symbols(path, settings)
+    symbols, _ = datasets.open_symbols(path, settings)
     rows = {"exact nll of this order and plan": bits / n,
             f"archive, {len(archive):,} bytes": 8 * len(archive) / n}
-    rows |= datasets.references(symbols, model.K, found and found.rate)
+    rows |= datasets.references(symbols, model.K)
     print(f"{path}: {n:,} symbols, order {codec.order}, {len(codec.plan)} calls; bits each:")
     for name, value in rows.items():
         print(f"  {name:34} {value:.4f}")

@@ -1,9 +1,8 @@
 """Data sets as arrays of integers 0..K-1; how they are shown; a user's file in and out; errors.
 
-    pydoc          help texts inside Python, reduced to a-z and space: English without a download.
-                   They change with the Python version
-    glyphs         small grey pictures of digits, drawn here: images without a download
-    tones          strings, sweeps and pauses under noise, made here: audio without a download
+    pydoc          help texts inside Python, reduced to a-z and space; other versions have others
+    glyphs         small grey pictures of digits, drawn here
+    tones          strings, sweeps and pauses under noise, made here
     text8, enwik8, mnist, cifar10, sc09
                    in the folder ARDM_DATA, or data/; downloaded if missing
     a file         what its first bytes say, also in gzip or in a zip with one member: images (.npy,
@@ -15,7 +14,6 @@ import argparse
 import bz2
 import gzip
 import hashlib
-import http.client
 import io
 import lzma
 import math
@@ -23,11 +21,9 @@ import os
 import platform
 import re
 import secrets
-import shutil
 import signal
 import socket
 import struct
-import subprocess
 import sys
 import tarfile
 import zipfile
@@ -39,6 +35,8 @@ import torch
 from torch import nn
 
 NAMES = ("pydoc", "glyphs", "tones", "text8", "enwik8", "mnist", "cifar10", "sc09")
+PIECES = {"text": "test.txt", "image": "test.npy", "audio": "test.wav"}     # of test data
+SPLITS = ("train", "valid", "test")
 AUDIO_K = 1 << 16                    # values of a 16-bit sample; x = sample + 32,768
 WINDOW = 2048                        # samples in a datapoint of audio, if nothing else is said
 
@@ -46,37 +44,25 @@ WINDOW = 2048                        # samples in a datapoint of audio, if nothi
 # -- Data sets -------------------------------------------------------------------------------------
 
 class Data:
-    """Integers 0..K-1 in three splits.
+    """Integers 0..K-1 in three splits, "train", "valid" and "test".
 
-    kind: "text", "image" or "audio". A datapoint has `shape`, and D variables.
-    splits: {"train", "valid", "test"}. Images are (N, D), colour by colour. Text and audio are one
-    stream (n,) each, and a datapoint is a piece of it, without what comes before.
-    rate: samples a second of audio. flips, turns: training images are mirrored, turned by quarters.
+    kind: "text", "image" or "audio". Images are (N, D), colour by colour. Text and audio are one
+    stream (n,), and a datapoint is a piece of it, without what comes before. unit: what bits are
+    counted per. flips, turns: training images are mirrored, turned by quarters.
     """
 
     def __init__(self, kind, name, K, shape, splits, rate=None, flips=False):
         self.kind, self.name, self.K, self.shape, self.rate = kind, name, K, tuple(shape), rate
         self.D = math.prod(shape)
         self.flips, self.turns = flips, False
+        self.unit = dict(image="dim", audio="sample", text="char" if K == 27 else "byte")[kind]
         self.splits = {part: torch.from_numpy(each) for part, each in splits.items()}
         for part, each in self.splits.items():
             if self.D == 0 or each.numel() < self.D:
                 raise ValueError(f"{name} has {each.numel()} values for {part}, too few for a "
                                  f"datapoint of {self.D}: take more data or a smaller --length")
-        total = hashlib.sha256()
-        for part in splits.values():
-            total.update(np.ascontiguousarray(part))
-        self.digest = total.hexdigest()
-
-    @property
-    def unit(self):
-        """What a bit is counted per."""
-        return {"image": "dim", "audio": "sample"}.get(self.kind, "char" if self.K == 27 else "byte")
-
-    def to(self, device):
-        """The same on a device."""
-        self.splits = {part: each.to(device) for part, each in self.splits.items()}
-        return self
+        content = b"".join(part.tobytes() for part in splits.values())
+        self.digest = hashlib.sha256(content).hexdigest()
 
     def batch(self, B, generator=None):
         """(B, D) int64: random training images, or windows of the stream that begin anywhere."""
@@ -103,14 +89,14 @@ def text(name, stream, length):
     K = 256 if OTHER.search(stream) else 27
     n = len(stream)
     parts = np.split(to_symbols(stream.tobytes(), K), [n * 90 // 100, n * 95 // 100])
-    return Data("text", name, K, (length,), dict(zip(("train", "valid", "test"), parts)))
+    return Data("text", name, K, (length,), dict(zip(SPLITS, parts)))
 
 
 def images(name, train, test, bits=8, valid=None, flips=False):
     """Data of (N, C, H, W) uint8 arrays. Without valid: the last tenth of train.
 
-    bits: how many of the 8 are kept, the most significant first. Values that are all below 2^bits
-    are taken as they are, and 0 and 1 alone are K = 2.
+    bits: how many of the 8 are kept, the most significant first. If all values are below 2^bits
+    they are taken as they are, and 0 and 1 alone are K = 2.
     """
     if valid is None:
         train, valid = np.split(train, [len(train) - -(-len(train) // 10)])
@@ -123,46 +109,43 @@ def images(name, train, test, bits=8, valid=None, flips=False):
     return Data("image", name, K, train.shape[1:], splits, flips=flips)
 
 
-def audio(name, clips, rate, length, parts=None):
+def audio(name, clips, rate, length, listed=None):
     """Data of clips {file: (channels, n) int16}. The channels of all clips follow one another.
 
-    parts: {"test", "valid"} -> names of files. Without it: every tenth clip is for the test, and of
-    the rest every ninth for validation; of fewer than ten clips the last tenth of each by time.
+    listed: {file: "test" or "valid"}. Without it: every tenth clip is for the test, and of the rest
+    every ninth for validation; of fewer than ten clips the last tenth of each by time.
     """
     names = sorted(clips)
-    whole = [clips[file] for file in names]
-    if parts:
-        split = [[clips[file] for file in names if part == next(
-            (p for p in ("test", "valid") if file in parts[p]), "train")]
-            for part in ("train", "valid", "test")]
+    if listed:
+        parts = [[clips[file] for file in names if listed.get(file, "train") == split]
+                 for split in SPLITS]
     elif len(names) >= 10:
-        split = tenths(whole)
+        parts = tenths([clips[file] for file in names])
     else:                                                  # by time: channels sound alike
-        cuts = [[-(-c.shape[1] * 81 // 100), -(-c.shape[1] * 9 // 10)] for c in whole]
-        split = zip(*(np.split(clip, cut, axis=1) for clip, cut in zip(whole, cuts)))
+        lengths = [clips[file].shape[1] for file in names]
+        parts = zip(*(np.split(clips[file], [n - 2 * -(-n // 10), n - -(-n // 10)], axis=1)
+                      for file, n in zip(names, lengths)))
     streams = [np.concatenate([np.empty(0, np.int16), *(clip.reshape(-1) for clip in part)])
-               for part in split]
-    splits = {part: stream.astype(np.int32) + AUDIO_K // 2
-              for part, stream in zip(("train", "valid", "test"), streams)}
-    return Data("audio", name, AUDIO_K, (length,), splits, rate)
+               for part in parts]
+    streams = [stream.astype(np.int32) + AUDIO_K // 2 for stream in streams]
+    return Data("audio", name, AUDIO_K, (length,), dict(zip(SPLITS, streams)), rate)
 
 
 def tenths(items):
     """(train, valid, test): every tenth is for the test, of the rest every ninth for validation."""
     rest = [item for i, item in enumerate(items, 1) if i % 10]
-    return ([item for i, item in enumerate(rest, 1) if i % 9], rest[8::9], items[9::10])
+    return [item for i, item in enumerate(rest, 1) if i % 9], rest[8::9], list(items[9::10])
 
 
 def load(name, length=None, bits=8, device="cpu", chunk=64):
     """The data set of that name, or of the file or folder at that path. length: of a datapoint of
     text (without it: chunk) or audio. bits: for images."""
-    if name in NAMES:
-        data = load_name(name, length, bits, chunk)
-    elif os.path.isdir(name):
+    if os.path.isdir(name) and name not in NAMES:
         data = load_clips(name, name, length)
     else:
-        data = load_file(name, length, bits, chunk)
-    return data.to(device)
+        data = (load_name if name in NAMES else load_file)(name, length, bits, chunk)
+    data.splits = {split: part.to(device) for split, part in data.splits.items()}
+    return data
 
 
 def load_name(name, length, bits, chunk):
@@ -170,8 +153,7 @@ def load_name(name, length, bits, chunk):
     if name == "pydoc":
         return text(f"pydoc of Python {platform.python_version()}", pydoc(), length or chunk)
     if name == "glyphs":
-        train, test = np.split(glyphs(12000, seed=0), [11000])
-        return images(name, train, test, bits)
+        return images(name, *np.split(glyphs(12000, seed=0), [11000]), bits)
     if name == "tones":
         return audio(name, dict(enumerate(tones(240))), TONES_RATE, length or WINDOW)
     if name == "mnist":
@@ -181,7 +163,8 @@ def load_name(name, length, bits, chunk):
     if name == "cifar10":
         return images(name, *cifar10(fetch("cifar-10-binary.tar.gz"), name), bits, flips=True)
     if name == "sc09":
-        return load_clips(name, fetch("speech_commands_v0.02.tar.gz"), length or 16000, DIGITS, 16000)
+        place = fetch("speech_commands_v0.02.tar.gz")
+        return load_clips(name, place, length or 16000, DIGITS, pad=16000)
     return text(name, np.frombuffer(fetch(f"{name}.zip"), np.uint8), length or chunk)
 
 
@@ -196,44 +179,35 @@ def load_file(name, length, bits, chunk):
         return load_clips(name, content, length)
     found = file_array(content, name)
     if found is None:
-        if len(content) == 0:
-            raise ValueError(f"{name} is empty")
-        if b"\0" in content[:1 << 13]:
-            print(f"{name} has zero bytes: it is no text. Its bytes are learnt as they are")
+        warn_of_zeros(content, name)
         return text(name, np.frombuffer(content, np.uint8), length or chunk)
     if found.rate:
         return audio(name, {name: found.array}, found.rate, length or WINDOW)
-    train, valid, test = tenths(found.array)
-    if not len(test):
+    if len(found.array) < 10:
         raise ValueError(f"{name} has {len(found.array)} images: it takes 10 or more")
-    return images(name, np.array(train), np.array(test), bits, np.array(valid))
+    train, valid, test = map(np.array, tenths(found.array))
+    return images(name, train, test, bits, valid)
 
 
 def load_clips(name, place, length, wanted=r"(?i)(^|/)(?!\._)[^/]*\.wav$|_list\.txt$", pad=0):
-    """Data of the .wav files in a folder, or in a tar (its path or content).
-
-    What testing_list.txt and validation_list.txt name is for the test and for validation. pad: zeros
-    make every clip that long.
-    """
-    clips, lists, rate = {}, {}, None
+    """Data of the .wav files in a folder, or in a tar (its path or content). testing_list.txt and
+    validation_list.txt name the clips of these splits. pad: zeros make every clip that long."""
+    clips, listed, rate = {}, {}, None
     for file, content in members(place, wanted):
         if file.endswith("_list.txt"):
-            lists[file.rpartition("/")[2][:4]] = set(content.decode("latin-1").split())
+            split = "test" if "testing" in file else "valid"
+            folder = file.rpartition("/")[0] + "/" if "/" in file else ""
+            listed |= {folder + one: split for one in content.decode("latin-1").split()}
             continue
         found = file_array(content, file)
-        if found is None or not found.rate:
-            raise ValueError(f"{name}: {file} is no RIFF WAV file")
-        if rate not in (None, found.rate):
-            raise ValueError(f"{name}: {file} has {found.rate} samples a second, others have "
-                             f"{rate}: make them alike")
+        if found is None or found.rate not in (rate or found.rate, None):
+            raise ValueError(f"{name}: {file} is no RIFF WAV file, or has {found and found.rate} "
+                             f"samples a second, others {rate}: make them alike")
         rate = found.rate
         clips[file] = np.pad(found.array, ((0, 0), (0, max(0, pad - found.array.shape[1]))))
     if not clips:
         raise ValueError(f"{name} is a folder or tar without a .wav file: name a file")
-    parts = {part: {file for file in clips if "/".join(file.split("/")[-2:]) in lists.get(key, ())
-                    or file.rpartition("/")[2] in lists.get(key, ())}
-             for part, key in (("test", "test"), ("valid", "vali"))}
-    return audio(name, clips, rate, length or WINDOW, parts if parts["test"] else None)
+    return audio(name, clips, rate, length or WINDOW, listed)
 
 
 # -- Symbols, characters and pictures --------------------------------------------------------------
@@ -251,7 +225,8 @@ def to_symbols(stream, K):
     if wrong:
         at = wrong.start()
         char = bytes(stream[at:at + 4]).decode("utf-8", errors="replace")[0]
-        raise ValueError(f"character {char!r} at position {at}: this model knows only a-z and space")
+        raise ValueError(f"character {char!r} at position {at}: this model knows a-z and space "
+                         "alone")
     return np.frombuffer(stream, np.uint8) & (31 if K == 27 else 255)    # a copy
 
 
@@ -327,14 +302,13 @@ class FileArray:
     """The array in a file: images (N, C, H, W) of uint8 or bool, or sound (channels, n) of int16.
 
     form: what `file_of` needs to write it anew: [axis of the colours, type] of images, [rate,
-    channels] of sound. head, middle, tail: the bytes before, of and behind the array.
+    channels] of sound. head, tail: the bytes before and behind the array.
     """
 
     def __init__(self, form, array, content, begin):
         self.form, self.array = form, array
         self.rate = form[0] if array.ndim == 2 else None
-        end = begin + array.nbytes
-        self.head, self.middle, self.tail = content[:begin], content[begin:end], content[end:]
+        self.head, self.tail = content[:begin], content[begin + array.nbytes:]
 
 
 def file_array(content, name):
@@ -343,37 +317,36 @@ def file_array(content, name):
     if content[:4] == b"RIFF" and content[8:12] == b"WAVE":
         return wav_array(content, name)
     if content[:4] == b"\0\0\x08\x03" and len(content) >= 16:
-        return image_array(content, 16, struct.unpack(">3I", content[4:16]), np.dtype("u1"), name)
+        shape = struct.unpack(">3I", content[4:16])
+        if len(content) < 16 + math.prod(shape):
+            raise ValueError(f"{name} is cut off: its header promises more pixels")
+        array = np.frombuffer(content, np.uint8, math.prod(shape), 16).reshape(shape)
+        return image_array(content, array, 16, name)
     if content[:6] != b"\x93NUMPY":
         return None
     file = io.BytesIO(content)
     try:
-        version = np.lib.format.read_magic(file)
-        header = {(1, 0): np.lib.format.read_array_header_1_0,
-                  (2, 0): np.lib.format.read_array_header_2_0}[version]
-        shape, fortran, dtype = header(file)
+        array = np.lib.format.read_array(file, allow_pickle=False)
     except Exception as error:                             # whatever a damaged header raises
         raise ValueError(f"{name} cannot be read as .npy ({str(error)[:80]})")
-    if fortran:
-        raise ValueError(f"{name} is in Fortran's order: save numpy.ascontiguousarray(array)")
-    return image_array(content, file.tell(), shape, dtype, name)
+    return image_array(content, array, file.tell() - array.nbytes, name)
 
 
-def image_array(content, begin, shape, dtype, name):
-    """Images (N, H, W), (N, H, W, C) or (N, C, H, W) at `begin` of a file's bytes."""
-    if dtype not in (np.uint8, bool):
-        raise ValueError(f"{name} holds {dtype} of shape {shape}, images are uint8: convert 0..1 by "
-                         "(255 * array).round().astype(np.uint8), 0..255 by astype(np.uint8)")
-    if colour_axis(shape) is None or min(shape) < 1:
+def image_array(content, array, begin, name):
+    """The FileArray of images (N, H, W), (N, H, W, C) or (N, C, H, W)."""
+    shape, axis = array.shape, colour_axis(array.shape)
+    if array.dtype not in (np.uint8, bool):
+        raise ValueError(f"{name} holds {array.dtype} of shape {shape}, images are uint8: convert "
+                         "0..1 by (255 * array).round().astype(np.uint8), 0..255 by "
+                         "astype(np.uint8)")
+    if axis is None or array.size == 0:
         raise ValueError(f"{name} holds an array of shape {shape}, images are (N, H, W), (N, H, W, "
                          "C) or (N, C, H, W), no two of these: one picture is (1, H, W, C), grey "
                          "ones (N, H, W, 1)")
-    if len(content) < begin + math.prod(shape):
-        raise ValueError(f"{name} is cut off: its header promises more pixels")
-    array, axis = np.frombuffer(content, dtype, math.prod(shape), begin), colour_axis(shape)
-    array = array.reshape(shape if axis else (shape[0], 1, *shape[1:]))
-    array = array.transpose(0, 3, 1, 2) if axis == 3 else array
-    return FileArray([axis, dtype.str], array, content, begin)
+    if not array.flags.c_contiguous:
+        raise ValueError(f"{name} is in Fortran's order: save numpy.ascontiguousarray(array)")
+    planes = array.transpose(0, 3, 1, 2) if axis == 3 else array if axis else array[:, None]
+    return FileArray([axis, array.dtype.str], planes, content, begin)
 
 
 def colour_axis(shape):
@@ -415,33 +388,35 @@ def wav_array(content, name):
 
 
 def open_symbols(path, settings):
-    """A user's file as (n,) uint8 or uint16 symbols of the model with these settings, and its
-    FileArray (None for text). Images go colour by colour, sound channel by channel."""
-    content, K = read(path), settings["K"]
-    found = None if settings["kind"] == "text" else file_array(content, path)
+    """A user's file as (n,) symbols of the model with these settings, and its FileArray (None for
+    text). Images go colour by colour, sound channel by channel."""
+    content, K, shape = read(path), settings["K"], tuple(settings["shape"])
     if settings["kind"] == "text":
-        if K == 256 and b"\0" in content[:1 << 13]:
-            print(f"{path} has zero bytes: it is no text. Its bytes are coded as they are",
-                  file=sys.stderr)
+        if K == 256:
+            warn_of_zeros(content, path)
         return to_symbols(content, K), None
-    shape, wanted = tuple(settings["shape"]), "a .wav file"
-    if settings["kind"] == "image":
-        wanted = f"(C, H, W) = {shape}"
-    fits = found and (found.array.shape[1:] == shape if found.rate is None else len(shape) == 1)
-    if not fits:
-        is_found = found.array.shape if found else "something else"
-        raise ValueError(f"{path} holds {is_found}, the model codes {wanted}")
+    found = file_array(content, path)
+    if not found or (found.rate is None) != (len(shape) == 3) or (
+            len(shape) == 3 and found.array.shape[1:] != shape):
+        raise ValueError(f"{path} holds {found.array.shape if found else 'something else'}, the "
+                         f"model codes {f'(C, H, W) = {shape}' if len(shape) == 3 else 'a .wav'}")
     symbols = found.array.reshape(-1)
     if found.rate:
         return to_symbols(symbols.tobytes(), K), found
     if symbols.max() >= K:
-        raise ValueError(f"{path} holds the value {symbols.max()}, the model knows 0 to {K - 1}; of "
-                         f"8-bit images it knows array // {256 // K}")
+        raise ValueError(f"{path} holds the value {symbols.max()}, the model knows 0 to {K - 1}; "
+                         f"of 8-bit images it knows array // {256 // K}")
     return symbols.astype(np.uint8), found
 
 
+def warn_of_zeros(content, name):
+    """Says that a file is taken for text although it has zero bytes."""
+    if b"\0" in content[:1 << 13]:
+        print(f"{name} is no text: its bytes are taken as they are", file=sys.stderr)
+
+
 def file_of(symbols, settings, form):
-    """The bytes of a plain file that holds these symbols: text, .npy or .wav. form: of FileArray."""
+    """The bytes of a plain file that holds these symbols: text, .npy or .wav, of that form."""
     stream = to_bytes(symbols, max(settings["K"], 256) if form else settings["K"])
     if form is None:
         return stream
@@ -469,48 +444,36 @@ def check_form(form, n, settings):
         good = 0 < one < 1 << 30 and 0 < other < 1 << 16 and n % other == 0
     else:
         C, H, W = settings["shape"]
-        good = n % (C * H * W) == 0 and other in ("|u1", "|b1") and one in (0, 1, 3) and (
-            one != 0 or C == 1)
-    if not good or settings["kind"] == "text":
+        good = (one in (1, 3) or one == 0 and C == 1) and other in ("|u1", "|b1")
+        good = good and n % (C * H * W) == 0
+    if not good:
         raise ValueError("no file has this form")
-
-
-def piece(kind, K):
-    """The name of the piece of test data that a run leaves beside its checkpoint."""
-    return {"image": "test.npy", "audio": "test.wav"}.get(kind, "test.txt" if K == 27 else "test.bin")
 
 
 def exhibits(data, x):
     """What a run leaves beside its checkpoint, {name: bytes}: a piece of the test split, to try
     compress.py on, and pictures and sounds of the samples x (N, D)."""
     test, settings = data.splits["test"].cpu().numpy(), vars(data)
-    name = piece(data.kind, data.K)
-    if data.kind == "text":
-        return {name: file_of(test[:20000], settings, None)}
+    name, form, files = PIECES[data.kind], None, {}
     if data.kind == "audio":
-        form, shapes = [data.rate, 1], waveforms(x.numpy() - data.K // 2)
-        return {name: file_of(test[:2 * data.rate], settings, form),
-                "samples.png": png(grid(shapes, 1)),
-                "samples.wav": file_of(x.flatten().numpy(), settings, form)}
-    C, H, W = data.shape
-    form = [1 if H in (1, 3) and C > 1 else 3, "|u1"]
-    return {name: file_of(test[:16].reshape(-1), settings, form),
-            "samples.png": png(grid(to_pictures(x, data.shape, data.K), columns=8))}
+        test, form = test[:2 * data.rate], [data.rate, 1]
+        files["samples.png"] = png(grid(waveforms(x.numpy() - data.K // 2), 1))
+        files["samples.wav"] = file_of(x.flatten().numpy(), settings, form)
+    if data.kind == "image":
+        C, H, W = data.shape
+        test, form = test[:16].reshape(-1), [1 if H in (1, 3) and C > 1 else 3, "|u1"]
+        files["samples.png"] = png(grid(to_pictures(x, data.shape, data.K), columns=8))
+    return files | {name: file_of(test[:20000] if form is None else test, settings, form)}
 
 
-def references(symbols, K, rate=None):
+def references(symbols, K):
     """What others need for symbols (n,), taken as one file: {name: bits per dimension}."""
     share = np.bincount(symbols) / len(symbols)
     share = share[share > 0]
-    found = {"uniform": float(np.log2(K)), "single symbols": float(share @ np.log2(1 / share))}
     stream = to_bytes(symbols, K)
-    sizes = {"bz2": len(bz2.compress(stream)), "xz": len(lzma.compress(stream)),
-             "zlib": len(zlib.compress(stream))}
-    for name, command in SOUND_PACKERS.items():
-        if K == AUDIO_K and shutil.which(command[0]):
-            file = file_of(symbols, dict(kind="audio", K=K), [rate, 1])
-            sizes[name] = len(subprocess.run(command, input=file, capture_output=True).stdout)
-    return found | {name: 8 * size / len(symbols) for name, size in sizes.items() if size}
+    found = {"uniform": float(np.log2(K)), "single symbols": float(share @ np.log2(1 / share))}
+    return found | {packer.__name__: 8 * len(packer.compress(stream)) / len(symbols)
+                    for packer in (bz2, lzma, zlib)}
 
 
 # -- Skip on a first reading: reading and writing files, downloads, data that is made here ---------
@@ -529,9 +492,6 @@ SOURCES = {                          # file -> where from, md5 or SHA-256 (of a 
                                "c32a1d4ab5d03f1284b67883e8d87530"),
     "train-images-idx3-ubyte.gz": (MNIST, "f68b3c2dcbeaaa9fbdd348bbdeb94873"),
     "t10k-images-idx3-ubyte.gz": (MNIST, "9fb629c4189551a2d022fa330f9573f3")}
-SOUND_PACKERS = {                    # used where they are installed
-    "FLAC -8": ("flac", "-8", "--no-padding", "--no-seektable", "--silent", "-c", "-"),
-    "WavPack -hhx6": ("wavpack", "-hhx6", "-q", "-", "-o", "-")}
 
 
 class Parser(argparse.ArgumentParser):
@@ -580,9 +540,17 @@ def read(path):
 
 
 def write(path, content, others=()):
-    """Writes bytes to a file that gets its name only when it is complete and on the disk. Until then
-    what was there stays as it was. others: files that it must not replace."""
-    path = check_output(path, others)
+    """Writes bytes to a file that gets its name only when it is complete and on the disk. Until
+    then, what was there stays. others: files that it must not replace. content None: only checks.
+    """
+    path = Path(os.path.realpath(path))                    # a link stays a link
+    for other in others:
+        if path.exists() and os.path.exists(other) and path.samefile(other):
+            raise ValueError(f"{other} and {path} are the same file: choose another name")
+    if path.is_symlink() or path.exists() and not path.is_file() or not path.parent.is_dir():
+        raise ValueError(f"cannot write {path}: it is no ordinary file in a folder that exists")
+    if content is None:
+        return
     part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     try:
         with open(part, "wb") as file:
@@ -594,20 +562,6 @@ def write(path, content, others=()):
         raise ValueError(f"cannot write {path}: {error.strerror or error}")
     finally:
         part.unlink(missing_ok=True)
-
-
-def check_output(path, others=()):
-    """The path that `write` would write to: the file that a link leads to. ValueError if it cannot."""
-    path = Path(os.path.realpath(path))
-    for other in others:
-        if path.exists() and os.path.exists(other) and path.samefile(other):
-            raise ValueError(f"{other} and {path} are the same file: choose another name")
-    if path.is_symlink() or path.exists() and not path.is_file():
-        what = "a folder" if path.is_dir() else "no ordinary file"
-        raise ValueError(f"cannot write {path}: it is {what}")
-    if not path.parent.is_dir():
-        raise ValueError(f"cannot write {path}: there is no folder {path.parent}")
-    return path
 
 
 def unpack(content, name):
@@ -625,11 +579,11 @@ def unpack(content, name):
         else:
             return content
         content = packed.read(LARGEST)
-        if len(content) == LARGEST:
-            raise ValueError(f"it unpacks to more than {LARGEST:,} bytes")
-        return content
-    except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:                             # whatever a torn file raises
         raise ValueError(f"{name} is packed and cannot be read: {error}")
+    if len(content) == LARGEST:
+        raise ValueError(f"{name} unpacks to more than {LARGEST:,} bytes")
+    return content
 
 
 def members(place, wanted):
@@ -652,34 +606,31 @@ def members(place, wanted):
 
 
 def fetch(name):
-    """The bytes of an upstream file, unpacked; of a tar its path. It is taken from ARDM_DATA or data/,
-    or a folder in there, and downloaded if it is missing. ValueError if it is not the whole file."""
+    """The bytes of an upstream file, unpacked; of a tar its path. It is looked for in ARDM_DATA or
+    data/, and in their folders, and downloaded if it is missing. ValueError if it is not whole."""
     url, known = SOURCES[name]
-    folder = Path(os.environ.get("ARDM_DATA", "data"))
-    there = [place / file for file in (name, name.removesuffix(".zip"))  # a zip may be unpacked
-             for place in (folder, *folder.glob("*/")) if (place / file).is_file()]
+    folder = Path(os.environ.get("ARDM_DATA", "data")).expanduser()
+    there = [*folder.glob(name), *folder.glob(f"*/{name}")]
     path = there[0] if there else folder / name
     try:
         if not there:
             folder.mkdir(parents=True, exist_ok=True)
             socket.setdefaulttimeout(30)
             torch.hub.download_url_to_file(url + name, str(path))
-    except (OSError, http.client.HTTPException) as error:
+    except Exception as error:                             # whatever a network raises
         raise ValueError(f"cannot download {url}{name} ({error}): fetch it elsewhere and put it "
                          f"into {folder}/")
-    content = packed = read(path)
-    try:
-        content = unpack(packed, name)
-    except ValueError:                                     # torn: it is not the whole file
-        pass
-    kind = "sha256" if len(known) == 64 else "md5"
-    if known in (hashlib.new(kind, each, usedforsecurity=False).hexdigest()
-                 for each in ((content,) if name.endswith(".zip") else (packed,))):
-        return str(path) if name.endswith(".tar.gz") else content
+    content, digest = read(path), hashlib.sha256 if len(known) == 64 else hashlib.md5
+    try:                                                   # the md5 of a zip is its member's
+        good = digest(unpack(content, name) if name.endswith(".zip") else content).hexdigest()
+    except ValueError:
+        good = "torn"
+    if good == known:
+        return str(path) if name.endswith(".tar.gz") else unpack(content, name)
     if not there:
         path.unlink()
-    raise ValueError(f"this is not the whole upstream file {name}, by its {kind}: "
-                     + (f"{path}: remove it, or name it by --data {path}" if there else url))
+    raise ValueError(f"{path if there else url + name} is not the whole upstream file, by its "
+                     "checksum" + f": remove it, or name it by --data {path}" * bool(there))
 
 
 def cifar10(place, name):

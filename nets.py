@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ardm import ARDM, UpscaleARDM, column, num_stages
+from ardm import ARDM, UpscaleARDM, num_stages
 
 # On a CPU, MKL chooses the kernel of a function when it is first called. If two threads make that
 # call at once, one of them now and then gets a coarse kernel, wrong by 1e-4, for that call: enough

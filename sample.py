@@ -84,7 +84,7 @@ def read_pieces(args, settings):
     """args.n datapoints of the file --from, or of the test piece beside the checkpoint, each
     COMPLETIONS times: (N, D)."""
     D = math.prod(settings["shape"])
-    path = args.source or Path(args.ckpt).parent / datasets.piece(settings["kind"], settings["K"])
+    path = args.source or Path(args.ckpt).parent / datasets.PIECES[settings["kind"]]
     symbols, _ = datasets.open_symbols(path, settings)
     found = symbols[:len(symbols) // D * D].reshape(-1, D)
     if len(found) == 0:
@@ -199,7 +199,7 @@ def texts(x, steps, model):
     files = {"samples.txt": b"".join(datasets.to_bytes(row, model.K) + b"\n" for row in x)}
     if steps:
         lines = [f"s = {s}  " * (model.S > 1) + f"t = {t:4d}  "
-                 + datasets.show(state[i], model.K, (known[i] | (s > 1)).numpy())
+                 + datasets.show(state[i], model.K, known[i].numpy())
                  for i in range(len(steps[0][2])) for s, t, state, known in steps]
         files["frames.txt"] = "\n".join(lines).encode() + b"\n"
     print(*lines, sep="\n")

@@ -289,7 +289,7 @@ def evaluate(model, data, passes=None):
           f"{' x '.join(map(str, data.shape))} without context, {r['passes']} random orders and "
           "stratified steps t each")
     symbols = data.splits["test"].cpu().numpy().reshape(-1)
-    references = datasets.references(symbols, data.K, data.rate)
+    references = datasets.references(symbols, data.K)
     print(f"for comparison, bits/{data.unit}:",
           ", ".join(f"{name} {bits:.2f}" for name, bits in references.items()))
     L_t, counts = components(model, data.chunks("valid"))
@@ -565,7 +565,7 @@ def prepare_folder(c, going_on):
     checkpoint, but files of the names that a run writes."""
     folder = Path(c["out"])
     ckpt, results = folder / "ckpt.pt", folder / "results.json"
-    names = [datasets.piece(c["kind"], c["K"]), "results.json", "samples.png", "samples.wav"]
+    names = [datasets.PIECES[c["kind"]], "results.json", "samples.png", "samples.wav"]
     if not list(folder.glob("ckpt*.pt")) and any((folder / name).exists() for name in names):
         raise ValueError(f"{folder} has files of the names that a run writes, and no checkpoint: "
                          "choose another --out")
@@ -601,7 +601,7 @@ def finish(run, data, folder):
     files = datasets.exhibits(data, x) | {"results.json": json.dumps(results, indent=1).encode()}
     for name, content in files.items():
         datasets.write(folder / name, content)
-    piece = datasets.piece(data.kind, data.K)
+    piece = datasets.PIECES[data.kind]
     ckpt, piece, packed = (shlex.quote((folder / name).as_posix())
                            for name in ("ckpt.pt", piece, "test.ardm"))
     print(f"{', '.join(files)} written to {folder}; what to run next:",
