@@ -137,13 +137,13 @@ class ARDM(nn.Module):
         """
         if x is None:
             x = torch.zeros(B, self.D, dtype=torch.long, device=next(self.parameters()).device)
-        known = torch.zeros_like(x, dtype=torch.bool) if known is None else known
-        x, plan, sigma = self.complete(x * known, plan, sigma, generator)
+        x = torch.zeros_like(x) if known is None else known * x
+        plan, sigma = self.complete(x, plan, sigma, generator, known)
 
         def choose(log_p, where, s):
             return draw(log_p, temperature, generator)
 
-        return self.generate(x, plan, known_first(sigma, known), choose)
+        return self.generate(x, plan, sigma, choose)
 
     def symbol(self, x, s):
         """The symbol of stage s, (B, D) in 0..A-1: the value itself."""
@@ -161,7 +161,7 @@ class ARDM(nn.Module):
         Variables of one call are independent, given what is known before it. Where sigma = 0, x is
         given, and the result is conditional on it. ValueError as in `sample`.
         """
-        x, plan, sigma = self.complete(x, plan, sigma, generator)
+        plan, sigma = self.complete(x, plan, sigma, generator)
         exact = torch.float32 if x.device.type == "mps" else torch.float64
         nats = torch.zeros(len(x), dtype=exact, device=x.device)
 
@@ -174,9 +174,9 @@ class ARDM(nn.Module):
         self.generate(x, plan, sigma, read)
         return nats
 
-    def complete(self, x, plan, sigma, generator):
-        """x, plan and sigma, checked. If they are not given: one variable per call, and an order
-        for each stage."""
+    def complete(self, x, plan, sigma, generator, known=None):
+        """plan and sigma, checked. If they are not given: one variable per call, and an order for
+        each stage."""
         B, D = x.shape
         if x.numel() and not 0 <= x.min() <= x.max() < self.K:
             raise ValueError(f"x has values {x.min()} to {x.max()}, they must be 0 to {self.K - 1}")
@@ -184,9 +184,11 @@ class ARDM(nn.Module):
             plan = planner.full_plan(self.S, D)
         if sigma is None:
             sigma = sample_sigma(self.S * B, D, x.device, generator).view(self.S, B, D)
+        if known is not None:
+            sigma = known_first(sigma, known)
         n_known = int((sigma == 0).sum(dim=-1).min()) if B else 0
         planner.check(plan, self.S, n_known + 1, D)
-        return x, plan, sigma
+        return plan, sigma
 
     def coarsen(self, x, s):
         """x^(s), (B, D): x for s = 1, zeros for s = 0. Only UpscaleARDM has more stages."""
