@@ -243,12 +243,14 @@ def decode_file(archive, at, codec, n, item=None):
             end = at + 5 + int.from_bytes(archive[at:at + 4], "big") % RAW
             block, at = archive[at:end], end
             whole = len(block) > 4 and end <= len(archive)
-            if item is None or 0 <= item - start // D < rows:
-                x = codec.decode(block, rows, width, number) if whole else None
-                if x is not None and item is not None:
-                    x = x[item - start // D]
-                yield number, x
             if not whole:                                  # whatever length the header claims
+                yield number, None
+                return
+            if item is None:
+                yield number, codec.decode(block, rows, width, number)
+            elif 0 <= item - start // D < rows:
+                x = codec.decode(block, rows, width, number)
+                yield number, None if x is None else x[item - start // D]
                 return
         if at != len(archive):                             # something follows the last block
             yield number + 1, None
@@ -262,7 +264,8 @@ def settle(args):
     settings = checkpoint["settings"]
     S, D, kind = model.S, model.D, settings["kind"]
     path = args.input or Path(args.ckpt).parent / datasets.PIECES[kind]
-    calls = args.calls or min(S * D, CALLS.get(kind, -(-S * D // 4)))
+    usual = min(S * D, CALLS.get(kind, -(-S * D // 4)))
+    calls = usual if args.calls is None else args.calls
     plan = planner.uniform_plan(S, D, calls)
     # An even plan is the cheapest for these orders. Images take the best plan for a random one.
     order = args.order or {"image": "random:1", "audio": "halves"}.get(

@@ -472,8 +472,8 @@ def references(symbols, K):
     share = share[share > 0]
     stream = to_bytes(symbols, K)
     found = {"uniform": float(np.log2(K)), "single symbols": float(share @ np.log2(1 / share))}
-    return found | {packer.__name__: 8 * len(packer.compress(stream)) / len(symbols)
-                    for packer in (bz2, lzma, zlib)}
+    return found | {name: 8 * len(packer.compress(stream)) / len(symbols)
+                    for name, packer in (("bz2", bz2), ("xz", lzma), ("zlib", zlib))}
 
 
 # -- Skip on a first reading: reading and writing files, downloads, data that is made here ---------

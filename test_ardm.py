@@ -376,7 +376,7 @@ def test_plans_from_a_smoothed_L_lose_little(samples, share):
 
 def test_smooth_of_200000_steps_is_done_in_seconds():
     curve = 4 / np.sqrt(np.arange(1, 200_001)) + 0.5
-    assert np.abs(planner.smooth(curve) / curve - 1)[100:].max() < 1e-3
+    assert np.abs(planner.smooth(curve) / curve - 1)[100:].max() < 3e-3
 
 
 def test_exercise_05_the_fast_programme_is_the_plain_one():
@@ -1389,7 +1389,7 @@ def test_compress_on_the_command_line(folder, tmp_path, capsys):
     assert "length   2000" in capsys.readouterr().out
     assert call(compress, "bench", *ckpt, tmp_path / "in") == 0
     printed = capsys.readouterr().out
-    assert "decoded and identical" in printed and "exact nll" in printed and "lzma" in printed
+    assert "decoded and identical" in printed and "exact nll" in printed and "xz" in printed
 
 
 def test_every_script_explains_itself_and_readme_names_what_exists(capsys):

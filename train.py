@@ -82,9 +82,7 @@ class Run:
         self.ema = copy.deepcopy(self.model).eval()
         self.hyper = PAPER[data.kind] if c["recipe"] == "paper" else OURS[c["size"]]
         self.optimizers = make_optimizers(self.model.net, c, self.hyper)
-        self.loss = self.model.loss
-        if c["compile"]:                                   # dynamic shapes are slower
-            self.loss = torch.compile(self.model.loss, dynamic=False)
+        self.loss = compiled(self.model.loss) if c["compile"] else self.model.loss
         self.generator = torch.Generator(c["device"]).manual_seed(c["seed"])
         self.rank, self.processes = 0, 1                   # of those that torchrun has started
         if distributed.is_initialized():
@@ -362,6 +360,21 @@ def orthogonal(X):
         A = X @ X.mT
         X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=-4.775, alpha=2.0315), X, beta=3.4445)
     return X
+
+
+def compiled(loss):
+    """The loss, compiled at its first call. A failure names the flag that does without."""
+    def call(*inputs):
+        try:
+            call.loss = call.loss or torch.compile(loss, dynamic=False)  # dynamic ones are slower
+            return call.loss(*inputs)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:                         # whatever a missing compiler raises
+            raise ValueError(f"torch.compile failed ({type(error).__name__}): try --no-compile")
+
+    call.loss = None
+    return call
 
 
 def progress_bar(run):
