@@ -186,8 +186,8 @@ class ARDM(nn.Module):
             sigma = sample_sigma(self.S * B, D, x.device, generator).view(self.S, B, D)
         if known is not None:
             sigma = known_first(sigma, known)
-        n_known = int((sigma == 0).sum(dim=-1).min()) if B else 0
-        planner.check(plan, self.S, n_known + 1, D)
+        first = 1 + (int((sigma == 0).sum(dim=-1).min()) if B else 0)
+        planner.check(plan, self.S, first, D)
         return plan, sigma
 
     def coarsen(self, x, s):
@@ -236,8 +236,8 @@ class UpscaleARDM(ARDM):
         logits = self.logits(x, m, t, s)
         if where is None:
             return self.digits(logits, x, s)
-        row = where.nonzero()[:, 0]                        # each variable as a row with D = 1
-        return self.digits(logits[where][:, None], x[where][:, None], s[row])[:, 0]
+        s = s[where.nonzero()[:, 0]]                       # each variable as a row with D = 1
+        return self.digits(logits[where][:, None], x[where][:, None], s)[:, 0]
 
     def digits(self, logits, x, s):
         """log p of the digits of stage s (B, D, b), from what net gives (B, D, outputs)."""

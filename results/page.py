@@ -16,8 +16,11 @@ import numpy as np
 import torch
 
 import data as datasets
+import nets
 import planner
-from ardm import drawing, sample_sigma
+from ardm import draw, sample_sigma
+from results.common import RUNS, text8_prefix, trained
+from results.orders import generate_surest
 
 HERE = Path(__file__).parent
 LETTERS = 64                         # of the sentence
@@ -102,16 +105,17 @@ def sentence(model, L, way, calls, D=LETTERS, seed=1):
     generator = torch.Generator().manual_seed(seed)
     even = planner.uniform_plan(1, D, calls)
     plan = planner.plan(L[:D], calls) if way == "random" else even
-    x, nothing = torch.zeros(1, D, dtype=torch.long), torch.zeros(D).bool()
-    _, sigma = model.defaults(x, plan, None, generator)
+    x, sigma = torch.zeros(1, D, dtype=torch.long), sample_sigma(1, D, generator=generator)[None]
     rules = {"left to right": "forward", "spaced": f"spaced:{-(-D // calls)}"}
     if way in rules:
         sigma = torch.from_numpy(planner.order(rules[way], D)).expand(1, 1, -1)
-    u = torch.rand(1, *x.shape, generator=generator)
+    def choose(log_p, where, s):
+        return draw(log_p, generator=generator)
+
     if way == "confident":
-        x, sigma = model.generate_surest(x, plan, nothing, drawing(u))
+        x, sigma = generate_surest(model, x, plan, choose)
     else:
-        x = model.generate(x, plan, sigma, drawing(u))
+        x = model.generate(x, plan, sigma, choose)
     bits, top, percent, sigma, drawn = [0.0], [], [], sigma[0], torch.zeros(D)
     for s, t, k in plan:
         m, one = sigma < t, torch.ones(1, dtype=torch.long)
@@ -130,7 +134,8 @@ def sentence(model, L, way, calls, D=LETTERS, seed=1):
 
 def visible(symbols):
     """(n,) bytes -> n characters, each of which can be seen."""
-    return "".join("↵" if i == 10 else chr(i) if 32 <= i < 127 else "·" for i in symbols.tolist())
+    return "".join("↵" if i == 10 else chr(i) if 32 <= i < 127 else "·"
+                   for i in symbols.tolist())
 
 
 def record(english, letters, digits, speech, others):
@@ -154,6 +159,29 @@ def record(english, letters, digits, speech, others):
                            shape=checkpoint["settings"]["shape"], rate=rate, K=model.K, b=model.A,
                            S=model.S)
     return found
+
+
+def bench_page(args):
+    """What results/index.html shows of models (`python -m results.page` makes it): the model in
+    results/english.pt, those of sections text8 and fsdd, and an upscale-4 model of MNIST (trained
+    here, five minutes). Below, what the first one wrote, and what that cost it in bits."""
+    if not (RUNS / "mnist-upscale-4" / "ckpt.pt").exists():
+        trained("mnist-upscale-4", data=datasets.load("mnist"), branch=4, minutes=args.minutes or 5)
+    models = [nets.load(path) for path in (nets.ENGLISH, *(RUNS / name / "ckpt.pt" for name in (
+        "text8-ours", "mnist-upscale-4", "fsdd")))]
+    letters = datasets.references(text8_prefix().splits["test"].numpy(), 27)
+    kept = json.loads((HERE / "bench.json").read_text())
+    pictures = {row["data"]: row for row in kept["packers"]["rows"]}
+    sounds = {row["run"]: row["bits"] for row in kept["fsdd"]["rows"]}
+    others = dict(text8={name: letters[name] for name in ("bz2", "xz")},
+                  fsdd={name: sounds[name] for name in ("FLAC -8", "WavPack -hhx6", "xz")})
+    for name, row in (("mnist", "mnist"), ("cifar10", "cifar-10-binary")):
+        others[name] = {coder: pictures[row][coder] for coder in ("PNG", "WebP")}
+    found = record(*models, others)
+    if not args.quick:
+        datasets.write(HERE / "page.json", json.dumps(found, separators=(",", ":")).encode())
+    return [{"order": run["order"], "calls": run["calls"], "bits": run["bits"][-1],
+             "text": f"`{run['x']}`"} for run in found["sentences"]]
 
 
 # -- The page and the film -------------------------------------------------------------------------
@@ -202,8 +230,7 @@ def main():
     datasets.Parser(description=__doc__.split("\n")[0]).parse_args()
     recording = json.loads((HERE / "page.json").read_text("utf-8"))
     for name, content in (("index.html", build()), ("text.svg", film(**recording["film"]))):
-        with datasets.write(HERE / name) as file:
-            file.write(content.encode())
+        datasets.write(HERE / name, content.encode())
     print(f"{HERE / 'index.html'} written: open it in a browser")
 
 

@@ -1,0 +1,90 @@
+"""Audio: spoken digits."""
+import collections
+import subprocess
+
+import torch
+
+import data as datasets
+import nets
+import planner
+import train
+from ardm import bits_per_dim
+from results.common import (REAL, RUNS, SOUND_PACKERS, codec_of, round_trip, sound_references,
+                            trained)
+
+
+def digits():
+    """Spoken digits (FSDD): a folder or tar of them in ARDM_DATA."""
+    (place, *_) = REAL.rglob("free-spoken-digit-dataset*.gz")
+    return datasets.load(str(place))
+
+
+def bench_fsdd(args):
+    """Spoken digits (FSDD, 8 kHz), bits a sample: the bound on 128 windows of 2,048 of the test
+    clips; others take the windows as one file."""
+    run, data = trained("fsdd", data=digits(), minutes=args.minutes or 20)
+    windows = train.some(data.chunks("test"), 128)
+    found = train.bound(run.ema, windows, passes=16)
+    others = sound_references(windows.numpy().flatten(), data.rate)
+    return [dict(run="upscale-16", bits=found["bits"], stderr=found["stderr"], steps=run.step,
+                 minutes=run.seconds / 60), *(dict(run=name, bits=others[name]) for name in others)]
+
+
+def bench_clips(args):
+    """The first 100 test clips of FSDD by name, bits a sample: each file, its header included, is
+    coded by itself in 64 network calls by the model of section fsdd, and decoded, byte for byte;
+    the same files by FLAC and WavPack. Seconds of this machine for a second of sound."""
+    model, checkpoint = nets.load(RUNS / "fsdd" / "ckpt.pt")
+    settings, clip = checkpoint["settings"], RUNS / "fsdd" / "clip.wav"
+    codec = codec_of(model, settings, "halves", planner.uniform_plan(model.S, model.D, 64), 8)
+    total, (tar, *_) = collections.Counter(), REAL.rglob("free-spoken-digit-dataset*.gz")
+    clips = datasets.tenths(sorted(datasets.members(tar, r"\.wav$")))[2]
+    for _, content in clips[:100]:
+        clip.write_bytes(content)
+        n, bits, archive, encode, decode = round_trip(clip, model, codec, settings)
+        total.update(n=n, exact=bits, archive=8 * len(archive), encode=encode, decode=decode)
+        for name, command in SOUND_PACKERS.items():
+            done = subprocess.run(command, input=content, capture_output=True)
+            total[name] += 8 * len(done.stdout)
+    sizes = {name: total[name] / total["n"] for name in ("exact", "archive", "FLAC -8",
+                                                         "WavPack -hhx6")}
+    seconds = total["n"] / settings["rate"]
+    return [{"": name, "bits": bits} for name, bits in sizes.items()] + [
+        {"": f"seconds to {way}", "for a second of sound": total[way] / seconds}
+        for way in ("encode", "decode")]
+
+
+def bench_branches(args):
+    """FSDD with other numbers of stages, two minutes each, one seed, bits a sample of 256
+    validation windows (in the paper on SC09: 6.29, 6.29, 6.30, 6.36, order-agnostic 7.93)."""
+    data = digits()
+    for branch in (2, 4, 16, 256, 0):
+        run, _ = trained(data=data, minutes=args.minutes or 2, branch=branch)
+        found = train.bound(run.ema, train.some(data.chunks("valid"), 256), passes=8)
+        yield dict(b=branch or "order-agnostic", stages=run.model.S, bits=found["bits"],
+                   stderr=found["stderr"], steps=run.step)
+
+
+def bench_calls(args):
+    """The model of section fsdd by network calls, bits a sample: predicted from L_t for the planned
+    and the even split over the stages, and exact on 32 test windows, in random orders and in halves
+    (evenly)."""
+    model, checkpoint = nets.load(RUNS / "fsdd" / "ckpt.pt")
+    L, S, D = planner.smooth(checkpoint["L"], checkpoint["counts"]), model.S, model.D
+    x = train.some(digits().chunks("test"), 32).long()
+    halves = torch.from_numpy(planner.order("halves", D)).expand(x.shape)
+
+    def exact(plan, sigma=None):
+        nats = model.nll(x, plan, sigma, generator=torch.Generator().manual_seed(0))
+        return bits_per_dim(nats, D).mean().item()
+
+    for calls in (16, 32, 64, 128, S * D):
+        plan, even = planner.plan(L, calls), planner.uniform_plan(S, D, calls)
+        row = dict(calls=calls, planned=planner.plan_cost(L, plan) / D,
+                   even=planner.plan_cost(L, even) / D)
+        row["calls of each stage"] = ", ".join(str(sum(s == stage for stage, _, _ in plan))
+                                               for s in range(1, S + 1))
+        if calls <= 128:
+            row |= {"exact, planned": exact(plan), "exact, even": exact(even),
+                    "exact, halves": exact(even, halves)}
+        yield row

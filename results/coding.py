@@ -1,0 +1,110 @@
+"""Archives, beside other packers and on other machines."""
+import io
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import data as datasets
+import nets
+import planner
+from ardm import bits_per_dim
+from results.common import CIFAR, RUNS, codec_of, round_trip, text8_prefix
+
+
+def bench_compress(args):
+    """The first 20,000 characters of the test text of text8 against network calls: bits/char of the
+    archive, beside the exact nll and general packers, and seconds."""
+    path = RUNS / "text8-ours" / "test.txt"
+    path.write_bytes(datasets.to_bytes(text8_prefix().splits["test"][:20000], 27))
+    model, checkpoint = nets.load(path.with_name("ckpt.pt"))
+    for calls in (16, 32, 63, 125):
+        order = f"spaced:{-(-250 // calls)}"
+        settings = checkpoint["settings"]
+        codec = codec_of(model, settings, order, planner.uniform_plan(1, 250, calls), 65)
+        n, bits, archive, encode, decode = round_trip(path, model, codec, settings)
+        yield {"": f"{calls} calls, {order}", "exact nll": bits / n,
+               "archive": 8 * len(archive) / n, "encode with its proof, s": encode,
+               "decode, s": decode}
+    others = datasets.references(datasets.to_symbols(path.read_bytes(), 27), 27)
+    for command in ("zstd -19 -c", "brotli -c"):           # where they are installed
+        if shutil.which(command.split()[0]):
+            done = subprocess.run(command.split(), input=path.read_bytes(), capture_output=True)
+            others[command.removesuffix(" -c")] = 8 * len(done.stdout) / n
+    yield from ({"": name, "archive": bits} for name, bits in others.items())
+
+
+def bench_single(args):
+    """Single images (the paper's Table 3), the models of section cifar10: the first 100 test
+    images, each a block of its own, coded in a random order by the best plan of so many network
+    calls, bits/dim; ten of them are decoded, and priced by exact nll alone, last with one variable
+    a call. (In the paper, with 500 and 100 calls: OA-ARDM 2.73, 2.75; Upscale-4 2.71, 2.76. Others:
+    section packers.)"""
+    x = datasets.load(str(CIFAR)).chunks("test")[:100]
+    for name in ("order-agnostic", "upscale-4"):
+        model, checkpoint = nets.load(RUNS / f"cifar10-{name}" / "ckpt.pt")
+        L, D = planner.smooth(checkpoint["L"], checkpoint["counts"]), model.D
+        for calls in (20, 50, 100):
+            plan = planner.plan(L, calls)
+            codec = codec_of(model, checkpoint["settings"], "random:1", plan, 1)
+            blocks, bits = zip(*(codec.encode(row[None].numpy(), i) for i, row in enumerate(x)))
+            for i in range(10):
+                assert np.array_equal(codec.decode(blocks[i], 1, D, i), x[i:i + 1])
+            yield dict(model=name, calls=calls, images=100, exact=sum(bits) / x.numel(),
+                       archive=8 * len(b"".join(blocks)) / x.numel())
+        sigma = torch.from_numpy(planner.order("random:1", (3, 32, 32))).expand(10, -1)
+        for calls in (100, 500, L.size):
+            nats = model.nll(x[:10].long(), planner.plan(L, calls), sigma)
+            yield dict(model=name, calls=calls, images=10,
+                       exact=bits_per_dim(nats, D).mean().item())
+
+
+def bench_packers(args):
+    """PNG and WebP (by Pillow) and JPEG XL (cjxl -e 9, where it is installed) of the first 1,000
+    test images, each by itself, bits/dim."""
+    from PIL import Image
+    for name in ("mnist", str(CIFAR)):
+        data = datasets.load(name)
+        images = datasets.to_pictures(data.chunks("test")[:1000], data.shape)
+        row = dict(data=Path(name).name.split(".")[0])
+        for kind, how in (("PNG", dict(optimize=True)), ("WebP", dict(lossless=True, method=6))):
+            file = io.BytesIO()
+            for image in images:
+                Image.fromarray(image.squeeze()).save(file, kind, **how)
+            row[kind] = 8 * file.tell() / images.size
+        if shutil.which("cjxl"):
+            total, paths = 0, [RUNS / "image.png", RUNS / "image.jxl"]
+            for image in images:
+                Image.fromarray(image.squeeze()).save(paths[0])
+                subprocess.run(["cjxl", *paths, "-d", "0", "-e", "9", "--quiet"], check=True)
+                total += paths[1].stat().st_size
+            row["JPEG XL"] = 8 * total / images.size
+        yield row
+
+
+def bench_portable(args):
+    """How far float32 and float64 differ on a simulated older machine (no AVX, one thread), in
+    nats; coder.MARGIN is 1e-10. Less than e^-18 is all alike to the coder."""
+    code = ("import sys, torch, nets\nmodel, _ = nets.load(sys.argv[1], 'cpu')\n"
+            "x = torch.arange(8 * model.D).view(8, -1) % model.K\n"
+            "t, s = torch.full((8,), 5), torch.arange(8) % model.S + 1\n"
+            "g = torch.Generator().manual_seed(0)\nm = torch.rand(x.shape, generator=g) < 0.3\n"
+            "with torch.no_grad():\n"
+            "    torch.save([model.log_probs(x, m, t, s), model.double().log_probs(x, m, t, s)], "
+            "sys.argv[2])")
+    old = dict(ATEN_CPU_CAPABILITY="default", MKL_CBWR="COMPATIBLE", ONEDNN_MAX_CPU_ISA="SSE41",
+               OMP_NUM_THREADS="1")
+    for name in ("text8-ours", "mnist", "cifar10-order-agnostic", "fsdd"):
+        found = []
+        for i, change in enumerate(({}, old)):
+            out = RUNS / f"portable{i}.pt"
+            subprocess.run([sys.executable, "-c", code, RUNS / name / "ckpt.pt", out], check=True,
+                           env={**os.environ, **change, "PYTHONPATH": "."})
+            found.append(torch.load(out))
+        found = [[log_p.clamp(min=-18) for log_p in each] for each in found]     # deeper: alike
+        differs = [(a - b).abs().max().item() for a, b in zip(*found)]
+        yield {"model": name, "float32": differs[0], "float64": differs[1]}
