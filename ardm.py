@@ -60,8 +60,6 @@ class ARDM(nn.Module):
         self.S, self.A = 1, K
         self.outputs = K                                   # numbers that net gives for a variable
 
-    # -- Training: Algorithm 2 ---------------------------------------------------------------------
-
     def loss(self, x, t=None, s=None, sigma=None, generator=None):
         """Algorithm 2 (with stages Algorithm 4): an unbiased estimate of Eq. 2, (B,) nats.
 
@@ -101,8 +99,6 @@ class ARDM(nn.Module):
         """log p of the symbols that x has, (B, D) nats."""
         return pick(self.log_probs(x, m, t, s), self.symbol(x, s))
 
-    # -- Sampling: Algorithm 1 ---------------------------------------------------------------------
-
     @torch.no_grad()
     def generate(self, x, plan, sigma, choose):
         """Algorithm 1 (with stages Algorithm 3) under any plan: one network call for each entry.
@@ -111,8 +107,7 @@ class ARDM(nn.Module):
         sigma: (B, D), or (S, B, D) for an order per stage. Where it is 0, x is known.
         choose(log_p, where, s) -> (n,) gives the symbols of the n variables in `where` (B, D) from
         log_p (n, A). It draws them, reads them from data, or takes them from a decoder.
-        The plan starts at the row with the fewest known variables. Rows that know more generate
-        nothing in the first calls.
+        The plan starts at the row that knows least. Rows that know more wait in the first calls.
         """
         B, D = x.shape
         sigma = sigma.expand(self.S, B, D)
@@ -153,8 +148,6 @@ class ARDM(nn.Module):
         """x^(s) from x^(s-1) and the symbols a (B, D) of stage s: the inverse of `symbol`."""
         return a
 
-    # -- Likelihood --------------------------------------------------------------------------------
-
     def nll(self, x, plan=None, sigma=None, generator=None):
         """-log p(x | sigma), (B,) nats: exact for the process that the plan describes.
 
@@ -191,8 +184,8 @@ class ARDM(nn.Module):
         return plan, sigma
 
     def coarsen(self, x, s):
-        """x^(s), (B, D): x for s = 1, zeros for s = 0. Only UpscaleARDM has more stages."""
-        return x * (column(s) > 0)
+        """x^(s), (B, D), s an int or (B,): x for s = 1, zeros for s = 0."""
+        return x * ((s[:, None] if torch.is_tensor(s) else s) > 0)
 
 
 class UpscaleARDM(ARDM):
@@ -213,7 +206,7 @@ class UpscaleARDM(ARDM):
 
     def unit(self, s):
         """The place value of the s-th of S digits, b^(S-s); s is an int or (B,)."""
-        return self.A ** (self.S - column(s))
+        return self.A ** (self.S - (s[:, None] if torch.is_tensor(s) else s))
 
     def coarsen(self, x, s):
         """x^(s), (B, D): the digits after the s-th are zero."""
@@ -284,8 +277,8 @@ def stratified_steps(B, S, D, device=None, generator=None):
 def known_first(sigma, known):
     """sigma ((B, D) or (S, B, D)) with known variables (bool, (B, D)) at step 0.
 
-    The unknown ones keep their order. n known variables leave them the steps n + 1..D, so t - 1 is
-    still the number of known ones.
+    The others keep their order, behind the n known ones: n + 1..D. So t - 1 is still the number of
+    known ones.
     """
     rank = torch.where(known, 0, sigma).argsort(dim=-1, stable=True).argsort(dim=-1) + 1
     return torch.where(known, 0, rank)
@@ -304,11 +297,6 @@ def num_stages(K, b):
 def bits_per_dim(nats, D):
     """Nats per datapoint of D variables -> bits per variable."""
     return nats / (D * math.log(2))
-
-
-def column(s):
-    """A stage as it is combined with (B, D): an int as it is, (B,) as (B, 1)."""
-    return s[:, None] if torch.is_tensor(s) else s
 
 
 def pick(log_p, a):

@@ -30,7 +30,7 @@ def smooth(L, counts=None):
         return np.stack([smooth(*row) for row in zip(L, counts)])
     met = np.flatnonzero((counts > 0) & ~np.isnan(L))
     if len(met) == 0 or not np.isfinite(L[met]).all():
-        raise ValueError("L must be a finite number at one step or more")
+        raise ValueError("L must be finite, and known at one step or more")
     weights = np.full(len(L), 1e-9)                        # what is filled in weighs nothing
     weights[met] = counts[met]
     L = np.interp(np.arange(len(L)), met, L[met])
@@ -140,7 +140,7 @@ def uniform_plan(S, D, budget):
 
 
 def cosine_plan(S, D, budget):
-    """Few variables first, as in MaskGIT: after a part u of the calls 1 - cos(pi u / 2) is known."""
+    """Few variables first, as in MaskGIT: after a part u of the calls 1 - cos(pi u/2) is known."""
     return by_curve(S, D, budget, lambda u: 1 - np.cos(np.pi / 2 * u))
 
 
@@ -178,8 +178,7 @@ def one_more_call_fast(E, L, n):
     """The same as `one_more_call`, in O(D log D). E is E_{n-1}. L must not increase (Eq. 4).
 
     Then the best i does not fall as j grows. So the middle j comes first, then those halfway: the
-    best i of j lies between those of j - h and j + h, and each level has about D candidates.
-    """
+    best i of j lies between those of j - h and j + h, and each level has about D candidates."""
     D = len(L)
     ends = D - n + 1                                       # j = n..D; row q = j - n + 1 = 1..ends
     h = 1 << ends.bit_length() - 1
@@ -213,10 +212,8 @@ def best_paths(L):
 
 def hand_out(L, budgets):
     """Yields (stage, total cost, starts) for every call up to the largest of the budgets: first
-    one for each stage, then always the one that saves most. starts: see `one_more_call`.
-
-    The cheapest cost of a stage is convex in its calls, so this split over the stages is the best.
-    """
+    one for each stage, then always the one that saves most. The cost of a stage is convex in its
+    calls, so this split is the best. starts: see `one_more_call`."""
     L = np.atleast_2d(np.asarray(L, dtype=np.float64))
     if not (np.diff(L, axis=1) <= 0).all() or not np.isfinite(L).all():
         raise ValueError("L must be finite and must not increase: see planner.smooth")
@@ -263,19 +260,17 @@ def check(plan, S, first, last):
 
 
 def check_budget(budget, S, D):
-    """ValueError for a number of network calls that no plan can have."""
     if not S <= budget <= S * D:
         raise ValueError(f"{budget} network calls: choose {S} to {S * D}")
 
 
 def absorbing_bound(L, T, q):
     """The bound of absorbing diffusion in T steps (App. C) per variable, by L (D,) of our network.
-    q(u) is the part that is absorbed at time u, from q(0) = 0 to q(1) = 1.
 
-    At step i each variable is absorbed with probability q_i = q(i / T): n of them, binomially.
-    Backwards each of these appears with probability r_i = (q_i - q_{i-1}) / q_i, and costs
-    L_{D-n+1}, which is L[::-1][n-1]. The bound is the sum over i and n of r_i P(n) n L_{D-n+1}.
-    """
+    q(u) is the part that is absorbed at time u, from q(0) = 0 to q(1) = 1. At step i n variables
+    are absorbed, binomially with q_i = q(i / T). Backwards each of these appears with probability
+    r_i = (q_i - q_{i-1}) / q_i, and costs L_{D-n+1}, which is L[::-1][n-1]. The bound is the sum
+    over i and n of r_i P(n) n L_{D-n+1}."""
     L, D, total = np.asarray(L), len(L), 0.0
     n = np.arange(1, D + 1)
     log_choose = np.log((D - n + 1) / n).cumsum()          # of the ways in which n are absorbed

@@ -273,46 +273,44 @@ def measure(model, chunks, plan, most):
 def evaluate(model, data, passes=None):
     """Prints and returns all that a run reports. L_t, for plans, comes from validation data.
 
-    prediction = bound on test data + (cost of the plan - cost of the full plan), both costs by L_t.
     Without passes it takes about a minute, on fewer datapoints if there are many.
     """
-    test, D = data.chunks("test"), model.D
+    test, D, unit = data.chunks("test"), model.D, data.unit
     if passes is None and not test.is_cuda:
         test = some(test, max(64, MOST // D))
     r = bound(model, test, passes)
     if not np.isfinite(r["bits"]):
         raise ValueError("the network gives no numbers: its weights are damaged")
-    print(f"test: {r['bits']:.3f} bits/{data.unit}, standard error {r['stderr']:.3f}, on {data.name}"
-          f": the bound of Eq. 2,\n  {r['chunks']:,} datapoints of "
-          f"{' x '.join(map(str, data.shape))} without context, {r['passes']} random orders and "
-          "stratified steps t each")
-    symbols = data.splits["test"].cpu().numpy().reshape(-1)
-    references = datasets.references(symbols, data.K)
-    print(f"for comparison, bits/{data.unit}:",
-          ", ".join(f"{name} {bits:.2f}" for name, bits in references.items()))
+    print(f"test: {r['bits']:.3f} bits/{unit}, standard error {r['stderr']:.3f}, on {data.name}: "
+          f"the bound of Eq. 2,\n  {r['chunks']:,} datapoints of {times(data.shape)} without "
+          f"context, {r['passes']} random orders and stratified steps t each")
+    others = datasets.references(data.splits["test"].cpu().numpy().reshape(-1), data.K)
+    print(f"for comparison, bits/{unit}:",
+          ", ".join(f"{name} {bits:.2f}" for name, bits in others.items()))
     L_t, counts = components(model, data.chunks("valid"))
     L = planner.smooth(L_t, counts)
     print_components(L)
     budgets = (5, 10, 20, 50) if data.kind == "text" else (20, 50, 100, 200)
     plans = [planner.plan(L, n) for n in budgets if model.S <= n < L.size]
-    plans.append(planner.full_plan(model.S, D))
-    print(f"network calls   bits/{data.unit} predicted from L_t   measured (exact)")
-    calls = [price(model, test, plan, L, r, data) for plan in plans]
+    print(f"network calls   bits/{unit} predicted from L_t   measured (exact)")
+    calls = [price(model, test, plan, L, r) for plan in (*plans, planner.full_plan(model.S, D))]
     return dict(data=data.name, kind=data.kind, shape=list(data.shape), chunks=r["chunks"],
                 bits_per_dim=r["bits"], stderr=r["stderr"], passes=r["passes"], L=L_t,
-                counts=counts, L_smooth=L.tolist(), calls=calls, references=references)
+                counts=counts, L_smooth=L.tolist(), calls=calls, references=others)
 
 
-def price(model, test, plan, L, r, data):
-    """Prints and returns what a plan is predicted to cost, and what it costs."""
-    D = model.D
-    row = dict(calls=len(plan), predicted=r["bits"] + (planner.plan_cost(L, plan) - L.sum()) / D)
+def price(model, test, plan, L, r):
+    """Prints and returns what a plan is predicted to cost, and what it costs:
+
+    prediction = bound on test data + (cost of the plan - cost of the full plan), both costs by L_t.
+    """
+    more = (planner.plan_cost(L, plan) - L.sum()) / model.D
+    row = dict(calls=len(plan), predicted=r["bits"] + more)
     row |= measure(model, test, plan, int(3 * r["speed"]))
-    measured = "too many calls for this evaluation"
+    words = "too many calls for this evaluation"
     if "bits" in row:
-        measured = f"{row['bits']:.3f} +- {row['stderr']:.3f}, {row['chunks']} datapoints"
-    width = len(f"bits/{data.unit} predicted from L_t")
-    print(f"  {row['calls']:>11}   {row['predicted']:>{width}.3f}   {measured}")
+        words = f"{row['bits']:.3f} +- {row['stderr']:.3f}, {row['chunks']} datapoints"
+    print(f"  {row['calls']:>11}   {row['predicted']:>27.3f}   {words}")
     return row
 
 
@@ -400,15 +398,13 @@ def report(run, data, folder, bar):
         csv.writer(file).writerows([
             ("step", "seconds", "train_bits_per_dim", "valid_bits_per_dim"), *run.log])
         datasets.write(folder / "log.csv", file.getvalue().encode())
-        if bar.disable and run.step % (5 * REPORT) == 0:   # no terminal
-            print(f"step {run.step}, {run.progress:.0%}, {loss:.3f} bits", file=sys.stderr)
 
 
 def save(run, folder):
     """Writes ckpt.pt. ValueError, and the old one stays, if the weights are no numbers."""
     if not all(p.isfinite().all() for p in run.model.parameters()):
-        raise ValueError(f"step {run.step}: the weights are not numbers any more; begin anew with a "
-                         "smaller --lr")
+        raise ValueError(f"step {run.step}: the weights are not numbers any more; begin anew with "
+                         "a smaller --lr")
     state = {name: getattr(run, name) for name in PLAIN} | dict(
         settings=run.c, model=run.model.state_dict(), ema=run.ema.state_dict(),
         optimizer=[optimizer.state_dict() for optimizer in run.optimizers],
@@ -422,8 +418,6 @@ def restore(run, checkpoint):
     """Goes on where the run of this checkpoint was saved."""
     run.model.load_state_dict(checkpoint["model"])
     run.ema.load_state_dict(checkpoint["ema"])
-    if checkpoint["settings"]["device"][:3] != run.c["device"][:3]:
-        print("another device has other random numbers: this is not the run that was never stopped")
     for optimizer, state in zip(run.optimizers, checkpoint["optimizer"]):
         optimizer.load_state_dict(state)
     vars(run).update({name: checkpoint[name] for name in PLAIN})
@@ -462,9 +456,13 @@ def print_components(L):
     """A bar chart of each stage's L_t (S, D), in one line."""
     print(f"loss components L_t in bits, t = 1..{L.shape[1]}:")
     for row in L:
-        heights = [part.mean() for part in np.array_split(row / max(row[0], 1e-9), min(48, len(row)))]
-        bars = "".join(" ▁▂▃▄▅▆▇█"[round(8 * min(max(height, 0), 1))] for height in heights)
+        steps = np.array_split(row / max(row[0], 1e-9), min(48, len(row)))
+        bars = "".join(" ▁▂▃▄▅▆▇█"[round(8 * min(max(part.mean(), 0), 1))] for part in steps)
         print(f"  {row[0]:.2f} {bars} {row[-1]:.2f}")
+
+
+def times(shape):
+    return " x ".join(map(str, shape))
 
 
 def parse():
@@ -473,24 +471,19 @@ def parse():
     add = parser.add_argument
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--evaluate", metavar="CKPT", help="only evaluate this checkpoint")
-    add("--data", help=f"{', '.join(datasets.NAMES)}, or a file or folder (default pydoc)")
-    add("--size", choices=SIZES["text"], help="of network, batch and run (default: small on CUDA, "
-        "else tiny)")
-    add("--recipe", choices=["paper", "ours"], help="the paper's, or what learns more in minutes "
-        "(default ours)")
-    add("--branch", type=int, help="b of an upscale model; 0: order-agnostic (default 0, of audio "
-        "16)")
+    add("--data", help=f"{', '.join(datasets.NAMES)}, a file or a folder (default pydoc)")
+    add("--size", choices=SIZES["text"], help="of network and run (default small on CUDA, or tiny)")
+    add("--recipe", choices=["paper", "ours"], help="ours learns more in minutes (default ours)")
+    add("--branch", type=int, help="b of an upscale model; 0: none (default 0, of audio 16)")
     add("--parametrization", choices=["data", "direct", "mixture"], help="of an upscale model "
         "(default in our recipe: data for text, direct for images, mixture for audio)")
-    add("--bits", type=int, choices=range(1, 9), help="kept of each 8-bit value of an image "
-        "(default 8)")
+    add("--bits", type=int, choices=range(1, 9), help="kept of 8 in an image (default 8)")
     add("--length", type=int, help="D of text or audio: characters or samples in a datapoint")
     add("--dim", type=int, help="width of the network")
     add("--depth", type=int, help="blocks of the network; of images: on each side")
     add("--heads", type=int, help="attention heads; of images: in the middle, 0: no attention")
     add("--batch", type=int, help="datapoints in a training step")
-    add("--parts", type=int, help="parts in which a batch goes through the network, if memory is "
-        "short (default 1)")
+    add("--parts", type=int, help="of a batch, one after the other, if memory is short (default 1)")
     add("--lr", type=float, help="learning rate of Adam; Muon's is the recipe's own")
     add("--steps", type=int, help="length of the run in training steps")
     add("--minutes", type=float, help="length of the run in minutes; without --steps and --minutes "
@@ -510,34 +503,40 @@ def parse():
     return given, given.pop("resume", False), given.pop("evaluate", None)
 
 
+DEFAULTS = dict(data="pydoc", recipe="ours", branch=0, bits=8, length=None, parts=1, lr=None,
+                steps=None, minutes=None, passes=None, seed=0, edition=nets.EDITION)
+
+
 def complete(given, data=None):
-    """(settings of a run, its data): defaults, then the size, then the recipe, then what is given."""
-    c = dict(data="pydoc", recipe="ours", branch=0, bits=8, length=None, parts=1, lr=None, steps=None,
-             minutes=None, passes=None, seed=0, edition=nets.EDITION) | given
+    """(settings of a run, its data): defaults, over them the size, over it what is given."""
+    c = DEFAULTS | given
     c["device"] = str(nets.pick_device(c.get("device")))
-    on_cuda = c["device"].startswith("cuda")
-    c["size"] = c.get("size") or ("small" if on_cuda else "tiny")
+    cuda = c["device"].startswith("cuda")
+    c["size"] = c.get("size") or ("small" if cuda else "tiny")
     if not 0 <= c["seed"] < 1 << 63:
         raise ValueError(f"--seed {c['seed']}: choose 0 to 2^63 - 1")
     data = data or load_data(c)
-    preset = SIZES[data.kind][c["size"]]
-    if given.keys() & {"steps", "minutes"}:
-        preset = preset | dict(steps=None, minutes=None)
+    preset = dict(SIZES[data.kind][c["size"]])
     if data.kind == "image" and c["size"] == "tiny" and data.D < 1024:
-        preset = preset | dict(batch=4 * preset["batch"])  # of small images more
-    has_triton = importlib.util.find_spec("triton") and shutil.which(os.environ.get("CC", "cc"))
-    c |= dict(compile=bool(on_cuda and has_triton), out=f"out/{Path(c['data']).name.split('.')[0]}")
+        preset["batch"] *= 4                               # of small images more
+    if not given.keys() & {"steps", "minutes"} and "minutes" in preset:  # little is learnt by heart
+        values = data.splits["train"].numel()
+        passes = EPOCHS * values // (data.D * given.get("batch", preset["batch"]))
+        preset["steps"] = max(100, passes)
+    elif given.keys() & {"steps", "minutes"}:
+        preset |= dict(steps=None, minutes=None)
+    ours, cc = c["recipe"] == "ours", shutil.which(os.environ.get("CC", "cc"))
+    preset["compile"] = bool(cuda and cc and importlib.util.find_spec("triton"))
+    preset["out"] = f"out/{Path(c['data']).name.split('.')[0]}"
+    preset["parametrization"] = dict(text="data", image="direct" if ours else "data",
+                                     audio="mixture" if ours else "direct")[data.kind]
     c |= preset | given
-    for name, kinds in (("bits", ("image",)), ("length", ("text", "audio")),
-                        ("parametrization", ("text", "image", "audio") if c["branch"] else ())):
-        if name in given and data.kind not in kinds:
-            raise ValueError(f"--{name} is for {' and '.join(kinds) or 'an upscale model (--branch)'}")
-    if "minutes" in preset and not given.keys() & {"steps", "minutes"}:  # little data is learnt by
-        values = data.splits["train"].numel()                            # heart
-        c["steps"] = max(100, EPOCHS * values // (data.D * c["batch"]))
-    ways = dict(text="data", image="direct" if c["recipe"] == "ours" else "data",
-                audio="mixture" if c["recipe"] == "ours" else "direct")
-    c.setdefault("parametrization", ways[data.kind])
+    kinds = dict(bits=("image",), length=("text", "audio"),
+                 parametrization=("text", "image", "audio") if c["branch"] else ())
+    for name in kinds.keys() & given.keys():
+        if data.kind not in kinds[name]:
+            words = " and ".join(kinds[name]) or "an upscale model (--branch)"
+            raise ValueError(f"--{name} is for {words}")
     return c | dict(kind=data.kind, K=data.K, shape=list(data.shape), length=data.D, rate=data.rate,
                     sha256=data.digest), data
 
@@ -551,20 +550,21 @@ def load_data(c):
 
 
 def reopen(path, given, changeable):
-    """(model, checkpoint, settings with what is given, data) of a run. ValueError for a flag that may
-    not change, and for other data."""
+    """(model, checkpoint, settings with what is given, data) of a run. ValueError for a flag that
+    may not change, and for other data."""
     foreign = given.keys() - changeable
     if foreign:
         raise ValueError(f"the settings come from the checkpoint: leave out --{foreign.pop()}")
     model, checkpoint = nets.load(path, given.get("device"))
     old = checkpoint["settings"]
-    c = old | (dict(steps=None, minutes=None) if given.keys() & {"steps", "minutes"} else {}) | given
-    c["device"] = str(nets.pick_device(given.get("device")))
+    c = old | given | dict(device=str(nets.pick_device(given.get("device"))))
+    if given.keys() & {"steps", "minutes"}:                # replaces both old ones
+        c |= dict(steps=given.get("steps"), minutes=given.get("minutes"))
     data = load_data(c)
-    form = (data.kind, data.K, list(data.shape))
-    if form != (old["kind"], old["K"], old["shape"]):
+    form, wanted = (data.kind, data.K, list(data.shape)), (old["kind"], old["K"], old["shape"])
+    if form != wanted:
         raise ValueError(f"{data.name} has kind, K and shape {form}, the checkpoint was trained on "
-                         f"{(old['kind'], old['K'], old['shape'])}")
+                         f"{wanted}")
     if data.digest != old["sha256"]:
         words = f"{data.name} is not the data that {path} was trained on ({old['data']})"
         if "data" not in given or "steps" in changeable:
@@ -578,14 +578,11 @@ def prepare_folder(c, going_on):
     checkpoint, but files of the names that a run writes."""
     folder = Path(c["out"])
     ckpt, results = folder / "ckpt.pt", folder / "results.json"
-    names = [datasets.PIECES[c["kind"]], "results.json", "samples.png", "samples.wav"]
+    names = datasets.PIECES[c["kind"]], "results.json", "samples.png", "samples.wav"
     if not list(folder.glob("ckpt*.pt")) and any((folder / name).exists() for name in names):
         raise ValueError(f"{folder} has files of the names that a run writes, and no checkpoint: "
                          "choose another --out")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out {folder}: {error.strerror}")
+    folder.mkdir(parents=True, exist_ok=True)
     if ckpt.exists() and (results.exists() or not going_on):
         number = next(n for n in itertools.count(1) if not (folder / f"ckpt.{n}.pt").exists())
         for path in (ckpt, folder / "log.csv", results):
@@ -600,11 +597,11 @@ def finish(run, data, folder):
     results = evaluate(run.ema, data, run.c["passes"])
     run.L, run.counts = results.pop("L"), results.pop("counts")
     save(run, folder)
+    n, calls, blanks = dict(text=(2, 20, '--prompt "the ____ of"'), image=(16, 100, "--inpaint top"),
+                            audio=(4, 64, "--inpaint ends"))[data.kind]
     L = np.array(results["L_smooth"])
-    n, few, blanks = dict(image=(16, 100, "--inpaint top"), audio=(4, 64, "--inpaint ends")).get(
-        data.kind, (2, 20, '--prompt "the ____ of"'))
-    few = min(few, L.size)
-    x = run.ema.sample(n, planner.plan(L, few), generator=run.generator).cpu()
+    calls = min(calls, L.size)
+    x = run.ema.sample(n, planner.plan(L, calls), generator=run.generator).cpu()
     if data.kind == "text":
         print("samples:", *(datasets.show(row, data.K) for row in x), sep="\n  ")
     results = run.c | results | dict(
@@ -614,14 +611,30 @@ def finish(run, data, folder):
     files = datasets.exhibits(data, x) | {"results.json": json.dumps(results, indent=1).encode()}
     for name, content in files.items():
         datasets.write(folder / name, content)
-    piece = datasets.PIECES[data.kind]
     ckpt, piece, packed = (shlex.quote((folder / name).as_posix())
-                           for name in ("ckpt.pt", piece, "test.ardm"))
+                           for name in ("ckpt.pt", datasets.PIECES[data.kind], "test.ardm"))
     print(f"{', '.join(files)} written to {folder}; what to run next:",
-          f"python sample.py --ckpt {ckpt} --calls {few} --frames",
+          f"python sample.py --ckpt {ckpt} --calls {calls} --frames",
           f"python sample.py --ckpt {ckpt} {blanks}",
           f"python compress.py encode --ckpt {ckpt} {piece} {packed}",
           f"python compress.py bench --ckpt {ckpt}", sep="\n  ")
+
+
+def go_on(given):
+    """(run, data) of the run in --out, where it was saved. ValueError if nothing is left to do."""
+    name = Path(given.get("data", "pydoc")).name.split(".")[0]
+    given.setdefault("out", f"out/{name}")
+    _, checkpoint, c, data = reopen(f"{given['out']}/ckpt.pt", given, {
+        "data", "steps", "minutes", "passes", "out", "compile", "device", "parts"})
+    if "optimizer" not in checkpoint:
+        raise ValueError("this checkpoint holds weights alone: it cannot be resumed")
+    run = Run(c, data)
+    restore(run, checkpoint)
+    finished = (Path(c["out"]) / "results.json").exists() or run.step > (c["steps"] or run.step)
+    if run.progress >= 1 and finished:
+        raise ValueError(f"the run is at step {run.step}, its end: give it more --steps or "
+                         "--minutes")
+    return run, data
 
 
 def main():
@@ -636,26 +649,16 @@ def main():
         evaluate(model, data, given.get("passes"))
         return
     if going_on:
-        out = given.setdefault("out", f"out/{Path(given.get('data', 'pydoc')).name.split('.')[0]}")
-        _, checkpoint, c, data = reopen(f"{out}/ckpt.pt", given, {
-            "data", "steps", "minutes", "passes", "out", "compile", "device", "parts"})
+        run, data = go_on(given)
     else:
         c, data = complete(given)
-    run = Run(c, data)
-    if going_on:
-        if "optimizer" not in checkpoint:
-            raise ValueError("this checkpoint holds weights alone: it cannot be resumed")
-        restore(run, checkpoint)
-        if run.progress >= 1 and ((Path(c["out"]) / "results.json").exists()
-                                  or run.step > (c["steps"] or run.step)):
-            raise ValueError(f"the run is at step {run.step}, its end: give it more --steps or "
-                             "--minutes")
+        run = Run(c, data)
     average(torch.zeros(1))                                # all have read the checkpoint
-    folder = Path(c["out"]) if rank else prepare_folder(c, going_on)
-    print(f"{data.name}: {data.kind} {' x '.join(map(str, data.shape))}, K = {data.K}; "
+    folder = Path(run.c["out"]) if rank else prepare_folder(run.c, going_on)
+    print(f"{data.name}: {data.kind} {times(data.shape)}, K = {data.K}; "
           f"{', '.join(f'{name} {len(part):,}' for name, part in data.splits.items())}; "
-          f"{sum(p.numel() for p in run.model.parameters()):,} weights on {c['device']}; results go "
-          f"to {folder}")
+          f"{sum(p.numel() for p in run.model.parameters()):,} weights on {run.c['device']}; "
+          f"results go to {folder}")
     if train(run, data, folder):
         if rank == 0:
             finish(run, data, folder)
