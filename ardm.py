@@ -58,7 +58,7 @@ class ARDM(nn.Module):
         self.net = net
         self.D, self.K = D, K
         self.S, self.A = 1, K
-        self.outputs = K                                   # numbers that net gives for a variable
+        self.outputs = getattr(net, "num_outputs", None) or K            # of net, for a variable
 
     def loss(self, x, t=None, s=None, sigma=None, generator=None):
         """Algorithm 2 (with stages Algorithm 4): an unbiased estimate of Eq. 2, (B,) nats.
@@ -202,7 +202,8 @@ class UpscaleARDM(ARDM):
             raise ValueError(f"parametrization {parametrization!r}: choose data or direct")
         self.S, self.A = num_stages(K, b), b
         self.parametrization = parametrization
-        self.outputs = K if parametrization == "data" else self.S * b
+        self.outputs = getattr(net, "num_outputs", None) or (
+            K if parametrization == "data" else self.S * b)
 
     def unit(self, s):
         """The place value of the s-th of S digits, b^(S-s); s is an int or (B,)."""

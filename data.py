@@ -284,19 +284,60 @@ def png(pixels):
 
 def waveforms(samples, known=None, size=(64, 640)):
     """Samples (N, D) around 0 -> (N, *size, 1) uint8. Each column has a line from its lowest to its
-    highest sample, light grey if all of them are known (N, D)."""
-    (N, D), (H, W) = samples.shape, size
+    highest sample, light grey if all of them are known (D,)."""
+    D, (H, W) = samples.shape[1], size
     edges = np.arange(W) * D // W
     loudest = max(1, np.abs(samples).max())
     low, high = ((H - 1) / 2 * (1 + ends.reduceat(samples / loudest, edges, axis=1))
                  for ends in (np.minimum, np.maximum))     # (N, W)
     row = np.arange(H)[::-1, None]
     ink = (row >= low[:, None] - 0.5) & (row <= high[:, None] + 0.5)     # (N, H, W)
-    grey = np.zeros((N, W)) if known is None else 170 * np.minimum.reduceat(known, edges, axis=1)
-    return np.where(ink, grey[:, None], 255).astype(np.uint8)[..., None]
+    grey = 0 if known is None else 170 * np.minimum.reduceat(known, edges)
+    return np.where(ink, grey, 255).astype(np.uint8)[..., None]
 
 
-# -- A user's file in and out ----------------------------------------------------------------------
+def exhibit(x, settings, name="samples", known=None):
+    """Samples x (N, D) as files, {name: bytes}: lines of text; a grid of images; sounds one after
+    the other, and their waveforms, light grey where they were known (D,) beforehand."""
+    K = settings["K"]
+    if settings["kind"] == "text":
+        return {f"{name}.txt": b"".join(to_bytes(row, K) + b"\n" for row in x)}
+    if settings["kind"] == "image":
+        return {f"{name}.png": png(grid(to_pictures(x, settings["shape"], K), min(8, len(x))))}
+    silence = np.full((len(x), settings["rate"] // 10), K // 2)
+    whole = np.concatenate([x, silence], axis=1).reshape(-1)
+    return {f"{name}.wav": file_of(whole, settings, [settings["rate"], 1]),
+            f"{name}.png": png(grid(waveforms(x - K // 2, known), 1))}
+
+
+def test_piece(data):
+    """{name: bytes}: a piece of the test split, to try compress.py and sample.py on."""
+    x, form = data.splits["test"].cpu().numpy(), None
+    if data.kind == "image":
+        C, H, _ = data.shape
+        x, form = x[:16].reshape(-1), [1 if H in (1, 3) and C > 1 else 3, "|u1"]
+    elif data.kind == "audio":
+        x, form = x[:2 * data.rate], [data.rate, 1]
+    return {PIECES[data.kind]: file_of(x[:20000] if form is None else x, vars(data), form)}
+
+
+# -- Skip on a first reading: a user's files in and out, errors, downloads, data that is made here -
+
+BATCHES = r"(^|/)(data_batch_[1-5]|test_batch)\.bin$"       # of CIFAR-10, its binary version
+DIGITS = r"^(\./)?(zero|one|two|three|four|five|six|seven|eight|nine)/.*\.wav$|_list\.txt$"
+LARGEST = 1 << 31                    # bytes that a file may unpack to
+MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist/"
+SOURCES = {                          # file -> where from, md5 or SHA-256 (of a zip: of its member)
+    "speech_commands_v0.02.tar.gz": (
+        "https://storage.googleapis.com/download.tensorflow.org/data/",
+        "af14739ee7dc311471de98f5f9d2c9191b18aedfe957f4a6ff791c709868ff58"),
+    "text8.zip": ("http://mattmahoney.net/dc/", "3bea1919949baf155f99411df5fada7e"),
+    "enwik8.zip": ("http://mattmahoney.net/dc/", "a1fa5ffddb56f4953e226637dabbb36a"),
+    "cifar-10-binary.tar.gz": ("https://www.cs.toronto.edu/~kriz/",
+                               "c32a1d4ab5d03f1284b67883e8d87530"),
+    "train-images-idx3-ubyte.gz": (MNIST, "f68b3c2dcbeaaa9fbdd348bbdeb94873"),
+    "t10k-images-idx3-ubyte.gz": (MNIST, "9fb629c4189551a2d022fa330f9573f3")}
+
 
 class FileArray:
     """The array in a file: images (N, C, H, W) of uint8 or bool, or sound (channels, n) of int16.
@@ -363,7 +404,9 @@ def wav_array(content, name):
     """The samples of a .wav file. A length that nobody filled in, or that is too large, means: to
     the end."""
     at, found = 12, {}
-    while b"data" not in found and at + 8 <= len(content) and len(found) < 100:
+    for _ in range(1000):                                  # chunks, at most
+        if b"data" in found or at + 8 > len(content):
+            break
         kind, size = struct.unpack("<4sI", content[at:at + 8])
         found[kind] = at + 8, size
         at += 8 + size + size % 2                          # an odd chunk is padded
@@ -450,22 +493,6 @@ def check_form(form, n, settings):
         raise ValueError("no file has this form")
 
 
-def exhibits(data, x):
-    """What a run leaves beside its checkpoint, {name: bytes}: a piece of the test split, to try
-    compress.py on, and pictures and sounds of the samples x (N, D)."""
-    test, settings = data.splits["test"].cpu().numpy(), vars(data)
-    name, form, files = PIECES[data.kind], None, {}
-    if data.kind == "audio":
-        test, form = test[:2 * data.rate], [data.rate, 1]
-        files["samples.png"] = png(grid(waveforms(x.numpy() - data.K // 2), 1))
-        files["samples.wav"] = file_of(x.flatten().numpy(), settings, form)
-    if data.kind == "image":
-        C, H, W = data.shape
-        test, form = test[:16].reshape(-1), [1 if H in (1, 3) and C > 1 else 3, "|u1"]
-        files["samples.png"] = png(grid(to_pictures(x, data.shape, data.K), columns=8))
-    return files | {name: file_of(test[:20000] if form is None else test, settings, form)}
-
-
 def references(symbols, K):
     """What others need for symbols (n,), taken as one file: {name: bits per dimension}."""
     share = np.bincount(symbols) / len(symbols)
@@ -474,24 +501,6 @@ def references(symbols, K):
     found = {"uniform": float(np.log2(K)), "single symbols": float(share @ np.log2(1 / share))}
     return found | {name: 8 * len(packer.compress(stream)) / len(symbols)
                     for name, packer in (("bz2", bz2), ("xz", lzma), ("zlib", zlib))}
-
-
-# -- Skip on a first reading: reading and writing files, downloads, data that is made here ---------
-
-BATCHES = r"(^|/)(data_batch_[1-5]|test_batch)\.bin$"       # of CIFAR-10, its binary version
-DIGITS = r"^(\./)?(zero|one|two|three|four|five|six|seven|eight|nine)/.*\.wav$|_list\.txt$"
-LARGEST = 1 << 31                    # bytes that a file may unpack to
-MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist/"
-SOURCES = {                          # file -> where from, md5 or SHA-256 (of a zip: of its member)
-    "speech_commands_v0.02.tar.gz": (
-        "https://storage.googleapis.com/download.tensorflow.org/data/",
-        "af14739ee7dc311471de98f5f9d2c9191b18aedfe957f4a6ff791c709868ff58"),
-    "text8.zip": ("http://mattmahoney.net/dc/", "3bea1919949baf155f99411df5fada7e"),
-    "enwik8.zip": ("http://mattmahoney.net/dc/", "a1fa5ffddb56f4953e226637dabbb36a"),
-    "cifar-10-binary.tar.gz": ("https://www.cs.toronto.edu/~kriz/",
-                               "c32a1d4ab5d03f1284b67883e8d87530"),
-    "train-images-idx3-ubyte.gz": (MNIST, "f68b3c2dcbeaaa9fbdd348bbdeb94873"),
-    "t10k-images-idx3-ubyte.gz": (MNIST, "9fb629c4189551a2d022fa330f9573f3")}
 
 
 class Parser(argparse.ArgumentParser):
@@ -513,20 +522,29 @@ def run(main):
         return main()
     except KeyboardInterrupt:
         code, words = 130, "stopped"
-    except ValueError as error:
-        code, words = 2, str(error)
-    except OSError as error:
-        code, words = 2, f"{error.filename or 'a stream'}: {error.strerror or error}"
-    except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, (MemoryError, torch.OutOfMemoryError))
-                or re.search("out of memory|can't allocate memory", str(error))):
+    except Exception as error:
+        code, words = 2, in_words(error)
+        if words is None:
             raise
-        code, words = 2, "too little memory: try train.py --parts 4, or a smaller --batch or --size"
     finally:
         signal.signal(signal.SIGTERM, old)
     words = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in words)
     print(f"{Path(sys.argv[0]).name}: {words}", file=sys.stderr)
     sys.exit(code)
+
+
+def in_words(error):
+    """What a user can do about an error, or None."""
+    if isinstance(error, ValueError):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error.filename or 'a stream'}: {error.strerror or error}"
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search(
+            "out of memory|can't allocate memory", str(error)):
+        return "too little memory: try train.py --parts 4, or a smaller --batch or --size"
+    if re.search("dynamo|inductor|triton|compile", f"{type(error).__module__} {error}", re.I):
+        return f"torch.compile failed ({str(error)[:80]!r}): try --no-compile"
+    return None
 
 
 def read(path):

@@ -46,8 +46,7 @@ class Transformer(Network):
     """Bidirectional pre-norm Transformer (App. D). D is the longest input, shorter ones will do.
 
     With one stage an unknown variable is a class of its own, K. With more (stages: S of an upscale
-    model) it holds x^(s-1), and an embedding tells s and m.
-    """
+    model) it holds x^(s-1), and an embedding tells s and m."""
 
     def __init__(self, K, D, num_outputs=None, dim=128, depth=4, heads=2, stages=1):
         super().__init__()
@@ -62,7 +61,7 @@ class Transformer(Network):
         self.register_buffer("sin", angles.sin().float())
 
     def make_blocks(self, dim, depth, heads):
-        """The blocks. -> the number of channels that tell positions."""
+        """The blocks. -> channels that tell positions."""
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         return dim
 
@@ -135,9 +134,7 @@ def wave_angles(positions, dim):
 class UNet(Network):
     """U-Net at one resolution for images (C, H, W) (App. D): `depth` ResBlocks down, one in the
     middle (with heads: attention and another one), `depth` up, which also get what those down gave.
-
-    D = C * H * W variables, colour by colour, each with its own mask. stages, b: of upscaling.
-    """
+    D = C * H * W variables, colour by colour, each with its own mask. stages, b: of upscaling."""
 
     def __init__(self, K, shape, num_outputs=None, dim=32, depth=2, heads=0, stages=1, b=None):
         super().__init__()
@@ -162,7 +159,8 @@ class UNet(Network):
         self.first = nn.Conv2d(inputs, dim - dim // 4, 3, padding=1)
         self.embed = Embedding(self.K, dim // 4)
         self.mix = nn.Conv2d(C * (dim // 4), dim // 4, 1)
-        self.time = Time(dim, time, math.prod(self.shape), self.stages) if time else no_time
+        self.time = Time(dim, time, math.prod(self.shape), self.stages) if time else (
+            lambda t, s: None)                             # not told how far the generation is
         return time
 
     def forward(self, x, m, t, s):
@@ -313,7 +311,7 @@ class WaveNet(Network):
     def spread(self, out):
         """As released: logistics that begin evenly spread over all values."""
         n = self.num_outputs // 3
-        weight, place, width = thirds(out)
+        weight, place, width = out.to(torch.promote_types(out.dtype, torch.float32)).chunk(3, dim=1)
         start = torch.linspace(1 / n - 1, 1 - 1 / n, n, device=out.device, dtype=weight.dtype)
         log_scale = (width - math.log(n)).clamp(-WIDEST, WIDEST) + math.log(self.K / 2)
         anchor = torch.full_like(weight[:, :1], self.K // 2)
@@ -338,18 +336,9 @@ class GatedBlock(nn.Module):
         return (x + out) * 0.5 ** 0.5, skip
 
 
-def thirds(out):
-    """(B, 3n, D) -> three (B, n, D), in float32 or better: weights, centres, log(scale)s."""
-    return out.to(torch.promote_types(out.dtype, torch.float32)).chunk(3, dim=1)
-
-
 class MixtureARDM(ARDM):
     """The order-agnostic ARDM of audio. net gives what `log_mass` takes. Log-probabilities of all
     K = 65,536 values exist only for the variables of one call."""
-
-    def __init__(self, net, D, K):
-        super().__init__(net, D, K)
-        self.outputs = net.num_outputs
 
     def log_probs(self, x, m, t, s, where=None):
         """log p of every value: (B, D, K), or (n, K) of the n variables in `where`."""
@@ -369,10 +358,6 @@ class MixtureARDM(ARDM):
 class UpscaleMixture(UpscaleARDM):
     """The upscale ARDM of audio. A digit has the mass of its interval, divided by the mass of the
     interval that the digits before it leave (App. A.1, for a K that is too large for logits)."""
-
-    def __init__(self, net, D, K, b):
-        super().__init__(net, D, K, b)
-        self.outputs = net.num_outputs
 
     def digits(self, mixture, x, s):
         """log p of the digits of stage s, (B, D, b) nats, normalised over b."""
@@ -399,8 +384,7 @@ def log_mass(mixture, low, high, K):
 
         sigmoid(b) - sigmoid(a) = sigmoid(b) sigmoid(-a) (1 - e^-w).
 
-    The product loses no digits, however far out the interval lies.
-    """
+    The product loses no digits, however far out the interval lies."""
     anchor, (weight, centre, log_scale) = mixture[..., :1], mixture[..., 1:].chunk(3, dim=-1)
     low, high = low[..., None], high[..., None]
     a = (low - anchor - 0.5 - centre) * torch.exp(-log_scale)
@@ -473,8 +457,8 @@ def rotate(x, cos, sin):
 
 
 class Embedding(nn.Embedding):
-    """A lookup, but in training on a GPU a product with one-hot rows: a lookup adds up all gradients
-    of one value one after the other, which took a fifth of a step of images."""
+    """A lookup, but in training on a GPU a product with one-hot rows: a lookup adds up gradients
+    of a value one after the other, which took a fifth of a step of images."""
 
     def forward(self, x):
         return self.product(x) if self.training and x.is_cuda else super().forward(x)
@@ -531,11 +515,9 @@ class OurUNet(UNet):
 
 def local_means(v, seen, windows=WINDOWS, first=0.0):
     """Means of the seen values near each variable: v and seen (0 to 1) (B, C, H, W), or (B, 1, D).
-
     From the whole of x to the smallest window, each mean also counts the mean of the window before
     it, as PRIOR values: where nothing near is seen, the larger window speaks. first: the mean if
-    nothing at all is seen. -> means, and log(1 + counts) / 3: (windows, B, C, H, W) each.
-    """
+    nothing at all is seen. -> means, and log(1 + counts) / 3: (windows, B, C, H, W) each."""
     v, places = v * seen, tuple(range(2, v.ndim))
     pool = F.avg_pool2d if v.ndim == 4 else F.avg_pool1d
     mean = (v.sum(places, keepdim=True) + PRIOR * first) / (seen.sum(places, keepdim=True) + PRIOR)
@@ -585,10 +567,8 @@ class OurWaveNet(WaveNet):
 
     def relative(self, x, m, s):
         """(B, 1, D) values and mask -> planes, and for `around`: anchor, centre, reach (B, 1, D).
-
         If only the first digits of a value are known, it stands at the end of its interval that is
-        nearest to zero: at the middle, a quiet place would look loud.
-        """
+        nearest to zero: at the middle, a quiet place would look loud."""
         s, dtype = s[:, None, None], self.head.weight.dtype
         unit = self.b ** (self.stages - s + 1 - m.long())  # how many values the known digits leave
         v = nearest_to_zero(x - self.K // 2, unit).to(dtype)
@@ -610,16 +590,11 @@ class OurWaveNet(WaveNet):
         """Logistics around what is known. reach: the local amplitude, or if that is smaller the
         interval that the known digits leave. In units of `reach` all numbers stay small, so
         machines agree. The clamp keeps extreme scales finite in float32."""
-        weight, place, width = thirds(out)
+        weight, place, width = out.to(torch.promote_types(out.dtype, torch.float32)).chunk(3, dim=1)
         start = torch.linspace(-2, 0, self.num_outputs // 3, device=out.device, dtype=weight.dtype)
         log_scale = reach.log() + (start[:, None] + width).clamp(-STEEPEST, STEEPEST)
         log_scale = log_scale.clamp(min=NARROWEST)
         return torch.cat((anchor, weight, centre + reach * place, log_scale), dim=1)
-
-
-def no_time(t, s):
-    """Stands for `Time` in a network that is not told how far the generation is."""
-    return None
 
 
 def nearest_to_zero(low, unit):

@@ -73,10 +73,10 @@ def inpaint_mask(rule, kind, shape):
             raise ValueError(f"--inpaint {rule} holds {known.dtype} {tuple(known.shape)}, bool of "
                              f"shape {tuple(shape)} or {tuple(shape[-2:])} is wanted")
     else:
-        raise ValueError(f"--inpaint {rule}: choose {' or '.join(rules)}, which is what is known, or "
-                         "a .npy file")
+        raise ValueError(f"--inpaint {rule}: choose {' or '.join(rules)}, which is what is known, "
+                         "or a .npy file")
     if known.all() or not known.any():
-        raise ValueError(f"--inpaint {rule}: neither nothing nor all of {tuple(shape)} may be known")
+        raise ValueError(f"--inpaint {rule}: neither nothing nor all of {shape} may be known")
     return known.expand(*shape).flatten()
 
 
@@ -86,10 +86,10 @@ def read_pieces(args, settings):
     D = math.prod(settings["shape"])
     path = args.source or Path(args.ckpt).parent / datasets.PIECES[settings["kind"]]
     symbols, _ = datasets.open_symbols(path, settings)
-    found = symbols[:len(symbols) // D * D].reshape(-1, D)
-    if len(found) == 0:
+    if len(symbols) < D:
         raise ValueError(f"{path} holds less than the model's {D} symbols")
-    x = found[np.arange(args.n) * len(found) // args.n].astype(np.int64)
+    pieces = symbols[:len(symbols) // D * D].reshape(-1, D)
+    x = pieces[np.arange(args.n) * len(pieces) // args.n].astype(np.int64)
     return torch.from_numpy(x).repeat_interleave(COMPLETIONS, dim=0)
 
 
@@ -118,8 +118,8 @@ def read_known(args, model, settings):
 # -- Sampling --------------------------------------------------------------------------------------
 
 def windows(model, checkpoint, known, args):
-    """[(slice, known in it, plan)] of the windows that cover what is unknown (T,). Each has the first
-    unknown variable in its middle, or as near to it as the ends allow."""
+    """[(slice, known in it, plan)] of the windows that cover what is unknown (T,). Each has the
+    first unknown variable in its middle, or as near to it as the ends allow."""
     result, (T,), S, D = [], known.shape, model.S, model.D
     known, L = known.clone(), checkpoint.get("L")
     L = L if L is None else planner.smooth(L, checkpoint.get("counts"))
@@ -134,7 +134,8 @@ def windows(model, checkpoint, known, args):
         plan = planner.uniform_plan(S, last - first, max(S, calls))
         if L is not None and args.order == "random" and args.calls != most:
             plan = planner.plan(L[:, first:last], max(S, calls))
-        result.append((window, known[window].clone(), [(s, t + first, k) for s, t, k in plan]))
+        plan = [(s, t + first, k) for s, t, k in plan]
+        result.append((window, known[window].clone(), plan))
         known[window] = True
     return result
 
@@ -179,7 +180,7 @@ def frames(model, x, sigma, plan):
 
 # -- Skip on a first reading: pictures, the terminal, the command ----------------------------------
 
-def play(model, x, sigma, plan, settings):
+def play(model, x, sigma, plan):
     """Shows in a terminal how the text x (D,) filled in, call by call, if it fits on the screen."""
     columns, lines = shutil.get_terminal_size()
     height = -(-len(x) // columns)
@@ -193,22 +194,18 @@ def play(model, x, sigma, plan, settings):
     print(f"\x1b[{height}A\x1b[J", end="")                 # what follows stands in its place
 
 
-def texts(x, steps, model):
-    """{name: bytes} of samples of text, which are printed, with their frames."""
-    lines = [datasets.show(row, model.K) for row in x]
-    files = {"samples.txt": b"".join(datasets.to_bytes(row, model.K) + b"\n" for row in x)}
-    if steps:
-        lines = [f"s = {s}  " * (model.S > 1) + f"t = {t:4d}  "
-                 + datasets.show(state[i], model.K, known[i].numpy())
-                 for i in range(len(steps[0][2])) for s, t, state, known in steps]
-        files["frames.txt"] = "\n".join(lines).encode() + b"\n"
+def frames_of_text(steps, model):
+    """{name: bytes} of the frames of all samples, one below the other; they are printed, too."""
+    lines = [f"s = {s}  " * (model.S > 1) + f"t = {t:4d}  "
+             + datasets.show(state[i], model.K, known[i].numpy())
+             for i in range(len(steps[0][2])) for s, t, state, known in steps]
     print(*lines, sep="\n")
-    return files
+    return {"frames.txt": "\n".join(lines).encode() + b"\n"}
 
 
 def pictures(given, known, x, steps, settings):
-    """{name: bytes} of images. Samples: a grid. Completions: a row for each, with what was known of
-    it, grey elsewhere. Frames: a row for each sample."""
+    """{name: bytes} of completions, a row for each, with what was known of it, grey elsewhere; and
+    of frames, a row for each sample."""
     def colours(x, known=torch.tensor(True)):
         seen = datasets.to_pictures(known.expand(x.shape), settings["shape"], 2)
         return np.where(seen, datasets.to_pictures(x, settings["shape"], settings["K"]), 128)
@@ -222,58 +219,42 @@ def pictures(given, known, x, steps, settings):
         columns = [colours(given[::COMPLETIONS]), colours(given[::COMPLETIONS], known)]
         files["inpaint.png"] = side_by_side(columns + [
             colours(x[i::COMPLETIONS]) for i in range(COMPLETIONS)])
-    else:
-        files["samples.png"] = datasets.png(datasets.grid(colours(x), min(8, len(x))))
     if steps:
         files["frames.png"] = side_by_side([
             colours(state, m | (s > 1)) for s, t, state, m in steps])
     return files
 
 
-def sounds(known, x, steps, model, settings):
-    """{name: bytes} of audio: all sounds in one, with a tenth of a second's silence after each;
-    waveforms, with what was known in light grey; the frames of the first one."""
-    half, rate = model.K // 2, settings["rate"]
-    pause = torch.full((len(x), rate // 10), half)
-    whole = torch.cat((x, pause), dim=1).flatten().numpy()
-    waves = datasets.waveforms(x.numpy() - half, known.expand(x.shape).numpy())
-    name = "inpaint" if known.any() else "samples"
-    files = {f"{name}.wav": datasets.file_of(whole, settings, [rate, 1]),
-             f"{name}.png": datasets.png(datasets.grid(waves, 1))}
-    if steps:
-        states = []
-        for s, t, state, m in steps:
-            left = 1 if model.S == 1 else torch.where(m, model.unit(s), model.unit(s - 1))
-            state = torch.where(m, state, half) if model.S == 1 else state
-            states.append(nets.nearest_to_zero(state - half, left)[0])
-        waves = datasets.waveforms(torch.stack(states).numpy())
-        files["frames.png"] = datasets.png(datasets.grid(waves, 1))
-    return files
+def frames_of_sound(steps, model):
+    """{name: bytes} of the frames of the first sample: values as near to zero as can be."""
+    half, states = model.K // 2, []
+    for s, t, state, m in steps:
+        if model.S == 1:
+            state, left = torch.where(m, state, half), 1
+        else:
+            left = torch.where(m, model.unit(s), model.unit(s - 1))
+        states.append(nets.nearest_to_zero(state - half, left)[0])
+    waves = datasets.waveforms(torch.stack(states).numpy())
+    return {"frames.png": datasets.png(datasets.grid(waves, 1))}
 
 
 def parse():
     """The command line, checked as far as can be without the model."""
     parser = datasets.Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--ckpt", help="a checkpoint of train.py (default: the newest in out/*/, or "
-        "results/english.pt)")
+    add("--ckpt", help="of train.py (default: the newest in out/*/, or results/english.pt)")
     add("--n", type=int, default=8, help="how many samples (default 8)")
-    add("--length", type=int, help="of text or audio, if not the model's own; what is longer is "
-        "drawn window by window, each with the first blank in its middle")
+    add("--length", type=int, help="of text or audio; longer ones are drawn window by window")
     add("--calls", type=int, help="network calls for each window (default: one for each unknown "
         f"variable, at most {CALLS['text']} for text and audio, {CALLS['image']} for images)")
     add("--order", default="random", help="random: a new order for each sample (default); forward, "
         "backward, random:SEED, spaced:G, halves")
-    add("--prompt", help="text to keep, with _ for each blank (for each byte, if the model is of "
-        "bytes), \\_ for an underscore")
+    add("--prompt", help="text to keep, with _ for each blank (or byte), \\_ for an underscore")
     add("--inpaint", metavar="top|left|ends|FILE.npy", help="keep this part of n test images (top, "
-        f"left) or sounds (left, ends), and fill in the rest {COMPLETIONS} times; or what is True in "
-        "a .npy of bool, (H, W), (C, H, W), or (D,) of audio")
+        f"left) or sounds (left, ends), or what is True in a file; {COMPLETIONS} completions each")
     add("--from", metavar="FILE", dest="source", help="with --inpaint: of this file instead")
-    add("--temperature", type=float, default=1.0, help="below 1: likelier and less varied; 0: the "
-        "likeliest (default 1)")
-    add("--frames", action="store_true", help=f"also show what is known at up to {FRAMES} points of "
-        "the process, _ or grey for the rest")
+    add("--temperature", type=float, default=1.0, help="below 1: likelier, less varied (default 1)")
+    add("--frames", action="store_true", help=f"also show what is known at {FRAMES} points")
     add("--seed", type=int, default=0, help="seed of every draw (default 0)")
     add("--device", help="cuda, mps or cpu")
     add("--out", help="folder for the files (default: the checkpoint's; of English out/english)")
@@ -310,14 +291,18 @@ def main():
         first = first or (drawn[0][:FRAMED], sigma[:, :FRAMED].cpu())
     drawn = torch.cat(drawn)
     steps = frames(model, *first, todo[0][2]) if args.frames else []
-    if settings["kind"] == "image":
-        files = pictures(x, known, drawn, steps, settings)
-    elif settings["kind"] == "audio":
-        files = sounds(known, drawn, steps, model, settings)
-    else:
+    kind, name = settings["kind"], "inpaint" if args.inpaint else "samples"
+    files = {}
+    if kind != "image" or not args.inpaint:
+        files = datasets.exhibit(drawn.numpy(), settings, name, known.numpy())
+    if kind == "image":
+        files |= pictures(x, known, drawn, steps, settings)
+    elif steps:
+        files |= frames_of_text(steps, model) if kind == "text" else frames_of_sound(steps, model)
+    elif kind == "text":
         if sys.stdout.isatty() and len(todo) == 1:
-            play(model, first[0][0], first[1][:, 0], todo[0][2], settings)
-        files = texts(drawn, steps, model)
+            play(model, first[0][0], first[1][:, 0], todo[0][2])
+        print(*(datasets.show(row, model.K) for row in drawn), sep="\n")
     for name, content in files.items():
         datasets.write(folder / name, content)
     print(f"{len(x)} samples, {sum(len(plan) for _, _, plan in todo)} network calls; "

@@ -827,7 +827,7 @@ def test_exercise_09_blocks_near_a_boundary_have_a_shifted_grid(model, folder, t
 
 
 def test_exercise_09_incompressible_blocks_are_stored_raw_with_a_checksum(tmp_path):
-    logits = 6 * torch.randn(1, 256, generator=torch.Generator().manual_seed(0))
+    logits = 6 * torch.randn(256, generator=seeded())
     model = ARDM(Fixed(logits), 24, 256)
     noise = np.random.default_rng(0).bytes(24 * 50 + 7)
     archive, _ = pack(tmp_path, model, noise, calls=24, block=50, K=256)

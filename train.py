@@ -82,7 +82,9 @@ class Run:
         self.ema = copy.deepcopy(self.model).eval()
         self.hyper = PAPER[data.kind] if c["recipe"] == "paper" else OURS[c["size"]]
         self.optimizers = make_optimizers(self.model.net, c, self.hyper)
-        self.loss = compiled(self.model.loss) if c["compile"] else self.model.loss
+        self.loss = self.model.loss
+        if c["compile"]:                                   # dynamic shapes are slower
+            self.loss = torch.compile(self.model.loss, dynamic=False)
         self.generator = torch.Generator(c["device"]).manual_seed(c["seed"])
         self.rank, self.processes = 0, 1                   # of those that torchrun has started
         if distributed.is_initialized():
@@ -115,7 +117,9 @@ def train(run, data, folder):
            for one in (signal.SIGINT, signal.SIGTERM)}
     saved = time.perf_counter()
     begin = saved - run.seconds
-    bar = progress_bar(run)
+    bar = tqdm(total=1.0, initial=min(run.progress, 1.0), mininterval=0.5,
+               disable=True if run.rank else None, postfix="compiling" * run.c["compile"],
+               bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}")
     try:
         for i in itertools.count():
             now = torch.tensor([time.perf_counter() - begin, len(stop)], dtype=torch.float64)
@@ -360,30 +364,6 @@ def orthogonal(X):
     return X
 
 
-def compiled(loss):
-    """The loss, compiled at its first call. A failure names the flag that does without."""
-    def call(*inputs):
-        try:
-            call.loss = call.loss or torch.compile(loss, dynamic=False)  # dynamic ones are slower
-            return call.loss(*inputs)
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:                         # whatever a missing compiler raises
-            raise ValueError(f"torch.compile failed ({type(error).__name__}): try --no-compile")
-
-    call.loss = None
-    return call
-
-
-def progress_bar(run):
-    """A bar over the part of the run that is done; none where there is no terminal."""
-    bar = tqdm(total=1.0, initial=min(run.progress, 1.0), mininterval=0.5,
-               disable=True if run.rank else None,
-               bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}")
-    bar.set_postfix_str("compiling" if run.c["compile"] else "")         # half a minute or more
-    return bar
-
-
 def report(run, data, folder, bar):
     """Tells how far the run is: the bar every 10 steps, as reading a loss waits for a GPU; log.csv
     every REPORT steps, with the bound on 64 validation chunks."""
@@ -457,7 +437,8 @@ def print_components(L):
     print(f"loss components L_t in bits, t = 1..{L.shape[1]}:")
     for row in L:
         steps = np.array_split(row / max(row[0], 1e-9), min(48, len(row)))
-        bars = "".join(" ▁▂▃▄▅▆▇█"[round(8 * min(max(part.mean(), 0), 1))] for part in steps)
+        heights = [round(8 * min(max(part.mean(), 0), 1)) for part in steps]
+        bars = "".join(" ▁▂▃▄▅▆▇█"[height] for height in heights)
         print(f"  {row[0]:.2f} {bars} {row[-1]:.2f}")
 
 
@@ -597,8 +578,8 @@ def finish(run, data, folder):
     results = evaluate(run.ema, data, run.c["passes"])
     run.L, run.counts = results.pop("L"), results.pop("counts")
     save(run, folder)
-    n, calls, blanks = dict(text=(2, 20, '--prompt "the ____ of"'), image=(16, 100, "--inpaint top"),
-                            audio=(4, 64, "--inpaint ends"))[data.kind]
+    n, calls, blanks = dict(audio=(4, 64, "--inpaint ends"), image=(16, 100, "--inpaint top"),
+                            text=(2, 20, '--prompt "the ____ of"'))[data.kind]
     L = np.array(results["L_smooth"])
     calls = min(calls, L.size)
     x = run.ema.sample(n, planner.plan(L, calls), generator=run.generator).cpu()
@@ -608,7 +589,8 @@ def finish(run, data, folder):
         steps=run.step, seconds=run.seconds,
         params=sum(p.numel() for p in run.model.parameters()),
         versions=[platform.python_version(), torch.__version__, np.__version__])
-    files = datasets.exhibits(data, x) | {"results.json": json.dumps(results, indent=1).encode()}
+    files = datasets.test_piece(data) | datasets.exhibit(x.numpy(), run.c) | {
+        "results.json": json.dumps(results, indent=1).encode()}
     for name, content in files.items():
         datasets.write(folder / name, content)
     ckpt, piece, packed = (shlex.quote((folder / name).as_posix())

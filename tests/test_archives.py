@@ -57,7 +57,8 @@ def sound_files():
     cover = b"LIST" + struct.pack("<I", 1_200_000) + os.urandom(1_200_000)
     return {"plain": wav_bytes(sound[:, None]), "silence": wav_bytes(np.zeros((150, 1))),
             "stereo": wav_bytes(stereo, before=LIST, after=LIST),
-            "empty": wav_bytes(sound[:0, None]), "one": wav_bytes(sound[:1, None], after=LIST), "noise": wav_bytes(noise) + b"\0",
+            "empty": wav_bytes(sound[:0, None]), "one": wav_bytes(sound[:1, None], after=LIST),
+            "noise": wav_bytes(noise) + b"\0",
             "endless": wav_bytes(sound[:, None], size=0xFFFFFFFF),
             "cover": wav_bytes(sound[:, None], after=cover), "44.1 kHz": wav_bytes(stereo, 44100)}
 

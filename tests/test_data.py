@@ -350,6 +350,6 @@ def test_png_holds_the_pixels(shape):
 
 def test_waveforms_are_the_peaks_of_their_columns():
     x = np.array([[0, 0, 100, -100, 50, 50, -50, -50]])
-    picture = datasets.waveforms(x, np.arange(8)[None] < 3, size=(5, 4))[0, :, :, 0]
+    picture = datasets.waveforms(x, np.arange(8) < 3, size=(5, 4))[0, :, :, 0]
     assert picture.tolist() == [[255, 0, 255, 255], [255, 0, 0, 255], [170, 0, 255, 255],
                                 [255, 0, 255, 0], [255, 0, 255, 255]]
