@@ -93,11 +93,9 @@ def text(name, stream, length):
 
 
 def images(name, train, test, bits=8, valid=None, flips=False):
-    """Data of (N, C, H, W) uint8 arrays. Without valid: the last tenth of train.
-
-    bits: how many of the 8 are kept, the most significant first. If all values are below 2^bits
-    they are taken as they are, and 0 and 1 alone are K = 2.
-    """
+    """Data of (N, C, H, W) uint8 arrays. Without valid: the last tenth of train. bits: how many of
+    the 8 are kept, the most significant first. If all values are below 2^bits they are taken as
+    they are, and 0 and 1 alone are K = 2."""
     if valid is None:
         train, valid = np.split(train, [len(train) - -(-len(train) // 10)])
     parts = dict(train=train, valid=valid, test=test)
@@ -111,10 +109,8 @@ def images(name, train, test, bits=8, valid=None, flips=False):
 
 def audio(name, clips, rate, length, listed=None):
     """Data of clips {file: (channels, n) int16}. The channels of all clips follow one another.
-
     listed: {file: "test" or "valid"}. Without it: every tenth clip is for the test, and of the rest
-    every ninth for validation; of fewer than ten clips the last tenth of each by time.
-    """
+    every ninth for validation; of fewer than ten clips the last tenth of each by time."""
     names = sorted(clips)
     if listed:
         parts = [[clips[file] for file in names if listed.get(file, "train") == split]
@@ -149,7 +145,6 @@ def load(name, length=None, bits=8, device="cpu", chunk=64):
 
 
 def load_name(name, length, bits, chunk):
-    """`load` of a name."""
     if name == "pydoc":
         return text(f"pydoc of Python {platform.python_version()}", pydoc(), length or chunk)
     if name == "glyphs":
@@ -169,7 +164,6 @@ def load_name(name, length, bits, chunk):
 
 
 def load_file(name, length, bits, chunk):
-    """`load` of a file, by what its first bytes say."""
     if not os.path.lexists(name):
         raise ValueError(f"--data {name}: no such file, and none of the names {', '.join(NAMES)}")
     content = unpack(read(name), name)
@@ -183,15 +177,15 @@ def load_file(name, length, bits, chunk):
         return text(name, np.frombuffer(content, np.uint8), length or chunk)
     if found.rate:
         return audio(name, {name: found.array}, found.rate, length or WINDOW)
-    if len(found.array) < 10:
+    train, valid, test = tenths(found.array)
+    if not test:
         raise ValueError(f"{name} has {len(found.array)} images: it takes 10 or more")
-    train, valid, test = map(np.array, tenths(found.array))
-    return images(name, train, test, bits, valid)
+    return images(name, np.array(train), np.array(test), bits, np.array(valid))
 
 
 def load_clips(name, place, length, wanted=r"(?i)(^|/)(?!\._)[^/]*\.wav$|_list\.txt$", pad=0):
-    """Data of the .wav files in a folder, or in a tar (its path or content). testing_list.txt and
-    validation_list.txt name the clips of these splits. pad: zeros make every clip that long."""
+    """Data of the .wav files in a folder or a tar (its path or content), split by testing_list.txt
+    and validation_list.txt if they are there. pad: zeros make every clip that long."""
     clips, listed, rate = {}, {}, None
     for file, content in members(place, wanted):
         if file.endswith("_list.txt"):
@@ -341,10 +335,8 @@ SOURCES = {                          # file -> where from, md5 or SHA-256 (of a 
 
 class FileArray:
     """The array in a file: images (N, C, H, W) of uint8 or bool, or sound (channels, n) of int16.
-
     form: what `file_of` needs to write it anew: [axis of the colours, type] of images, [rate,
-    channels] of sound. head, tail: the bytes before and behind the array.
-    """
+    channels] of sound. head, tail: the bytes before and behind the array."""
 
     def __init__(self, form, array, content, begin):
         self.form, self.array = form, array
@@ -378,12 +370,10 @@ def image_array(content, array, begin, name):
     shape, axis = array.shape, colour_axis(array.shape)
     if array.dtype not in (np.uint8, bool):
         raise ValueError(f"{name} holds {array.dtype} of shape {shape}, images are uint8: convert "
-                         "0..1 by (255 * array).round().astype(np.uint8), 0..255 by "
-                         "astype(np.uint8)")
+                         "0..1 by (255 * array).round().astype('u1'), 0..255 by astype('u1')")
     if axis is None or array.size == 0:
-        raise ValueError(f"{name} holds an array of shape {shape}, images are (N, H, W), (N, H, W, "
-                         "C) or (N, C, H, W), no two of these: one picture is (1, H, W, C), grey "
-                         "ones (N, H, W, 1)")
+        raise ValueError(f"{name} holds an array of shape {shape}: images are (N, H, W, C), (N, C, "
+                         "H, W) or (N, H, W), no two of these; grey ones (N, H, W, 1) are clear")
     if not array.flags.c_contiguous:
         raise ValueError(f"{name} is in Fortran's order: save numpy.ascontiguousarray(array)")
     planes = array.transpose(0, 3, 1, 2) if axis == 3 else array if axis else array[:, None]
@@ -418,9 +408,8 @@ def wav_array(content, name):
     if code == 0xFFFE:                                     # WAVE_FORMAT_EXTENSIBLE
         code = int.from_bytes(form[24:26], "little")
     if (code, bits) != (1, 16) or channels == 0 or not 0 < rate < 1 << 30:
-        raise ValueError(f"{name} is a WAV file with {bits} bits a sample, format {code}, "
-                         f"{channels} channels, {rate} samples a second; 16-bit PCM is read: "
-                         "convert it, for example by ffmpeg -i IN -c:a pcm_s16le OUT.wav")
+        raise ValueError(f"{name}: {bits} bits a sample, format {code}, {channels} channels, {rate}"
+                         " samples a second; it takes 16 bits: ffmpeg -i IN -c:a pcm_s16le OUT.wav")
     begin, size = found[b"data"]
     there = len(content) - begin
     if size == 0 and int.from_bytes(content[4:8], "little") + 8 != len(content):     # from a pipe
@@ -453,7 +442,6 @@ def open_symbols(path, settings):
 
 
 def warn_of_zeros(content, name):
-    """Says that a file is taken for text although it has zero bytes."""
     if b"\0" in content[:1 << 13]:
         print(f"{name} is no text: its bytes are taken as they are", file=sys.stderr)
 
@@ -486,9 +474,8 @@ def check_form(form, n, settings):
     if settings["kind"] == "audio":
         good = 0 < one < 1 << 30 and 0 < other < 1 << 16 and n % other == 0
     else:
-        C, H, W = settings["shape"]
-        good = (one in (1, 3) or one == 0 and C == 1) and other in ("|u1", "|b1")
-        good = good and n % (C * H * W) == 0
+        axes, D = (0, 1, 3) if settings["shape"][0] == 1 else (1, 3), math.prod(settings["shape"])
+        good = one in axes and other in ("|u1", "|b1") and n % D == 0
     if not good:
         raise ValueError("no file has this form")
 
@@ -535,10 +522,10 @@ def run(main):
 
 def in_words(error):
     """What a user can do about an error, or None."""
-    if isinstance(error, ValueError):
-        return str(error)
     if isinstance(error, OSError):
         return f"{error.filename or 'a stream'}: {error.strerror or error}"
+    if isinstance(error, ValueError):
+        return str(error)
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search(
             "out of memory|can't allocate memory", str(error)):
         return "too little memory: try train.py --parts 4, or a smaller --batch or --size"
@@ -559,8 +546,7 @@ def read(path):
 
 def write(path, content, others=()):
     """Writes bytes to a file that gets its name only when it is complete and on the disk. Until
-    then, what was there stays. others: files that it must not replace. content None: only checks.
-    """
+    then the old one stays. others: files that it must not replace. content None: only checks."""
     path = Path(os.path.realpath(path))                    # a link stays a link
     for other in others:
         if path.exists() and os.path.exists(other) and path.samefile(other):
@@ -636,8 +622,7 @@ def fetch(name):
             socket.setdefaulttimeout(30)
             torch.hub.download_url_to_file(url + name, str(path))
     except Exception as error:                             # whatever a network raises
-        raise ValueError(f"cannot download {url}{name} ({error}): fetch it elsewhere and put it "
-                         f"into {folder}/")
+        raise ValueError(f"cannot download {url}{name} ({error}): put it into {folder}/ yourself")
     content, digest = read(path), hashlib.sha256 if len(known) == 64 else hashlib.md5
     try:                                                   # the md5 of a zip is its member's
         good = digest(unpack(content, name) if name.endswith(".zip") else content).hexdigest()
@@ -652,10 +637,8 @@ def fetch(name):
 
 
 def cifar10(place, name):
-    """CIFAR-10's binary version, or a part of it: train and test, (N, 3, 32, 32) each.
-
-    A record is a byte for the label and 3,072 for the pixels.
-    """
+    """CIFAR-10's binary version, or a part of it: train and test, (N, 3, 32, 32) each. A record is
+    a byte for the label and 3,072 for the pixels."""
     try:
         parts = {Path(file).name: np.frombuffer(records, np.uint8).reshape(-1, 3073)[:, 1:]
                  for file, records in members(place, BATCHES)}

@@ -30,6 +30,7 @@ CALLS = {"text": 64, "image": 100, "audio": 64}            # at most, by default
 COMPLETIONS = 4                      # of each image or sound that is filled in
 FRAMES = 12                          # at most, of a process
 FRAMED = 64                          # samples in a picture of frames, at most
+LOG_PROBS = 1 << 26                  # of one network call, at most
 PAUSE = 0.05                         # seconds between the frames of a text in the terminal
 
 
@@ -69,9 +70,9 @@ def inpaint_mask(rule, kind, shape):
             known = torch.from_numpy(np.load(rule, allow_pickle=False))
         except Exception as error:                         # whatever a damaged header raises
             raise ValueError(f"--inpaint {rule} is no .npy file of an array ({error})")
-        if known.dtype != torch.bool or known.shape not in (tuple(shape), tuple(shape[-2:])):
-            raise ValueError(f"--inpaint {rule} holds {known.dtype} {tuple(known.shape)}, bool of "
-                             f"shape {tuple(shape)} or {tuple(shape[-2:])} is wanted")
+        if known.dtype != torch.bool or list(known.shape) not in (shape, shape[-2:]):
+            raise ValueError(f"--inpaint {rule} holds {known.dtype} {[*known.shape]}, bool {shape} "
+                             f"or {shape[-2:]} is wanted")
     else:
         raise ValueError(f"--inpaint {rule}: choose {' or '.join(rules)}, which is what is known, "
                          "or a .npy file")
@@ -98,10 +99,9 @@ def read_known(args, model, settings):
     kind, D = settings["kind"], model.D
     for words, is_so in (
             ("--prompt is for text", kind != "text" and args.prompt is not None),
-            ("--inpaint and --from are for images and audio", kind == "text" and (
-                args.inpaint or args.source)),
-            ("--from needs --inpaint, which says what is kept of the file",
-             args.source and not args.inpaint),
+            ("--inpaint and --from are for images and audio",
+             kind == "text" and (args.inpaint or args.source)),
+            ("--from needs --inpaint", args.source and not args.inpaint),
             ("--length is for text, and for sound without --inpaint",
              args.length and (args.inpaint or kind == "image"))):
         if is_so:
@@ -128,12 +128,12 @@ def windows(model, checkpoint, known, args):
         window = slice(begin, min(begin + D, T))
         first, last = int(known[window].sum()), len(known[window])
         most = S * (last - first)
-        calls = min(args.calls or CALLS[checkpoint["settings"]["kind"]], most)
-        if args.calls and T <= D and args.calls > most:
-            planner.check_budget(args.calls, S, last - first)
-        plan = planner.uniform_plan(S, last - first, max(S, calls))
-        if L is not None and args.order == "random" and args.calls != most:
-            plan = planner.plan(L[:, first:last], max(S, calls))
+        calls = args.calls or min(max(S, CALLS[checkpoint["settings"]["kind"]]), most)
+        if T > D:                                          # no window takes more than it can
+            calls = min(calls, most)
+        plan = planner.uniform_plan(S, last - first, calls)
+        if L is not None and args.order == "random" and calls < most:
+            plan = planner.plan(L[:, first:last], calls)
         plan = [(s, t + first, k) for s, t, k in plan]
         result.append((window, known[window].clone(), plan))
         known[window] = True
@@ -161,17 +161,9 @@ def draw_rows(model, x, todo, args, settings, generator):
     return x, sigma
 
 
-def rows_of(model, todo):
-    """How many samples are drawn together: few if a call has many log-probabilities."""
-    most = max(k for _, _, plan in todo for _, _, k in plan)
-    return max(1, min(256, (1 << 26) // (most * model.A)))
-
-
 def frames(model, x, sigma, plan):
-    """[(s, t, state (B, D), known (B, D))]: the process that led to x, at up to FRAMES points.
-
-    x and sigma tell all that went before: at step t of stage s, x^(s) is known where sigma < t.
-    """
+    """[(s, t, state (B, D), known (B, D))]: the process that led to x, at up to FRAMES points. At
+    step t of stage s, x^(s) is known where sigma < t."""
     points = [plan[0][:2]] + [(s, t + k) for s, t, k in plan]
     n = min(FRAMES, len(points))
     shown = [points[i * (len(points) - 1) // max(1, n - 1)] for i in range(n)]
@@ -281,28 +273,30 @@ def main():
     if args.frames and len(todo) > 1:
         raise ValueError(f"--frames shows one window: --length {model.D} at most")
     english = Path(args.ckpt).resolve() == nets.ENGLISH.resolve()
-    folder = Path(args.out or ("out/english" if english else Path(args.ckpt).parent))
+    folder = Path(args.out or ("out/english" if english else Path(args.ckpt).parent)).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator(device).manual_seed(args.seed)
-    drawn, first = [], None
-    for rows in x.split(rows_of(model, todo)):
+    most = max(k for _, _, plan in todo for _, _, k in plan)
+    most = max(1, min(256, LOG_PROBS // (most * model.A)))
+    kind, drawn, sigmas = settings["kind"], [], []
+    shown = kind == "text" and not args.frames             # the first text alone, at once
+    for rows in (x[:1], *x[1:].split(most)) if shown and len(x) > 1 else x.split(most):
         samples, sigma = draw_rows(model, rows.to(device), todo, args, settings, generator)
         drawn.append(samples.cpu())
-        first = first or (drawn[0][:FRAMED], sigma[:, :FRAMED].cpu())
-    drawn = torch.cat(drawn)
-    steps = frames(model, *first, todo[0][2]) if args.frames else []
-    kind, name = settings["kind"], "inpaint" if args.inpaint else "samples"
-    files = {}
-    if kind != "image" or not args.inpaint:
-        files = datasets.exhibit(drawn.numpy(), settings, name, known.numpy())
+        sigmas.append(sigma.cpu())
+        if shown and len(drawn) == len(todo) == 1 and sys.stdout.isatty():
+            play(model, drawn[0][0], sigmas[0][:, 0], todo[0][2])
+        if shown:
+            print(*(datasets.show(row, model.K) for row in drawn[-1]), sep="\n", flush=True)
+    drawn, steps = torch.cat(drawn), []
+    if args.frames:
+        steps = frames(model, drawn[:FRAMED], torch.cat(sigmas, dim=1)[:, :FRAMED], todo[0][2])
+    files = {} if kind == "image" and args.inpaint else datasets.exhibit(
+        drawn.numpy(), settings, "inpaint" if args.inpaint else "samples", known.numpy())
     if kind == "image":
         files |= pictures(x, known, drawn, steps, settings)
     elif steps:
         files |= frames_of_text(steps, model) if kind == "text" else frames_of_sound(steps, model)
-    elif kind == "text":
-        if sys.stdout.isatty() and len(todo) == 1:
-            play(model, first[0][0], first[1][:, 0], todo[0][2])
-        print(*(datasets.show(row, model.K) for row in drawn), sep="\n")
     for name, content in files.items():
         datasets.write(folder / name, content)
     print(f"{len(x)} samples, {sum(len(plan) for _, _, plan in todo)} network calls; "

@@ -7,14 +7,12 @@
     python train.py --evaluate out/pydoc/ckpt.pt        the number, its standard error, the protocol
     torchrun --nproc_per_node=2 train.py                on two GPUs, each with half of every batch
 
-A run writes ckpt.pt, log.csv, a piece of the test split, results.json, and samples of images (.png)
-or audio (.png, .wav).
+A run writes ckpt.pt, log.csv, results.json, samples, and a piece of the test split.
 """
 import argparse
 import atexit
 import collections
 import copy
-import csv
 import importlib.util
 import io
 import itertools
@@ -89,9 +87,9 @@ class Run:
         self.rank, self.processes = 0, 1                   # of those that torchrun has started
         if distributed.is_initialized():
             self.rank, self.processes = distributed.get_rank(), distributed.get_world_size()
-        if c["batch"] % (self.processes * c["parts"]):
-            raise ValueError(f"--batch {c['batch']}: take a multiple of {self.processes} processes "
-                             f"* {c['parts']} parts")
+        pieces = self.processes * c["parts"]
+        if c["batch"] % pieces:
+            raise ValueError(f"--batch {c['batch']}: take a multiple of processes * parts: {pieces}")
         self.step, self.seconds = 0, 0.0
         self.L = self.counts = None                        # measured at the end
         self.log = []                                      # rows of log.csv
@@ -112,9 +110,8 @@ class Run:
 
 def train(run, data, folder):
     """Steps until the run is over, or it is told to stop. True if it was completed."""
-    stop = []
-    old = {one: signal.signal(one, lambda *_: stop.append(1))
-           for one in (signal.SIGINT, signal.SIGTERM)}
+    stop, ends = [], (signal.SIGINT, signal.SIGTERM)
+    old = {end: signal.signal(end, lambda *_: stop.append(1)) for end in ends}
     saved = time.perf_counter()
     begin = saved - run.seconds
     bar = tqdm(total=1.0, initial=min(run.progress, 1.0), mininterval=0.5,
@@ -127,8 +124,8 @@ def train(run, data, folder):
             if run.progress >= 1 or stopping:
                 break
             train_step(run, run.draw(data))
-            if i == 0:                                     # the first step compiles: no time of the
-                begin = time.perf_counter() - run.seconds  # run
+            if i == 0:                                     # it compiles: no time of the run
+                begin = time.perf_counter() - run.seconds
             if run.rank == 0:                              # the first process tells and saves
                 report(run, data, folder, bar)
                 if time.perf_counter() - saved > SAVE:
@@ -138,8 +135,8 @@ def train(run, data, folder):
         if run.rank == 0 and run.step:
             save(run, folder)
         bar.close()
-        for one, handler in old.items():
-            signal.signal(one, handler)
+        for end, handler in old.items():
+            signal.signal(end, handler)
     return run.progress >= 1
 
 
@@ -206,9 +203,7 @@ def some(chunks, most):
 def bound(model, chunks, passes=None, seconds=25):
     """The bound of Eq. 2 on chunks (N, D): one step t per chunk and pass, t and s stratified over
     all of them. Without passes: half a million variables a stage, or what these seconds allow.
-
-    -> dict: bits (per dim), stderr (over chunks), passes, chunks, speed (variables a second).
-    """
+    -> dict: bits (per dim), stderr (over chunks), passes, chunks, speed (variables a second)."""
     (N, D), S, device = chunks.shape, model.S, chunks.device
     end = float("inf") if passes else time.perf_counter() + seconds
     passes = passes or -(-(S << 19) // (N * D))
@@ -232,11 +227,9 @@ def bound(model, chunks, passes=None, seconds=25):
 
 @torch.no_grad()
 def components(model, chunks, seconds=10):
-    """L_t of chunks (N, D) for plans: (S, D) bits, and of how many variables each is the mean.
-
-    The loss varies more between chunks than between steps. So every step of a grid is measured on
-    the same chunks, each in one order: on 1,024, or on as many as these seconds allow.
-    """
+    """L_t of chunks (N, D) for plans: (S, D) bits, and of how many variables each is the mean. The
+    loss varies more between chunks than between steps. So every step of a grid is measured on the
+    same chunks, each in one order: on 1,024, or on as many as these seconds allow."""
     S, D, end = model.S, model.D, time.perf_counter() + seconds
     generator = torch.Generator(chunks.device).manual_seed(2)
     x = some(chunks, 1024)
@@ -262,32 +255,21 @@ def mean_and_error(nats, D):
     return dict(bits=bits.mean().item(), stderr=stderr)
 
 
-def measure(model, chunks, plan, most):
-    """Exact bits/dim under a plan, each chunk in a random order, by at most 500 chunks. most: how
-    many variables the network may predict for it. A dict, empty if that is less than 3 chunks."""
-    at_once = (1 << 26) // (model.A * max(k for _, _, k in plan))        # log-probabilities
-    x = some(chunks, min(500, most // (len(plan) * model.D), at_once))
-    if len(x) < min(3, len(chunks)):
-        return {}
-    generator = torch.Generator(x.device).manual_seed(1)
-    nats = model.nll(x.long(), plan, generator=generator)
-    return mean_and_error(nats, model.D) | dict(chunks=len(x))
-
-
 def evaluate(model, data, passes=None):
     """Prints and returns all that a run reports. L_t, for plans, comes from validation data.
 
     Without passes it takes about a minute, on fewer datapoints if there are many.
     """
     test, D, unit = data.chunks("test"), model.D, data.unit
+    shape = " x ".join(map(str, data.shape))
     if passes is None and not test.is_cuda:
         test = some(test, max(64, MOST // D))
     r = bound(model, test, passes)
     if not np.isfinite(r["bits"]):
         raise ValueError("the network gives no numbers: its weights are damaged")
     print(f"test: {r['bits']:.3f} bits/{unit}, standard error {r['stderr']:.3f}, on {data.name}: "
-          f"the bound of Eq. 2,\n  {r['chunks']:,} datapoints of {times(data.shape)} without "
-          f"context, {r['passes']} random orders and stratified steps t each")
+          f"the bound of Eq. 2,\n  {r['chunks']:,} datapoints of {shape} without context, "
+          f"{r['passes']} random orders and stratified steps t each")
     others = datasets.references(data.splits["test"].cpu().numpy().reshape(-1), data.K)
     print(f"for comparison, bits/{unit}:",
           ", ".join(f"{name} {bits:.2f}" for name, bits in others.items()))
@@ -307,20 +289,25 @@ def price(model, test, plan, L, r):
     """Prints and returns what a plan is predicted to cost, and what it costs:
 
     prediction = bound on test data + (cost of the plan - cost of the full plan), both costs by L_t.
+    Exact bits/dim: each of some chunks in a random order, if three or more take seconds at most.
     """
     more = (planner.plan_cost(L, plan) - L.sum()) / model.D
-    row = dict(calls=len(plan), predicted=r["bits"] + more)
-    row |= measure(model, test, plan, int(3 * r["speed"]))
-    words = "too many calls for this evaluation"
-    if "bits" in row:
-        words = f"{row['bits']:.3f} +- {row['stderr']:.3f}, {row['chunks']} datapoints"
-    print(f"  {row['calls']:>11}   {row['predicted']:>27.3f}   {words}")
+    row, words = dict(calls=len(plan), predicted=r["bits"] + more), "too many calls"
+    in_seconds = int(3 * r["speed"]) // (len(plan) * model.D)
+    in_memory = LOG_PROBS // (model.A * max(k for _, _, k in plan))
+    x = some(test, min(500, in_seconds, in_memory))
+    if len(x) >= min(3, len(test)):
+        nats = model.nll(x.long(), plan, generator=torch.Generator(x.device).manual_seed(1))
+        row |= mean_and_error(nats, model.D) | dict(chunks=len(x))
+        words = f"{row['bits']:.3f} +- {row['stderr']:.3f}, {len(x)} datapoints"
+    print(f"  {len(plan):>11}   {row['predicted']:>27.3f}   {words}")
     return row
 
 
 # -- Skip on a first reading: optimiser, checkpoints, several processes, the command ---------------
 
 MOST = 1 << 22                       # variables of the test split that a CPU evaluates by default
+LOG_PROBS = 1 << 26                  # of one network call, at most
 PLAIN = ("step", "seconds", "L", "counts", "log")          # of a Run: stored as it is
 
 
@@ -374,17 +361,15 @@ def report(run, data, folder, bar):
     if run.step % REPORT == 0:
         valid = bound(run.ema, some(data.chunks("valid"), 64), passes=1)["bits"]
         run.log.append([run.step, round(run.seconds, 3), round(loss, 6), round(valid, 6)])
-        file = io.StringIO()
-        csv.writer(file).writerows([
-            ("step", "seconds", "train_bits_per_dim", "valid_bits_per_dim"), *run.log])
-        datasets.write(folder / "log.csv", file.getvalue().encode())
+        rows = [("step", "seconds", "train_bits_per_dim", "valid_bits_per_dim"), *run.log]
+        content = "\n".join(",".join(map(str, row)) for row in rows)
+        datasets.write(folder / "log.csv", content.encode() + b"\n")
 
 
 def save(run, folder):
     """Writes ckpt.pt. ValueError, and the old one stays, if the weights are no numbers."""
     if not all(p.isfinite().all() for p in run.model.parameters()):
-        raise ValueError(f"step {run.step}: the weights are not numbers any more; begin anew with "
-                         "a smaller --lr")
+        raise ValueError(f"step {run.step}: the weights are not numbers; take a smaller --lr")
     state = {name: getattr(run, name) for name in PLAIN} | dict(
         settings=run.c, model=run.model.state_dict(), ema=run.ema.state_dict(),
         optimizer=[optimizer.state_dict() for optimizer in run.optimizers],
@@ -410,10 +395,7 @@ def join():
     if not distributed.is_torchelastic_launched():
         return 0
     if torch.cuda.is_available():
-        card = int(os.environ["LOCAL_RANK"])
-        if card >= torch.cuda.device_count():
-            raise ValueError(f"--nproc_per_node: there are {torch.cuda.device_count()} GPUs")
-        torch.cuda.set_device(card)
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     atexit.register(distributed.destroy_process_group)     # its threads may else abort the exit
     return distributed.get_rank()
@@ -421,14 +403,11 @@ def join():
 
 def average(numbers, first=False):
     """A tensor, in place: the mean over all processes, or what the first one has."""
-    try:
-        if distributed.is_initialized() and first:
-            distributed.broadcast(numbers, 0)
-        elif distributed.is_initialized():
-            distributed.all_reduce(numbers)
-            numbers /= distributed.get_world_size()
-    except RuntimeError as error:
-        raise ValueError(f"another process of this run has ended: {str(error).splitlines()[0]}")
+    if distributed.is_initialized() and first:
+        distributed.broadcast(numbers, 0)
+    elif distributed.is_initialized():
+        distributed.all_reduce(numbers)
+        numbers /= distributed.get_world_size()
     return numbers
 
 
@@ -442,10 +421,6 @@ def print_components(L):
         print(f"  {row[0]:.2f} {bars} {row[-1]:.2f}")
 
 
-def times(shape):
-    return " x ".join(map(str, shape))
-
-
 def parse():
     """The command line: (what was given, going on, checkpoint to evaluate)."""
     parser = datasets.Parser(description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS)
@@ -456,8 +431,7 @@ def parse():
     add("--size", choices=SIZES["text"], help="of network and run (default small on CUDA, or tiny)")
     add("--recipe", choices=["paper", "ours"], help="ours learns more in minutes (default ours)")
     add("--branch", type=int, help="b of an upscale model; 0: none (default 0, of audio 16)")
-    add("--parametrization", choices=["data", "direct", "mixture"], help="of an upscale model "
-        "(default in our recipe: data for text, direct for images, mixture for audio)")
+    add("--parametrization", choices=["data", "direct", "mixture"], help="of an upscale model")
     add("--bits", type=int, choices=range(1, 9), help="kept of 8 in an image (default 8)")
     add("--length", type=int, help="D of text or audio: characters or samples in a datapoint")
     add("--dim", type=int, help="width of the network")
@@ -467,17 +441,17 @@ def parse():
     add("--parts", type=int, help="of a batch, one after the other, if memory is short (default 1)")
     add("--lr", type=float, help="learning rate of Adam; Muon's is the recipe's own")
     add("--steps", type=int, help="length of the run in training steps")
-    add("--minutes", type=float, help="length of the run in minutes; without --steps and --minutes "
-        f"the size's own, and at most {EPOCHS} passes over the data, or 100 steps")
+    add("--minutes", type=float, help=f"length of the run; default: {EPOCHS} passes over the data, "
+        "or the size's own if that is less")
     add("--passes", type=int, help="passes over each split in the evaluation")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA, "
-        "if there are Triton and a C compiler)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default on CUDA)")
     add("--device", help="cuda, mps or cpu (default: the first that is there)")
     add("--seed", type=int, help="seed of the weights and of every draw (default 0)")
     add("--out", help="folder for the results (default out/<data>)")
     given = vars(parser.parse_args())
-    if given.keys() >= {"steps", "minutes"} or given.keys() >= {"resume", "evaluate"}:
-        raise ValueError("give --steps or --minutes, --resume or --evaluate, not both")
+    for one, other in (("steps", "minutes"), ("resume", "evaluate")):
+        if given.keys() >= {one, other}:
+            raise ValueError(f"give --{one} or --{other}, not both")
     for name in ("length", "dim", "depth", "batch", "parts", "steps", "minutes", "passes", "lr"):
         if not given.get(name, 1) > 0:
             raise ValueError(f"--{name} {given[name]}: must be more than 0")
@@ -542,14 +516,12 @@ def reopen(path, given, changeable):
     if given.keys() & {"steps", "minutes"}:                # replaces both old ones
         c |= dict(steps=given.get("steps"), minutes=given.get("minutes"))
     data = load_data(c)
-    form, wanted = (data.kind, data.K, list(data.shape)), (old["kind"], old["K"], old["shape"])
-    if form != wanted:
-        raise ValueError(f"{data.name} has kind, K and shape {form}, the checkpoint was trained on "
-                         f"{wanted}")
+    words = f"{data.name} is not the data that {path} was trained on ({old['data']})"
+    if (data.kind, data.K, list(data.shape)) != (old["kind"], old["K"], old["shape"]):
+        raise ValueError(f"{words}: its kind, K, shape: {old['kind'], old['K'], old['shape']}")
+    if data.digest != old["sha256"] and ("data" not in given or "steps" in changeable):
+        raise ValueError(f"{words}: name it by --data")
     if data.digest != old["sha256"]:
-        words = f"{data.name} is not the data that {path} was trained on ({old['data']})"
-        if "data" not in given or "steps" in changeable:
-            raise ValueError(f"{words}: name it by --data")
         print(words)
     return model, checkpoint, c, data
 
@@ -561,8 +533,7 @@ def prepare_folder(c, going_on):
     ckpt, results = folder / "ckpt.pt", folder / "results.json"
     names = datasets.PIECES[c["kind"]], "results.json", "samples.png", "samples.wav"
     if not list(folder.glob("ckpt*.pt")) and any((folder / name).exists() for name in names):
-        raise ValueError(f"{folder} has files of the names that a run writes, and no checkpoint: "
-                         "choose another --out")
+        raise ValueError(f"{folder} has files like a run's, but no run: choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     if ckpt.exists() and (results.exists() or not going_on):
         number = next(n for n in itertools.count(1) if not (folder / f"ckpt.{n}.pt").exists())
@@ -593,13 +564,12 @@ def finish(run, data, folder):
         "results.json": json.dumps(results, indent=1).encode()}
     for name, content in files.items():
         datasets.write(folder / name, content)
-    ckpt, piece, packed = (shlex.quote((folder / name).as_posix())
-                           for name in ("ckpt.pt", datasets.PIECES[data.kind], "test.ardm"))
+    ckpt, packed = (shlex.quote((folder / name).as_posix()) for name in ("ckpt.pt", "test.ardm"))
+    piece = shlex.quote((folder / datasets.PIECES[data.kind]).as_posix())
     print(f"{', '.join(files)} written to {folder}; what to run next:",
           f"python sample.py --ckpt {ckpt} --calls {calls} --frames",
           f"python sample.py --ckpt {ckpt} {blanks}",
-          f"python compress.py encode --ckpt {ckpt} {piece} {packed}",
-          f"python compress.py bench --ckpt {ckpt}", sep="\n  ")
+          f"python compress.py encode --ckpt {ckpt} {piece} {packed}", sep="\n  ")
 
 
 def go_on(given):
@@ -614,8 +584,7 @@ def go_on(given):
     restore(run, checkpoint)
     finished = (Path(c["out"]) / "results.json").exists() or run.step > (c["steps"] or run.step)
     if run.progress >= 1 and finished:
-        raise ValueError(f"the run is at step {run.step}, its end: give it more --steps or "
-                         "--minutes")
+        raise ValueError(f"step {run.step} is the run's end: give it more --steps or --minutes")
     return run, data
 
 
@@ -637,7 +606,7 @@ def main():
         run = Run(c, data)
     average(torch.zeros(1))                                # all have read the checkpoint
     folder = Path(run.c["out"]) if rank else prepare_folder(run.c, going_on)
-    print(f"{data.name}: {data.kind} {times(data.shape)}, K = {data.K}; "
+    print(f"{data.name}: {data.kind} {' x '.join(map(str, data.shape))}, K = {data.K}; "
           f"{', '.join(f'{name} {len(part):,}' for name, part in data.splits.items())}; "
           f"{sum(p.numel() for p in run.model.parameters()):,} weights on {run.c['device']}; "
           f"results go to {folder}")

@@ -100,7 +100,7 @@ def test_a_mask_in_a_file_says_what_is_known(gallery, tmp_path, monkeypatch, ref
         part = rows[:6, 6 * j:6 * j + 5]
         assert np.array_equal(part[known], original[known]) and not np.array_equal(part, original)
     for wrong, match in ((np.ones((6, 5), bool), "neither nothing"), (known * 1, "holds torch.int"),
-                         (known[0], "bool of shape (3, 6, 5) or (6, 5) is wanted"),
+                         (known[0], "bool [3, 6, 5] or [6, 5] is wanted"),
                          (known & False, "neither nothing"), (np.array([{}]), "is no .npy")):
         np.save(mask, wrong)
         refused(sample, *flags, "--inpaint", mask, match=match)
@@ -187,9 +187,9 @@ train --branch -3 -> choose 2 to K = 27
 train --branch 28 -> choose 2 to K = 27
 train --bits 9 -> invalid choice
 train --seed -1 -> --seed -1: choose
-train --batch 5 --parts 2 -> take a multiple of 1 processes * 2 parts
-train --resume --evaluate x -> not both
-train --steps 3 --minutes 1 -> not both
+train --batch 5 --parts 2 -> take a multiple of processes * parts: 2
+train --resume --evaluate x -> give --resume or --evaluate
+train --steps 3 --minutes 1 -> give --steps or --minutes
 train --bits 5 -> --bits is for image
 train --data glyphs --length 5 -> --length is for text and audio
 train --parametrization data -> --parametrization is for an upscale model
@@ -199,9 +199,9 @@ train --stepz 3 -> unrecognized
 train --resume -> no such checkpoint
 train --steps 1 --out {bad}/empty -> File exists
 train --evaluate {run}/ckpt.pt --length 32 -> leave out --length
-train --evaluate {run}/ckpt.pt --data {bad}/bytes -> was trained on
+train --evaluate {run}/ckpt.pt --data {bad}/bytes -> is not the data that
 train --resume --out {run} --dim 64 -> leave out --dim
-train --resume --out {run} --data {bad}/bytes -> was trained on
+train --resume --out {run} --data {bad}/bytes -> is not the data that
 train --evaluate {bad}/none.pt -> no such checkpoint
 train --evaluate {bad}/cut.pt -> is no checkpoint
 train --evaluate {bad}/foreign.pt -> is no checkpoint of this program, or a damaged one (KeyError

@@ -81,7 +81,7 @@ def test_a_run_without_numbers_is_not_saved(refused, folder, tmp_path):
     data = datasets.load("pydoc", 16)
     run = train.Run(settings(data), data)
     run.model.net.head.bias.data[0] = math.nan
-    with pytest.raises(ValueError, match="step 0: the weights are not numbers.* smaller --lr"):
+    with pytest.raises(ValueError, match="step 0: the weights are not numbers; take a smaller --lr"):
         train.save(run, tmp_path)
     changed = torch.load(folder / "ckpt.pt", weights_only=True)
     changed["ema"]["net.head.bias"] += math.nan
@@ -265,7 +265,7 @@ def test_torchrun_trains_and_one_that_fails_ends_all(tmp_path, monkeypatch):
     begin = time.monotonic()
     done = torchrun(HERE / "train.py", *flags, "--batch", 15)
     assert done.returncode != 0 and time.monotonic() - begin < 60
-    assert "--batch 15: take a multiple of 2 processes" in done.stderr
+    assert "--batch 15: take a multiple of processes * parts: 2" in done.stderr
     monkeypatch.setenv("WORLD_SIZE", "2")                  # left over, and nobody else is there
     monkeypatch.setenv("RANK", "1")
     assert train.join() == 0
