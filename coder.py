@@ -15,7 +15,7 @@ The symbol that is pushed last is popped first. So the encoder begins with the l
 decoder reads forward. Callers give everything in reading order.
 
 The state stays below 2^64. A push that would pass that first moves the low 32 bits out to a list
-of words; a pop that leaves x < 2^32 takes a word back. Both sides see it from x alone:
+of words; a pop that leaves x < 2^32 takes a word back. Both sides decide by x alone, so they agree:
 
     push:  x >= f * 2^(64-P)  <=>  the push would give x >= 2^64          (before the push)
     pop:   x <  2^32          <=>  the push had moved a word out          (while words are left)
@@ -48,7 +48,7 @@ def grid_position(log_p, shift):
 
 
 def safe(log_p, shift=0):
-    """True where no value lies within MARGIN of a boundary of the shifted grid."""
+    """True if no value lies within MARGIN of a boundary of the shifted grid."""
     position = grid_position(log_p, shift)
     return not (np.abs(position - np.rint(position)) <= MARGIN * GRID).any()
 
@@ -130,5 +130,5 @@ class Decoder:
 
     @property
     def end(self):
-        """The state where everything was read, the encoder's first one; else None."""
+        """None while words are left, then the state: it must be the one the encoder began with."""
         return None if self.words else self.x

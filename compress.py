@@ -1,6 +1,6 @@
 """Files to archives and back, without loss (Sec. 5): rANS, driven by the conditionals of one order.
 
-    python compress.py encode IN OUT                           by a model of English, of any bytes
+    python compress.py encode IN OUT                           with the model of English, any file
     python compress.py encode --ckpt out/pydoc/ckpt.pt IN OUT
     python compress.py decode IN OUT
     python compress.py decode --ckpt out/mnist/ckpt.pt --item 17 IN OUT     that image alone
@@ -18,12 +18,12 @@ IN is text, images (.npy, idx) or sound (.wav). An archive, with big-endian numb
             the stream: what each call of the plan generates in this block, call by call
 
 A block has about 2^14 symbols, in whole datapoints; a last, shorter datapoint is its own block. A
-stream starts from the CRC-32 of the block's number and symbols. A decoder that ends elsewhere has
-read damaged bytes, or a block in a wrong place.
+stream starts from the CRC-32 of the block's number and symbols. The decoder must end at this
+number. If it does not, the block is damaged, or in a wrong place.
 
-In float64 the machines that were tried differ by less than 1e-12. A block with a log-probability
-within coder.MARGIN of a rounding boundary uses the next shift. So the same integers come out on
-every machine that differs by less: CPU or CUDA, with any number of threads.
+If a log-probability lies within coder.MARGIN of a rounding boundary, the block uses the next shift.
+A machine whose log-probabilities differ by less than MARGIN gets the same integers: CPU or CUDA,
+with any number of threads. In float64 the machines that were tried differ by less than 1e-12.
 """
 import copy
 import itertools
@@ -55,29 +55,29 @@ FIELDS = ("kind", "length", "form", "order", "block", "plan", "weights", "head")
 class Codec:
     """Blocks of datapoints to bytes and back.
 
-    settings: of the checkpoint. order: by name. plan: the k of each call, a list for every stage.
+    settings: of the checkpoint. order: by name. ks: the k of each call, a list for every stage.
     block: datapoints in a block. ValueError for what cannot be.
     """
 
-    def __init__(self, model, settings, order, plan, block):
+    def __init__(self, model, settings, order, ks, block):
         if isinstance(model, nets.MixtureARDM):
             raise ValueError("an order-agnostic model of audio cannot code: train one with "
                              "--branch 16")
         device = next(model.parameters()).device
         self.device = "cpu" if device.type == "mps" else device          # MPS has no float64
         self.model = copy.deepcopy(model).to(self.device).double()
-        self.shape, self.order, self.ks, self.block = settings["shape"], order, plan, block
+        self.shape, self.order, self.ks, self.block = settings["shape"], order, ks, block
         self.dtype = "<u2" if model.K > 256 else "u1"      # of symbols stored raw
         self.tick = lambda n: None                         # called with the symbols of every call
         most = max(1, 2 * BLOCK // model.D)
         if type(block) is not int or not 1 <= block <= most:
             raise ValueError(f"--block {block}: choose 1 to {most}")
-        if [sum(ks) for ks in plan] != [model.D] * model.S or not all(
-                type(k) is int and k > 0 for ks in plan for k in ks):
+        if [sum(stage) for stage in ks] != [model.D] * model.S or not all(
+                type(k) is int and k > 0 for stage in ks for k in stage):
             raise ValueError("a plan must generate each variable once in every stage")
         planner.order(order, self.shape)
-        self.plan = [(s, end - k + 1, k) for s, ks in enumerate(plan, start=1)
-                     for k, end in zip(ks, itertools.accumulate(ks))]
+        self.plan = [(s, end - k + 1, k) for s, stage in enumerate(ks, start=1)
+                     for k, end in zip(stage, itertools.accumulate(stage))]
 
     def generate(self, x, choose):
         """ARDM.generate in one order for all rows of x (B, D). Text may be shorter than D."""
@@ -87,8 +87,8 @@ class Codec:
 
     def encode(self, x, number):
         """Block `number` of symbols x (rows, D) -> (the bytes of it in an archive, -log2 p)."""
+        raw, calls = x.astype(self.dtype).tobytes(), []    # of each log_p (n, A), symbols (n,)
         x = torch.from_numpy(x.astype(np.int64)).to(self.device)
-        calls = []                                         # (log_p (n, A), symbols (n,)) of each
 
         def read(log_p, where, s):
             """Reads the symbols from the data, and notes what the model says about them."""
@@ -101,7 +101,6 @@ class Codec:
         shift = safe_shift([log_p for log_p, _ in calls])
         intervals = [coder.intervals(coder.quantize(log_p, shift), a) for log_p, a in calls]
         starts, freqs = map(np.concatenate, zip(*intervals))
-        raw = x.cpu().numpy().astype(self.dtype).tobytes()
         check, flag = zlib.crc32(raw, number), 0           # numbered: no two can change places
         stream = coder.encode(starts, freqs, check)
         if len(stream) > 4 + len(raw):                     # the symbols themselves are shorter
@@ -135,8 +134,8 @@ class Codec:
             except Damaged:
                 return None
             check = decoder.end
-        return np.frombuffer(raw, self.dtype).reshape(rows, D) if check == zlib.crc32(
-            raw, number) else None
+        good = check == zlib.crc32(raw, number)
+        return np.frombuffer(raw, self.dtype).reshape(rows, D) if good else None
 
 
 class Damaged(Exception):
@@ -185,13 +184,12 @@ def encode_file(path, model, codec, settings):
 
 def layout(n, codec):
     """Yields (number, first symbol, rows, D) of the blocks of a file of n symbols."""
-    start, D = 0, codec.model.D
-    for number in itertools.count():
-        rows = min((n - start) // D, codec.block)
-        if start == n:
-            return
-        yield number, start, *((rows, D) if rows else (1, n - start))
-        start += rows * D if rows else n - start
+    D, number = codec.model.D, 0
+    for row in range(0, n // D, codec.block):
+        yield number, row * D, min(codec.block, n // D - row), D
+        number += 1
+    if n % D:
+        yield number, n // D * D, 1, n % D
 
 
 def read_header(archive, name):

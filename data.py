@@ -47,8 +47,8 @@ class Data:
     """Integers 0..K-1 in three splits, "train", "valid" and "test".
 
     kind: "text", "image" or "audio". Images are (N, D), colour by colour. Text and audio are one
-    stream (n,), and a datapoint is a piece of it, without what comes before. unit: what bits are
-    counted per. flips, turns: training images are mirrored, turned by quarters.
+    stream (n,), and a datapoint is a piece of it, without what comes before. unit: the word after
+    "bits/". flips, turns: training images are mirrored, turned by quarters.
     """
 
     def __init__(self, kind, name, K, shape, splits, rate=None, flips=False):
@@ -60,7 +60,7 @@ class Data:
         for part, each in self.splits.items():
             if self.D == 0 or each.numel() < self.D:
                 raise ValueError(f"{name} has {each.numel()} values for {part}, too few for a "
-                                 f"datapoint of {self.D}: take more data or a smaller --length")
+                                 f"datapoint of {self.D}")
         content = b"".join(part.tobytes() for part in splits.values())
         self.digest = hashlib.sha256(content).hexdigest()
 
@@ -528,7 +528,7 @@ def in_words(error):
         return str(error)
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search(
             "out of memory|can't allocate memory", str(error)):
-        return "too little memory: try train.py --parts 4, or a smaller --batch or --size"
+        return "too little memory; in training --parts 4 or a smaller --batch takes less"
     if re.search("dynamo|inductor|triton|compile", f"{type(error).__module__} {error}", re.I):
         return f"torch.compile failed ({str(error)[:80]!r}): try --no-compile"
     return None
@@ -692,10 +692,7 @@ def glyphs(n, seed, size=16):
     return ((ink + noise).clamp(0, 1) * 255).round().to(torch.uint8).numpy()
 
 
-RATE = 8000                          # samples a second of `tones`
-
-
-TONES_RATE = 8000                          # samples a second of `tones`
+TONES_RATE = 8000                    # samples a second of `tones`
 
 
 def tones(n, seed=0):

@@ -3,9 +3,9 @@
 x (B, D) int64 holds x^(s) where m (B, D) bool is True, and x^(s-1) elsewhere. t and s are (B,)
 int64. Nothing is causal: the mask alone hides what is unknown.
 
-Transformer, UNet and WaveNet are the paper's. Our own networks learn more in minutes. They add some
-things and leave some out: the time (images, audio), attention in half of the blocks (text), and the
-embedding of values (audio).
+Transformer, UNet and WaveNet are the paper's. Our own networks learn more in minutes. They leave
+out the time (images, audio), attention in half of the blocks (text), and the embedding of values
+(audio). What they add stands in their docstrings.
 """
 import ctypes
 import hashlib
@@ -45,8 +45,8 @@ class Network(nn.Module):
 class Transformer(Network):
     """Bidirectional pre-norm Transformer (App. D). D is the longest input, shorter ones will do.
 
-    With one stage an unknown variable is a class of its own, K. With more (stages: S of an upscale
-    model) it holds x^(s-1), and an embedding tells s and m."""
+    With one stage an unknown variable is a class of its own, K. In an upscale model the input of
+    unknown variables is x^(s-1), and a second embedding gives s and m."""
 
     def __init__(self, K, D, num_outputs=None, dim=128, depth=4, heads=2, stages=1):
         super().__init__()
@@ -97,7 +97,8 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of norm(x). Every position sees every other one. No layer has a bias."""
+    """Multi-head attention of norm(x). Every position sees every other one. Linear layers have no
+    bias."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -106,12 +107,12 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
 
-    def forward(self, x, turn=nn.Identity()):
-        """(B, D, dim) -> (B, D, dim). turn: a hook that may rotate queries and keys."""
+    def forward(self, x, turned=nn.Identity()):
+        """(B, D, dim) -> (B, D, dim). turned: a hook that rotates queries and keys."""
         B, D, dim = x.shape
         qkv = self.qkv(self.norm(x)).view(B, D, 3, self.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)               # (B, heads, D, d) each
-        h = attention(turn(q), turn(k), v)
+        h = attention(turned(q), turned(k), v)
         return self.out(h.transpose(1, 2).reshape(B, D, dim))
 
 
@@ -132,9 +133,9 @@ def wave_angles(positions, dim):
 # -- Images ----------------------------------------------------------------------------------------
 
 class UNet(Network):
-    """U-Net at one resolution for images (C, H, W) (App. D): `depth` ResBlocks down, one in the
-    middle (with heads: attention and another one), `depth` up, which also get what those down gave.
-    D = C * H * W variables, colour by colour, each with its own mask. stages, b: of upscaling."""
+    """U-Net at one resolution for images (C, H, W) (App. D): `depth` ResBlocks "down", one in the
+    middle (with heads: attention and another one), `depth` "up". Each of these also gets the output
+    of its twin "down". D = C * H * W variables, colour by colour. stages, b: of upscaling."""
 
     def __init__(self, K, shape, num_outputs=None, dim=32, depth=2, heads=0, stages=1, b=None):
         super().__init__()
@@ -153,7 +154,7 @@ class UNet(Network):
         self.bias = nn.Parameter(torch.zeros(C, 1, num_outputs or K))
 
     def make_inputs(self, dim, time, planes=2):
-        """The first layers, for so many planes of numbers for each colour. time: channels of it."""
+        """The first layers. planes: inputs for each colour. time: channels of the time, 0: none."""
         C = self.shape[0]
         inputs = planes * C + (self.stages if self.stages > 1 else 0)
         self.first = nn.Conv2d(inputs, dim - dim // 4, 3, padding=1)
@@ -300,7 +301,7 @@ class WaveNet(Network):
         return (self.spread(out) if self.mixture else out).mT
 
     def body(self, h, time):
-        """The gated blocks, and the sum of their skips. (B, dim, D) -> (B, num_outputs, D)"""
+        """The gated blocks, and the sum of their skips. (B, dim, D) -> (B, outputs of head, D)"""
         total = 0.0
         for block in self.blocks:
             h, skip = block(h, time)
@@ -362,7 +363,7 @@ class UpscaleMixture(UpscaleARDM):
     def digits(self, mixture, x, s):
         """log p of the digits of stage s, (B, D, b) nats, normalised over b."""
         unit = self.unit(s)[..., None]
-        low = self.coarsen(x, s - 1)[..., None] + torch.arange(self.A, device=x.device) * unit
+        low = self.coarsen(x, s - 1)[..., None] + unit * torch.arange(self.A, device=x.device)
         log_p = log_mass(mixture[..., None, :], low, low + unit, self.K)
         return log_p.masked_fill(low >= self.K, -torch.inf).log_softmax(dim=-1)
 
@@ -429,9 +430,9 @@ class OurBlock(nn.Module):
         self.up = nn.Linear(dim, 4 * dim)
         self.down = nn.Linear(4 * dim, dim)
 
-    def forward(self, x, turn):
+    def forward(self, x, turned):
         if self.attention is not None:
-            x = x + self.attention(x, turn)
+            x = x + self.attention(x, turned)
         return x + self.down(F.gelu(self.up(self.mix(self.norm(x)))))
 
 
@@ -477,11 +478,11 @@ class OurUNet(UNet):
     """Not in the paper: means of the known values around each variable as inputs, no time input,
     and a logistic distribution beside the softmax if the outputs are values, not digits."""
 
-    def __init__(self, K, shape, num_outputs=None, dim=32, **sizes):
+    def __init__(self, K, shape, num_outputs=None, dim=32, values=True, **sizes):
         super().__init__(K, shape, num_outputs, dim, **sizes)
         nn.init.zeros_(self.head)                          # the softmax begins as uniform
-        self.place = nn.Conv2d(dim, 2 * shape[0], 1) if self.head.shape[2] == K else None
-        if self.place is not None:
+        self.place = nn.Conv2d(dim, 2 * shape[0], 1) if values else None
+        if values:
             nn.init.zeros_(self.place.weight)
             nn.init.zeros_(self.place.bias)
 
@@ -502,7 +503,7 @@ class OurUNet(UNet):
         that a darker image looks the same. The third plane is this mean itself."""
         known, seen = m.to(v.dtype), m.to(v.dtype)
         if self.stages > 1:
-            # After the first stage the middle of the interval that x^(s-1) leaves is known, too.
+            # From stage 2 on, x^(s-1) leaves an interval. Its middle stands for the value.
             later = (s > 1)[:, None, None, None]
             unit = self.b ** (self.stages - s + 1)         # an integer: machines agree
             half = 0.5 * unit.to(v.dtype)[:, None, None, None] / self.K
@@ -515,9 +516,9 @@ class OurUNet(UNet):
 
 def local_means(v, seen, windows=WINDOWS, first=0.0):
     """Means of the seen values near each variable: v and seen (0 to 1) (B, C, H, W), or (B, 1, D).
-    From the whole of x to the smallest window, each mean also counts the mean of the window before
-    it, as PRIOR values: where nothing near is seen, the larger window speaks. first: the mean if
-    nothing at all is seen. -> means, and log(1 + counts) / 3: (windows, B, C, H, W) each."""
+    The mean of all of x comes first, then one for each window, wide to narrow. Each counts the
+    wider mean before it as PRIOR extra values, so a window that sees nothing takes the wider mean.
+    first: the mean of nothing. -> means, and log(1 + counts) / 3: (windows, B, C, H, W) each."""
     v, places = v * seen, tuple(range(2, v.ndim))
     pool = F.avg_pool2d if v.ndim == 4 else F.avg_pool1d
     mean = (v.sum(places, keepdim=True) + PRIOR * first) / (seen.sum(places, keepdim=True) + PRIOR)
@@ -533,11 +534,11 @@ def local_means(v, seen, windows=WINDOWS, first=0.0):
 
 def logistic(location, width, K):
     """Neighbouring values are similarly likely. So these are logits (..., K) of a logistic density.
-    The network predicts location and width (..., 1) on the scale of value/K - 0.5: its scale is
-    e^(2 width - 3), 1/(2K) or more."""
+    The network predicts location and width (..., 1) on the scale of value/K - 0.5. The scale of the
+    logistic is the larger one of e^(2 width - 3) and 1/(2K)."""
     values = torch.arange(K, dtype=location.dtype, device=location.device) / K - 0.5
     z = (values - location) * torch.exp(3 - 2 * width).clamp(max=2.0 * K)
-    # Above its threshold softplus(z) is taken to be z: exact at 40, not at the usual 20.
+    # Above its threshold softplus(z) gives z. At 20, the default, that is not exact in float64.
     return z - 2 * F.softplus(z, threshold=40)
 
 
@@ -567,14 +568,14 @@ class OurWaveNet(WaveNet):
 
     def relative(self, x, m, s):
         """(B, 1, D) values and mask -> planes, and for `around`: anchor, centre, reach (B, 1, D).
-        If only the first digits of a value are known, it stands at the end of its interval that is
-        nearest to zero: at the middle, a quiet place would look loud."""
+        The known digits leave an interval of values. The network is shown the one nearest to zero:
+        the middle would make a quiet place look loud."""
         s, dtype = s[:, None, None], self.head.weight.dtype
         unit = self.b ** (self.stages - s + 1 - m.long())  # how many values the known digits leave
         v = nearest_to_zero(x - self.K // 2, unit).to(dtype)
         weight = torch.where(m, 1.0, COARSE * (s > 1)).to(dtype)
         seen = (weight > 0).to(dtype)
-        power = v ** 2 + (unit.to(dtype) / 64) ** 2        # and what the missing digits may hold
+        power = v ** 2 + (unit.to(dtype) / 64) ** 2        # and what unknown digits may add
         powers, amounts = local_means(power, weight, LOUDNESS, first=(self.K / 64) ** 2)
         loud = (powers + FLOOR ** 2).sqrt()                # (windows, B, 1, D)
         means, counts = local_means(v, weight)
@@ -587,8 +588,8 @@ class OurWaveNet(WaveNet):
         return planes, anchor, torch.where(seen > 0, 0.0, near), torch.minimum(amplitude, unit)
 
     def around(self, out, anchor, centre, reach):
-        """Logistics around what is known. reach: the local amplitude, or if that is smaller the
-        interval that the known digits leave. In units of `reach` all numbers stay small, so
+        """Logistics around what is known. reach: the smaller one of the local amplitude and the
+        number of values that the known digits leave. In units of `reach` all numbers stay small, so
         machines agree. The clamp keeps extreme scales finite in float32."""
         weight, place, width = out.to(torch.promote_types(out.dtype, torch.float32)).chunk(3, dim=1)
         start = torch.linspace(-2, 0, self.num_outputs // 3, device=out.device, dtype=weight.dtype)
@@ -614,8 +615,8 @@ def build(c):
     kind, K, shape, b, dim, heads = (c[name] for name in (
         "kind", "K", "shape", "branch", "dim", "heads"))
     if dim < 4 or heads < (kind == "text") or dim % (2 * max(1, heads)):
-        raise ValueError(f"--dim {dim} must be 4 or more, and a multiple of 2 * --heads = "
-                         f"{2 * heads}; --heads may not be 0 for text")
+        raise ValueError(f"--dim {dim}, --heads {heads}: take 4 or more, a multiple of 2 * heads, "
+                         "and for text one head or more")
     way, ways = c["parametrization"], ("mixture" if kind == "audio" else "data", "direct")
     if b and way not in ways:
         raise ValueError(f"--parametrization {way} is not for {kind}: choose {' or '.join(ways)}")
@@ -625,7 +626,8 @@ def build(c):
     if kind == "text":
         net = (OurTransformer if ours else Transformer)(K, D, heads=heads, **sizes)
     elif kind == "image":
-        net = (OurUNet if ours else UNet)(K, shape, b=b or None, heads=heads, **sizes)
+        sizes |= dict(b=b or None, heads=heads)
+        net = OurUNet(K, shape, values=values, **sizes) if ours else UNet(K, shape, **sizes)
     else:
         sizes["num_outputs"] = 1 + 3 * LOGISTICS[c["recipe"]] if values else S * b
         net = (OurWaveNet if ours else WaveNet)(K, D, b=b or None, mixture=values, **sizes)

@@ -39,10 +39,8 @@ def smooth(L, counts=None):
 
 def local_fit(L, weights):
     """A straight line around every step t: Gaussian weights of standard deviation t/8, times the
-    given ones. L is steep for small t, and noisy for large t. (D,) -> (D,)
-
-    The fit bends little, so it is computed at a few centres only, and drawn straight between them.
-    """
+    given ones. L is steep for small t, and noisy for large t. (D,) -> (D,). The fit is a smooth
+    curve, so we compute it at a few centres, and interpolate between them."""
     D = len(L)
     centres = [0]
     while centres[-1] < D - 1:
@@ -99,10 +97,8 @@ def one_more_call(E, L):
 
 
 def plan(L, budget):
-    """The cheapest plan with exactly `budget` network calls, S..S*D, split over the stages.
-
-    L must not increase: see `smooth`. ValueError if it does, and for any other budget.
-    """
+    """The cheapest plan with exactly `budget` network calls, S..S*D, split over the stages. L must
+    not increase: see `smooth`. The calls come from `one_more_call`, or from its faster twin."""
     S, D = np.atleast_2d(L).shape
     starts = [[] for _ in range(S)]                        # (D+1,) for each call of each stage
     for s, _, start in hand_out(L, [budget]):
@@ -177,8 +173,9 @@ def order(rule, shape):
 def one_more_call_fast(E, L, n):
     """The same as `one_more_call`, in O(D log D). E is E_{n-1}. L must not increase (Eq. 4).
 
-    Then the best i does not fall as j grows. So the middle j comes first, then those halfway: the
-    best i of j lies between those of j - h and j + h, and each level has about D candidates."""
+    Then the best i does not fall as j grows. So we solve the middle j first: its best i bounds that
+    of every smaller and every larger j. Then we solve both halves in the same way. Each level of
+    halving tries about D pairs (i, j)."""
     D = len(L)
     ends = D - n + 1                                       # j = n..D; row q = j - n + 1 = 1..ends
     h = 1 << ends.bit_length() - 1
@@ -211,9 +208,9 @@ def best_paths(L):
 
 
 def hand_out(L, budgets):
-    """Yields (stage, total cost, starts) for every call up to the largest of the budgets: first
-    one for each stage, then always the one that saves most. The cost of a stage is convex in its
-    calls, so this split is the best. starts: see `one_more_call`."""
+    """Gives calls to stages one by one, up to the largest budget. Each stage gets one call. Every
+    other call goes to the stage whose cost it lowers most. The cost of a stage is convex in its
+    calls, so this split is the best. Yields (stage, total cost, start) for each call."""
     L = np.atleast_2d(np.asarray(L, dtype=np.float64))
     if not (np.diff(L, axis=1) <= 0).all() or not np.isfinite(L).all():
         raise ValueError("L must be finite and must not increase: see planner.smooth")
@@ -267,10 +264,10 @@ def check_budget(budget, S, D):
 def absorbing_bound(L, T, q):
     """The bound of absorbing diffusion in T steps (App. C) per variable, by L (D,) of our network.
 
-    q(u) is the part that is absorbed at time u, from q(0) = 0 to q(1) = 1. At step i n variables
-    are absorbed, binomially with q_i = q(i / T). Backwards each of these appears with probability
-    r_i = (q_i - q_{i-1}) / q_i, and costs L_{D-n+1}, which is L[::-1][n-1]. The bound is the sum
-    over i and n of r_i P(n) n L_{D-n+1}."""
+    q(u) is the part that is absorbed at time u, from q(0) = 0 to q(1) = 1. At step i each variable
+    is absorbed with probability q_i = q(i / T), so their number n is binomial. The reverse step
+    reveals each of them with probability r_i = (q_i - q_{i-1}) / q_i. It costs L_{D-n+1}, which is
+    L[::-1][n-1]. The bound is the sum over i and n of r_i P(n) n L_{D-n+1}."""
     L, D, total = np.asarray(L), len(L), 0.0
     n = np.arange(1, D + 1)
     log_choose = np.log((D - n + 1) / n).cumsum()          # of the ways in which n are absorbed

@@ -77,7 +77,7 @@ def inpaint_mask(rule, kind, shape):
         raise ValueError(f"--inpaint {rule}: choose {' or '.join(rules)}, which is what is known, "
                          "or a .npy file")
     if known.all() or not known.any():
-        raise ValueError(f"--inpaint {rule}: neither nothing nor all of {shape} may be known")
+        raise ValueError(f"--inpaint {rule}: of {shape}, something must be known, something not")
     return known.expand(*shape).flatten()
 
 
@@ -97,15 +97,14 @@ def read_pieces(args, settings):
 def read_known(args, model, settings):
     """x (n, T) to begin with, and what of it is known, (T,) bool."""
     kind, D = settings["kind"], model.D
-    for words, is_so in (
-            ("--prompt is for text", kind != "text" and args.prompt is not None),
-            ("--inpaint and --from are for images and audio",
-             kind == "text" and (args.inpaint or args.source)),
-            ("--from needs --inpaint", args.source and not args.inpaint),
-            ("--length is for text, and for sound without --inpaint",
-             args.length and (args.inpaint or kind == "image"))):
-        if is_so:
-            raise ValueError(f"{words}; this is a model of {kind}")
+    if kind != "text" and args.prompt is not None:
+        raise ValueError("--prompt is for text")
+    if kind == "text" and (args.inpaint or args.source):
+        raise ValueError("--inpaint and --from are for images and audio")
+    if args.source and not args.inpaint:
+        raise ValueError("--from needs --inpaint, which says what is kept of the file")
+    if args.length and (args.inpaint or kind == "image"):
+        raise ValueError("--length is for text, and for sound without --inpaint")
     if args.inpaint:
         return read_pieces(args, settings), inpaint_mask(args.inpaint, kind, settings["shape"])
     x = torch.zeros(args.length or D, dtype=torch.long)
@@ -218,7 +217,8 @@ def pictures(given, known, x, steps, settings):
 
 
 def frames_of_sound(steps, model):
-    """{name: bytes} of the frames of the first sample: values as near to zero as can be."""
+    """{name: bytes} of the frames of the first sample. If digits are missing, they show the value
+    nearest to zero that is possible."""
     half, states = model.K // 2, []
     for s, t, state, m in steps:
         if model.S == 1:
@@ -244,7 +244,7 @@ def parse():
     add("--prompt", help="text to keep, with _ for each blank (or byte), \\_ for an underscore")
     add("--inpaint", metavar="top|left|ends|FILE.npy", help="keep this part of n test images (top, "
         f"left) or sounds (left, ends), or what is True in a file; {COMPLETIONS} completions each")
-    add("--from", metavar="FILE", dest="source", help="with --inpaint: of this file instead")
+    add("--from", metavar="FILE", dest="source", help="with --inpaint: of this file, not the test piece")
     add("--temperature", type=float, default=1.0, help="below 1: likelier, less varied (default 1)")
     add("--frames", action="store_true", help=f"also show what is known at {FRAMES} points")
     add("--seed", type=int, default=0, help="seed of every draw (default 0)")

@@ -916,7 +916,8 @@ def picture_net(ours, K=6, shape=(2, 5, 6), stages=1, outputs=None):
     """A U-Net whose zero-initialised layers say something."""
     torch.manual_seed(0)
     kind = nets.OurUNet if ours else nets.UNet
-    net = kind(K, shape, outputs, dim=8, depth=1, heads=1, stages=stages, b=2)
+    net = kind(K, shape, outputs, dim=8, depth=1, heads=1, stages=stages, b=2,
+               **dict(values=outputs is None) if ours else {})
     for p in net.parameters():
         if not p.any():
             nn.init.normal_(p, std=0.3)
@@ -1083,7 +1084,7 @@ def test_local_means_are_means_of_what_is_seen():
 
 
 def test_later_stages_see_the_middle_of_what_is_not_yet_refined():
-    net = nets.OurUNet(16, (1, 2, 2), 8, dim=8, depth=1, stages=2, b=4)
+    net = nets.OurUNet(16, (1, 2, 2), 8, dim=8, depth=1, stages=2, b=4, values=False)
     v, m = torch.tensor([[[[4.0, 8.0], [0.0, 12.0]]]]) / 16 - 0.5, torch.zeros(1, 1, 2, 2).bool()
     m[0, 0, 0, 0] = True
     near = net.planes(v, m, torch.tensor([2]))[2] / nets.MEAN

@@ -89,7 +89,7 @@ class Run:
             self.rank, self.processes = distributed.get_rank(), distributed.get_world_size()
         pieces = self.processes * c["parts"]
         if c["batch"] % pieces:
-            raise ValueError(f"--batch {c['batch']}: take a multiple of processes * parts: {pieces}")
+            raise ValueError(f"--batch {c['batch']}: take a multiple of {pieces} (parts, processes)")
         self.step, self.seconds = 0, 0.0
         self.L = self.counts = None                        # measured at the end
         self.log = []                                      # rows of log.csv
@@ -120,7 +120,7 @@ def train(run, data, folder):
     try:
         for i in itertools.count():
             now = torch.tensor([time.perf_counter() - begin, len(stop)], dtype=torch.float64)
-            run.seconds, stopping = average(now, first=True).tolist()
+            run.seconds, stopping = synced(now, of_first=True).tolist()
             if run.progress >= 1 or stopping:
                 break
             train_step(run, run.draw(data))
@@ -146,7 +146,7 @@ def train_step(run, x):
     rate = learning_rate(run.c, run.hyper, run.step, run.progress)
     for group in itertools.chain(*(optimizer.param_groups for optimizer in run.optimizers)):
         group["lr"] = rate * group["full_lr"]
-    draw = dict(device=x.device, generator=run.generator)  # here: a compiled loss cannot draw
+    draw = dict(device=x.device, generator=run.generator)  # a compiled loss cannot draw itself
     t, s = stratified_steps(B, run.model.S, D, **draw)
     sigma = sample_sigma(B, D, **draw)
     loss = torch.zeros((), device=x.device)
@@ -157,7 +157,7 @@ def train_step(run, x):
         of_part.backward()
         loss += of_part.detach()
     for p in run.model.parameters():
-        average(p.grad)
+        synced(p.grad)
     nn.utils.clip_grad_norm_(run.model.parameters(), run.hyper["clip"])
     for optimizer in run.optimizers:
         optimizer.step()
@@ -202,7 +202,7 @@ def some(chunks, most):
 @torch.no_grad()
 def bound(model, chunks, passes=None, seconds=25):
     """The bound of Eq. 2 on chunks (N, D): one step t per chunk and pass, t and s stratified over
-    all of them. Without passes: half a million variables a stage, or what these seconds allow.
+    all of them. Without passes: 2^19 variables a stage, or as many as these seconds allow.
     -> dict: bits (per dim), stderr (over chunks), passes, chunks, speed (variables a second)."""
     (N, D), S, device = chunks.shape, model.S, chunks.device
     end = float("inf") if passes else time.perf_counter() + seconds
@@ -227,9 +227,9 @@ def bound(model, chunks, passes=None, seconds=25):
 
 @torch.no_grad()
 def components(model, chunks, seconds=10):
-    """L_t of chunks (N, D) for plans: (S, D) bits, and of how many variables each is the mean. The
-    loss varies more between chunks than between steps. So every step of a grid is measured on the
-    same chunks, each in one order: on 1,024, or on as many as these seconds allow."""
+    """L_t of chunks (N, D), for plans: (S, D) bits. And counts (S, D), how many variables each is
+    the mean of. The loss varies more between chunks than between steps. So every step of a grid is
+    measured on the same chunks, each in one order: on 1,024, or as many as the seconds allow."""
     S, D, end = model.S, model.D, time.perf_counter() + seconds
     generator = torch.Generator(chunks.device).manual_seed(2)
     x = some(chunks, 1024)
@@ -289,7 +289,8 @@ def price(model, test, plan, L, r):
     """Prints and returns what a plan is predicted to cost, and what it costs:
 
     prediction = bound on test data + (cost of the plan - cost of the full plan), both costs by L_t.
-    Exact bits/dim: each of some chunks in a random order, if three or more take seconds at most.
+    Exact bits/dim is the mean over some chunks, each in one random order. It is left out if three
+    chunks would take more than a few seconds.
     """
     more = (planner.plan_cost(L, plan) - L.sum()) / model.D
     row, words = dict(calls=len(plan), predicted=r["bits"] + more), "too many calls"
@@ -354,10 +355,11 @@ def orthogonal(X):
 def report(run, data, folder, bar):
     """Tells how far the run is: the bar every 10 steps, as reading a loss waits for a GPU; log.csv
     every REPORT steps, with the bound on 64 validation chunks."""
-    if run.step % 10 == 0:
-        loss = torch.stack([*run.losses]).mean().item()
-        bar.set_postfix_str(f"step {run.step}, {loss:.3f} bits/{data.unit}", refresh=False)
-        bar.update(min(run.progress, 1.0) - bar.n)
+    if run.step % 10 and run.step % REPORT:
+        return
+    loss = torch.stack([*run.losses]).mean().item()
+    bar.set_postfix_str(f"step {run.step}, {loss:.3f} bits/{data.unit}", refresh=False)
+    bar.update(min(run.progress, 1.0) - bar.n)
     if run.step % REPORT == 0:
         valid = bound(run.ema, some(data.chunks("valid"), 64), passes=1)["bits"]
         run.log.append([run.step, round(run.seconds, 3), round(loss, 6), round(valid, 6)])
@@ -401,9 +403,9 @@ def join():
     return distributed.get_rank()
 
 
-def average(numbers, first=False):
-    """A tensor, in place: the mean over all processes, or what the first one has."""
-    if distributed.is_initialized() and first:
+def synced(numbers, of_first=False):
+    """A tensor, in place, the same in all processes: their mean, or what the first one has."""
+    if distributed.is_initialized() and of_first:
         distributed.broadcast(numbers, 0)
     elif distributed.is_initialized():
         distributed.all_reduce(numbers)
@@ -438,7 +440,7 @@ def parse():
     add("--depth", type=int, help="blocks of the network; of images: on each side")
     add("--heads", type=int, help="attention heads; of images: in the middle, 0: no attention")
     add("--batch", type=int, help="datapoints in a training step")
-    add("--parts", type=int, help="of a batch, one after the other, if memory is short (default 1)")
+    add("--parts", type=int, help="splits each batch, to save memory (default 1)")
     add("--lr", type=float, help="learning rate of Adam; Muon's is the recipe's own")
     add("--steps", type=int, help="length of the run in training steps")
     add("--minutes", type=float, help=f"length of the run; default: {EPOCHS} passes over the data, "
@@ -463,7 +465,8 @@ DEFAULTS = dict(data="pydoc", recipe="ours", branch=0, bits=8, length=None, part
 
 
 def complete(given, data=None):
-    """(settings of a run, its data): defaults, over them the size, over it what is given."""
+    """(settings of a run, its data). What is given overrides the size's values, and these DEFAULTS.
+    """
     c = DEFAULTS | given
     c["device"] = str(nets.pick_device(c.get("device")))
     cuda = c["device"].startswith("cuda")
@@ -476,8 +479,8 @@ def complete(given, data=None):
         preset["batch"] *= 4                               # of small images more
     if not given.keys() & {"steps", "minutes"} and "minutes" in preset:  # little is learnt by heart
         values = data.splits["train"].numel()
-        passes = EPOCHS * values // (data.D * given.get("batch", preset["batch"]))
-        preset["steps"] = max(100, passes)
+        steps = EPOCHS * values // (data.D * given.get("batch", preset["batch"]))
+        preset["steps"] = max(100, steps)
     elif given.keys() & {"steps", "minutes"}:
         preset |= dict(steps=None, minutes=None)
     ours, cc = c["recipe"] == "ours", shutil.which(os.environ.get("CC", "cc"))
@@ -519,9 +522,9 @@ def reopen(path, given, changeable):
     words = f"{data.name} is not the data that {path} was trained on ({old['data']})"
     if (data.kind, data.K, list(data.shape)) != (old["kind"], old["K"], old["shape"]):
         raise ValueError(f"{words}: its kind, K, shape: {old['kind'], old['K'], old['shape']}")
-    if data.digest != old["sha256"] and ("data" not in given or "steps" in changeable):
-        raise ValueError(f"{words}: name it by --data")
     if data.digest != old["sha256"]:
+        if "data" not in given or "steps" in changeable:   # only an evaluation may have other data
+            raise ValueError(f"{words}: say where that is by --data")
         print(words)
     return model, checkpoint, c, data
 
@@ -604,7 +607,7 @@ def main():
     else:
         c, data = complete(given)
         run = Run(c, data)
-    average(torch.zeros(1))                                # all have read the checkpoint
+    synced(torch.zeros(1))                                # all have read the checkpoint
     folder = Path(run.c["out"]) if rank else prepare_folder(run.c, going_on)
     print(f"{data.name}: {data.kind} {' x '.join(map(str, data.shape))}, K = {data.K}; "
           f"{', '.join(f'{name} {len(part):,}' for name, part in data.splits.items())}; "

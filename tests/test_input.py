@@ -99,9 +99,9 @@ def test_a_mask_in_a_file_says_what_is_known(gallery, tmp_path, monkeypatch, ref
     for j in range(2, 6):
         part = rows[:6, 6 * j:6 * j + 5]
         assert np.array_equal(part[known], original[known]) and not np.array_equal(part, original)
-    for wrong, match in ((np.ones((6, 5), bool), "neither nothing"), (known * 1, "holds torch.int"),
+    for wrong, match in ((np.ones((6, 5), bool), "something must be known"), (known * 1, "holds torch.int"),
                          (known[0], "bool [3, 6, 5] or [6, 5] is wanted"),
-                         (known & False, "neither nothing"), (np.array([{}]), "is no .npy")):
+                         (known & False, "something must be known"), (np.array([{}]), "is no .npy")):
         np.save(mask, wrong)
         refused(sample, *flags, "--inpaint", mask, match=match)
 
@@ -179,15 +179,15 @@ train --data {bad}/packed.gz -> is packed and cannot be read
 train --size huge -> invalid choice
 train --steps 0 -> --steps 0: must be more than 0
 train --minutes nan -> --minutes nan: must be more than 0
-train --heads 0 -> --heads
-train --dim 30 --heads 4 -> multiple of
+train --heads 0 -> --heads 0: take 4 or more
+train --dim 30 --heads 4 -> a multiple of 2 * heads
 train --lr nan -> --lr nan: must be more
 train --branch 1 -> choose 2 to K = 27
 train --branch -3 -> choose 2 to K = 27
 train --branch 28 -> choose 2 to K = 27
 train --bits 9 -> invalid choice
 train --seed -1 -> --seed -1: choose
-train --batch 5 --parts 2 -> take a multiple of processes * parts: 2
+train --batch 5 --parts 2 -> take a multiple of 2 (parts, processes)
 train --resume --evaluate x -> give --resume or --evaluate
 train --steps 3 --minutes 1 -> give --steps or --minutes
 train --bits 5 -> --bits is for image

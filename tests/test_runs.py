@@ -134,7 +134,7 @@ def test_too_little_memory_names_the_flag(tmp_path, monkeypatch, refused):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(train, "complete", full)
-    refused(train, "--out", tmp_path / "run", match="try train.py --parts 4")
+    refused(train, "--out", tmp_path / "run", match="in training --parts 4")
 
 
 @pytest.mark.parametrize("kind", ["text", "image", "audio"])
@@ -265,7 +265,7 @@ def test_torchrun_trains_and_one_that_fails_ends_all(tmp_path, monkeypatch):
     begin = time.monotonic()
     done = torchrun(HERE / "train.py", *flags, "--batch", 15)
     assert done.returncode != 0 and time.monotonic() - begin < 60
-    assert "--batch 15: take a multiple of processes * parts: 2" in done.stderr
+    assert "--batch 15: take a multiple of 2 (parts, processes)" in done.stderr
     monkeypatch.setenv("WORLD_SIZE", "2")                  # left over, and nobody else is there
     monkeypatch.setenv("RANK", "1")
     assert train.join() == 0
