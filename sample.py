@@ -244,7 +244,7 @@ def parse():
     add("--prompt", help="text to keep, with _ for each blank (or byte), \\_ for an underscore")
     add("--inpaint", metavar="top|left|ends|FILE.npy", help="keep this part of n test images (top, "
         f"left) or sounds (left, ends), or what is True in a file; {COMPLETIONS} completions each")
-    add("--from", metavar="FILE", dest="source", help="with --inpaint: of this file, not the test piece")
+    add("--from", metavar="FILE", dest="source", help="of --inpaint (default: the test piece)")
     add("--temperature", type=float, default=1.0, help="below 1: likelier, less varied (default 1)")
     add("--frames", action="store_true", help=f"also show what is known at {FRAMES} points")
     add("--seed", type=int, default=0, help="seed of every draw (default 0)")

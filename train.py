@@ -89,7 +89,7 @@ class Run:
             self.rank, self.processes = distributed.get_rank(), distributed.get_world_size()
         pieces = self.processes * c["parts"]
         if c["batch"] % pieces:
-            raise ValueError(f"--batch {c['batch']}: take a multiple of {pieces} (parts, processes)")
+            raise ValueError(f"--batch {c['batch']}: take a multiple of {pieces}, for the parts")
         self.step, self.seconds = 0, 0.0
         self.L = self.counts = None                        # measured at the end
         self.log = []                                      # rows of log.csv

@@ -187,7 +187,7 @@ train --branch -3 -> choose 2 to K = 27
 train --branch 28 -> choose 2 to K = 27
 train --bits 9 -> invalid choice
 train --seed -1 -> --seed -1: choose
-train --batch 5 --parts 2 -> take a multiple of 2 (parts, processes)
+train --batch 5 --parts 2 -> take a multiple of 2, for the parts
 train --resume --evaluate x -> give --resume or --evaluate
 train --steps 3 --minutes 1 -> give --steps or --minutes
 train --bits 5 -> --bits is for image

@@ -265,7 +265,7 @@ def test_torchrun_trains_and_one_that_fails_ends_all(tmp_path, monkeypatch):
     begin = time.monotonic()
     done = torchrun(HERE / "train.py", *flags, "--batch", 15)
     assert done.returncode != 0 and time.monotonic() - begin < 60
-    assert "--batch 15: take a multiple of 2 (parts, processes)" in done.stderr
+    assert "--batch 15: take a multiple of 2, for the parts" in done.stderr
     monkeypatch.setenv("WORLD_SIZE", "2")                  # left over, and nobody else is there
     monkeypatch.setenv("RANK", "1")
     assert train.join() == 0
