@@ -92,8 +92,7 @@ class ARDM(nn.Module):
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def log_probs(self, x, m, t, s, where=None):
-        """log p of every symbol, in nats, normalised over A: (B, D, A). With where (B, D) bool:
-        (n, A) of its n variables alone."""
+        """log p of every symbol, normalised over A: (B, D, A) nats, or (n, A) of those in where."""
         logits = self.logits(x, m, t, s)
         return (logits if where is None else logits[where]).log_softmax(dim=-1)
 
@@ -113,7 +112,7 @@ class ARDM(nn.Module):
         """
         B, D = x.shape
         sigma = sigma.expand(self.S, B, D)
-        n_known = int((sigma == 0).sum(dim=-1).min())
+        n_known = fewest_known(sigma)
         ones = torch.ones(B, dtype=torch.long, device=x.device)
         for s, t, k in planner.cut(plan, n_known + 1, D):                # for t = 1, .., D
             m = sigma[s - 1] < t                           # (B, D) known
@@ -175,14 +174,14 @@ class ARDM(nn.Module):
         B, D = x.shape
         if x.numel() and not 0 <= x.min() <= x.max() < self.K:
             raise ValueError(f"x has values {x.min()} to {x.max()}, they must be 0 to {self.K - 1}")
-        if plan is None:
-            plan = planner.full_plan(self.S, D)
+        plan = planner.full_plan(self.S, D) if plan is None else list(plan)
         if sigma is None:
             sigma = sample_sigma(self.S * B, D, x.device, generator).view(self.S, B, D)
         if known is not None:
             sigma = known_first(sigma, known)
-        first = 1 + (int((sigma == 0).sum(dim=-1).min()) if B else 0)
-        planner.check(plan, self.S, first, D)
+        if not torch.equal(known_first(sigma, sigma == 0), sigma):
+            raise ValueError("each row of sigma must hold n zeros, and the steps n + 1..D once")
+        planner.check(plan, self.S, fewest_known(sigma) + 1, D)
         return plan, sigma
 
     def coarsen(self, x, s):
@@ -195,8 +194,7 @@ class UpscaleARDM(ARDM):
 
     Algorithms 3 and 4 are `generate` and `loss` with these digits for symbols. net gives
     "data": (B, D, K) logits of the values, which are summed up to those of a digit (App. A.1);
-    "direct": (B, D, S * b) logits of the digits, those of stage s at [(s-1)b, sb).
-    """
+    "direct": (B, D, S * b) logits of the digits, those of stage s at [(s-1)b, sb)."""
 
     def __init__(self, net, D, K, b, parametrization="data"):
         super().__init__(net, D, K)
@@ -241,7 +239,7 @@ class UpscaleARDM(ARDM):
             logits = self.sum_values(logits, x, s)
         else:
             stage = (s[:, None] - 1).expand(x.shape)
-            logits = gather_row(logits.unflatten(-1, (self.S, self.A)), stage)
+            logits = pick_row(logits.unflatten(-1, (self.S, self.A)), stage)
         unit = self.unit(s)[..., None]
         low = self.coarsen(x, s - 1)[..., None] + unit * torch.arange(self.A, device=x.device)
         return logits.masked_fill(low >= self.K, -torch.inf).log_softmax(dim=-1)
@@ -259,7 +257,7 @@ class UpscaleARDM(ARDM):
         digits = 0.0
         for stage in range(self.S, 0, -1):
             branches = logits.unflatten(-1, (-1, self.A))  # (B, D, values of x^(stage-1), b)
-            at_x = gather_row(branches, x // self.unit(stage - 1))
+            at_x = pick_row(branches, x // self.unit(stage - 1))
             digits = torch.where(s[:, None, None] == stage, at_x, digits)
             logits = branches.logsumexp(dim=-1)
         return digits
@@ -280,11 +278,14 @@ def stratified_steps(B, S, D, device=None, generator=None):
 def known_first(sigma, known):
     """sigma ((B, D) or (S, B, D)) with known variables (bool, (B, D)) at step 0.
 
-    The others keep their order, behind the n known ones: n + 1..D. So t - 1 is still the number of
-    known ones.
-    """
+    The others keep their order, at n + 1..D: t - 1 is still the number n of known ones."""
     rank = torch.where(known, 0, sigma).argsort(dim=-1, stable=True).argsort(dim=-1) + 1
     return torch.where(known, 0, rank)
+
+
+def fewest_known(sigma):
+    """The number of known variables in the row that knows least. No rows know everything."""
+    return int((sigma == 0).sum(dim=-1).min()) if sigma.numel() else sigma.shape[-1]
 
 
 def num_stages(K, b):
@@ -307,6 +308,6 @@ def pick(log_p, a):
     return log_p.gather(-1, a[..., None])[..., 0]
 
 
-def gather_row(rows, i):
+def pick_row(rows, i):
     """rows (B, D, n, b), i (B, D) in 0..n-1 -> (B, D, b): one row for each variable."""
     return torch.take_along_dim(rows, i[..., None, None], dim=2)[:, :, 0]

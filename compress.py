@@ -261,7 +261,9 @@ def settle(args):
     model, checkpoint = nets.load(args.ckpt, args.device)
     settings = checkpoint["settings"]
     S, D, kind = model.S, model.D, settings["kind"]
-    path = args.input or Path(args.ckpt).parent / datasets.PIECES[kind]
+    if args.input is None and args.ckpt == nets.ENGLISH:
+        raise ValueError("name a file, or a checkpoint beside which a piece of test data lies")
+    path = Path(args.ckpt).parent / datasets.PIECES[kind] if args.input is None else args.input
     usual = min(S * D, CALLS.get(kind, -(-S * D // 4)))
     calls = usual if args.calls is None else args.calls
     plan = planner.uniform_plan(S, D, calls)

@@ -86,6 +86,8 @@ class Data:
 
 def text(name, stream, length):
     """Data of (n,) uint8: characters, K = 27 (space, a-z), or bytes, K = 256. Split 90/5/5."""
+    if stream.dtype != np.uint8:
+        raise ValueError(f"{name}: a text must be an array of uint8, not {stream.dtype}")
     K = 256 if OTHER.search(stream) else 27
     n = len(stream)
     parts = np.split(to_symbols(stream.tobytes(), K), [n * 90 // 100, n * 95 // 100])
@@ -99,6 +101,9 @@ def images(name, train, test, bits=8, valid=None, flips=False):
     if valid is None:
         train, valid = np.split(train, [len(train) - -(-len(train) // 10)])
     parts = dict(train=train, valid=valid, test=test)
+    if not all(part.dtype in (np.uint8, bool) and part.ndim == 4
+               and part.shape[1:] == train.shape[1:] for part in parts.values()):
+        raise ValueError(f"{name}: images must be (N, C, H, W) of uint8, all of one size")
     top = max(part.max(initial=0) for part in parts.values())
     drop = 8 - bits if top >= 2 ** bits else 0
     K = 2 if bits == 8 and top < 2 else 2 ** bits
@@ -136,6 +141,7 @@ def tenths(items):
 def load(name, length=None, bits=8, device="cpu", chunk=64):
     """The data set of that name, or of the file or folder at that path. length: of a datapoint of
     text (without it: chunk) or audio. bits: for images."""
+    name = os.path.expanduser(name)
     if os.path.isdir(name) and name not in NAMES:
         data = load_clips(name, name, length)
     else:
@@ -235,8 +241,8 @@ def to_bytes(symbols, K):
 
 
 def show(x, K, known=None):
-    """(D,) integers -> one line of text, with `_` where `known` (D,) is False. Control characters
-    become spaces, so that a sample cannot move the cursor."""
+    """(D,) integers -> one line of text, with `_` where `known` (D,) is False, and a space for each
+    control character."""
     stream = np.frombuffer(to_bytes(x, K), dtype=np.uint8)
     if known is not None:
         stream = np.where(known, stream, ord("_")).astype(np.uint8)
@@ -291,8 +297,8 @@ def waveforms(samples, known=None, size=(64, 640)):
 
 
 def exhibit(x, settings, name="samples", known=None):
-    """Samples x (N, D) as files, {name: bytes}: lines of text; a grid of images; sounds one after
-    the other, and their waveforms, light grey where they were known (D,) beforehand."""
+    """Samples x (N, D) as {name: bytes}: lines of text; a grid of images; sounds one after the
+    other, and their waveforms, light grey where they were known (D,)."""
     K = settings["K"]
     if settings["kind"] == "text":
         return {f"{name}.txt": b"".join(to_bytes(row, K) + b"\n" for row in x)}
@@ -312,7 +318,7 @@ def test_piece(data):
         x, form = x[:16].reshape(-1), [1 if H in (1, 3) and C > 1 else 3, "|u1"]
     elif data.kind == "audio":
         x, form = x[:2 * data.rate], [data.rate, 1]
-    return {PIECES[data.kind]: file_of(x[:20000] if form is None else x, vars(data), form)}
+    return {PIECES[data.kind]: file_of(x if form else x[:20000], vars(data), form)}
 
 
 # -- Skip on a first reading: a user's files in and out, errors, downloads, data that is made here -
@@ -345,8 +351,8 @@ class FileArray:
 
 
 def file_array(content, name):
-    """The FileArray of a .npy, idx or .wav file's bytes, or None. ValueError if it is damaged, or
-    not what we know how to read."""
+    """The FileArray in the bytes of a .npy, idx or .wav file; None for others. ValueError if it
+    is damaged, or of a kind that is not read."""
     if content[:4] == b"RIFF" and content[8:12] == b"WAVE":
         return wav_array(content, name)
     if content[:4] == b"\0\0\x08\x03" and len(content) >= 16:
@@ -391,8 +397,7 @@ def colour_axis(shape):
 
 
 def wav_array(content, name):
-    """The samples of a .wav file. A length that nobody filled in, or that is too large, means: to
-    the end."""
+    """The samples of a .wav file. A length that is missing or too large means: to the end."""
     at, found = 12, {}
     for _ in range(1000):                                  # chunks, at most
         if b"data" in found or at + 8 > len(content):
@@ -407,7 +412,7 @@ def wav_array(content, name):
     code, channels, rate, _, _, bits = struct.unpack("<HHIIHH", form[:16])
     if code == 0xFFFE:                                     # WAVE_FORMAT_EXTENSIBLE
         code = int.from_bytes(form[24:26], "little")
-    if (code, bits) != (1, 16) or channels == 0 or not 0 < rate < 1 << 30:
+    if (code, bits) != (1, 16) or not can_be_wav(rate, channels):
         raise ValueError(f"{name}: {bits} bits a sample, format {code}, {channels} channels, {rate}"
                          " samples a second; it takes 16 bits: ffmpeg -i IN -c:a pcm_s16le OUT.wav")
     begin, size = found[b"data"]
@@ -420,8 +425,8 @@ def wav_array(content, name):
 
 
 def open_symbols(path, settings):
-    """A user's file as (n,) symbols of the model with these settings, and its FileArray (None for
-    text). Images go colour by colour, sound channel by channel."""
+    """A user's file as (n,) symbols for the model with these settings, colour by colour or channel
+    by channel; and its FileArray, None for text."""
     content, K, shape = read(path), settings["K"], tuple(settings["shape"])
     if settings["kind"] == "text":
         if K == 256:
@@ -468,11 +473,16 @@ def file_of(symbols, settings, form):
     return head + array.tobytes()
 
 
+def can_be_wav(rate, channels):
+    """True if the head of a .wav file can hold these numbers."""
+    return type(rate) is type(channels) is int and 0 < rate < 1 << 20 and 0 < channels < 1 << 11
+
+
 def check_form(form, n, settings):
     """ValueError if no file of n symbols has this form."""
     one, other = form
     if settings["kind"] == "audio":
-        good = 0 < one < 1 << 30 and 0 < other < 1 << 16 and n % other == 0
+        good = can_be_wav(one, other) and n % other == 0
     else:
         axes, D = (0, 1, 3) if settings["shape"][0] == 1 else (1, 3), math.prod(settings["shape"])
         good = one in axes and other in ("|u1", "|b1") and n % D == 0
@@ -502,6 +512,8 @@ class Parser(argparse.ArgumentParser):
 
 def run(main):
     """Runs a script. What a user can mend becomes one line on stderr, and exit code 2."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")       # if they are closed
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")           # a terminal that lacks a character
     old = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))        # files are cleaned up
@@ -602,11 +614,11 @@ def members(place, wanted):
     try:
         with tarfile.open(**where) as archive:
             for member in archive:
-                if member.isfile() and re.search(wanted, member.name):
+                if member.isfile() and not member.issparse() and re.search(wanted, member.name):
                     content = archive.extractfile(member).read(LARGEST)
                     yield member.name.removeprefix("./"), content
-    except (tarfile.TarError, zlib.error, EOFError, gzip.BadGzipFile) as error:
-        raise ValueError(f"this tar file is damaged: {str(error).splitlines()[0]}")
+    except (tarfile.TarError, zlib.error, EOFError, OSError, ValueError) as error:
+        raise ValueError(f"this tar file is damaged: {str(error)[:80]}")
 
 
 def fetch(name):

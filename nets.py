@@ -97,8 +97,7 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of norm(x). Every position sees every other one. Linear layers have no
-    bias."""
+    """Multi-head attention of norm(x), both ways. The linear layers have no bias."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -338,8 +337,8 @@ class GatedBlock(nn.Module):
 
 
 class MixtureARDM(ARDM):
-    """The order-agnostic ARDM of audio. net gives what `log_mass` takes. Log-probabilities of all
-    K = 65,536 values exist only for the variables of one call."""
+    """The order-agnostic ARDM of audio, by `log_mass`. Only the variables of one call have
+    log-probabilities of all K = 65,536 values."""
 
     def log_probs(self, x, m, t, s, where=None):
         """log p of every value: (B, D, K), or (n, K) of the n variables in `where`."""
@@ -380,12 +379,10 @@ def log_mass(mixture, low, high, K):
 
     mixture (..., 1 + 3n): the anchor, a whole number from which centres are counted; n logits of
     the weights; n centres; n log(scale)s. low and high (...) are integers. The first value owns all
-    numbers below it, the last value all above it, so the K masses sum to 1.
+    numbers below it, the last one all above it, so the K masses sum to 1.
     With a and b = (boundary - centre) / scale, and w = b - a, the mass between a and b is
-
-        sigmoid(b) - sigmoid(a) = sigmoid(b) sigmoid(-a) (1 - e^-w).
-
-    The product loses no digits, however far out the interval lies."""
+    sigmoid(b) - sigmoid(a) = sigmoid(b) sigmoid(-a) (1 - e^-w). The product stays exact, however
+    far out the interval lies."""
     anchor, (weight, centre, log_scale) = mixture[..., :1], mixture[..., 1:].chunk(3, dim=-1)
     low, high = low[..., None], high[..., None]
     a = (low - anchor - 0.5 - centre) * torch.exp(-log_scale)
@@ -605,6 +602,7 @@ def nearest_to_zero(low, unit):
 
 ENGLISH = Path(__file__).parent / "results" / "english.pt"  # used where no checkpoint is named
 EDITION = 3                          # of the settings in a checkpoint
+MOST_D, MOST_DEPTH = 1 << 20, 1000
 LOGISTICS = {"ours": 3, "paper": 30}
 
 
@@ -621,6 +619,9 @@ def build(c):
     if b and way not in ways:
         raise ValueError(f"--parametrization {way} is not for {kind}: choose {' or '.join(ways)}")
     D, S, ours = math.prod(shape), num_stages(K, b) if b else 1, c["recipe"] == "ours"
+    axes, fits = 3 if kind == "image" else 1, D <= MOST_D and c["depth"] <= MOST_DEPTH
+    if len(shape) != axes or min(shape) < 1 or not fits:
+        raise ValueError(f"shape {shape}, depth {c['depth']}: too many, or no datapoint of {kind}")
     values = not b or way != "direct"                      # the network speaks of values
     sizes = dict(num_outputs=K if values else S * b, dim=dim, depth=c["depth"], stages=S)
     if kind == "text":
@@ -637,22 +638,22 @@ def build(c):
 
 
 def load(path, device=None):
-    """(model with the averaged weights, checkpoint). Only tensors and plain values are read. The
-    network is made without memory first: settings that do not fit the weights cost nothing."""
+    """(model with the averaged weights, checkpoint): tensors and plain values alone are read. The
+    network is made without memory, so settings that do not fit the weights cost nothing."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         settings, weights = checkpoint["settings"], checkpoint["ema"]
         if settings.get("edition") != EDITION:
             raise ValueError(f"not of edition {EDITION}")
-        if settings["depth"] > len(weights):
-            raise ValueError("too few weights")
+        if not all(each.isfinite().all() for each in weights.values()):
+            raise ValueError("its weights are not numbers")
         with torch.device("meta"):
             model = build(settings)
         model.load_state_dict({name: each.float() for name, each in weights.items()}, assign=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint; python train.py writes one")
     except Exception as error:                             # whatever a torn or foreign file raises
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:80]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
         raise ValueError(f"{path} is no checkpoint of this program, or a damaged one ({reason})")
     return model.eval().to(pick_device(device)), checkpoint
 

@@ -6,8 +6,7 @@
     python sample.py --ckpt out/glyphs/ckpt.pt --inpaint top              test images from their top
     python sample.py --ckpt out/tones/ckpt.pt --inpaint ends              test sounds: the middle
 
-It writes samples.txt and frames.txt, or samples.png, inpaint.png and frames.png, beside the
-checkpoint. Of audio also samples.wav or inpaint.wav, one sound after the other.
+It writes samples, completions (inpaint) and frames beside the checkpoint: .txt, .png or .wav.
 """
 import math
 import os
@@ -161,8 +160,7 @@ def draw_rows(model, x, todo, args, settings, generator):
 
 
 def frames(model, x, sigma, plan):
-    """[(s, t, state (B, D), known (B, D))]: the process that led to x, at up to FRAMES points. At
-    step t of stage s, x^(s) is known where sigma < t."""
+    """[(s, t, state (B, D), known (B, D))] of the process that led to x, at up to FRAMES points."""
     points = [plan[0][:2]] + [(s, t + k) for s, t, k in plan]
     n = min(FRAMES, len(points))
     shown = [points[i * (len(points) - 1) // max(1, n - 1)] for i in range(n)]
@@ -195,8 +193,7 @@ def frames_of_text(steps, model):
 
 
 def pictures(given, known, x, steps, settings):
-    """{name: bytes} of completions, a row for each, with what was known of it, grey elsewhere; and
-    of frames, a row for each sample."""
+    """{name: bytes} of completions, with what was known of them, and of frames: a row for each."""
     def colours(x, known=torch.tensor(True)):
         seen = datasets.to_pictures(known.expand(x.shape), settings["shape"], 2)
         return np.where(seen, datasets.to_pictures(x, settings["shape"], settings["K"]), 128)
@@ -217,8 +214,7 @@ def pictures(given, known, x, steps, settings):
 
 
 def frames_of_sound(steps, model):
-    """{name: bytes} of the frames of the first sample. If digits are missing, they show the value
-    nearest to zero that is possible."""
+    """{name: bytes} of the first sample's frames: of possible values those nearest to zero."""
     half, states = model.K // 2, []
     for s, t, state, m in steps:
         if model.S == 1:
@@ -251,10 +247,9 @@ def parse():
     add("--device", help="cuda, mps or cpu")
     add("--out", help="folder for the files (default: the checkpoint's; of English out/english)")
     args = parser.parse_args()
-    if not all(1 <= n <= 10 ** 6 for n in (args.n, args.length) if n is not None):
-        raise ValueError("--n and --length must be 1 to 1,000,000")
-    if args.calls is not None and args.calls < 1:
-        raise ValueError(f"{args.calls} network calls: choose 1 or more")
+    for name in ("n", "length", "calls"):
+        if not 1 <= (1 if getattr(args, name) is None else getattr(args, name)) <= 10 ** 6:
+            raise ValueError(f"--{name} must be 1 to 1,000,000")
     if not 0 <= args.temperature < float("inf") or not 0 <= args.seed < 1 << 63:
         raise ValueError("--temperature must be 0 or more, --seed 0 to 2^63 - 1")
     return args

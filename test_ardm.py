@@ -253,6 +253,12 @@ def test_plans_that_leave_something_out_and_foreign_values_are_refused():
         for use in (lambda: model.nll(x, plan), lambda: model.sample(2, plan)):
             with pytest.raises(ValueError, match="must generate steps 1..4 of stages 1..1"):
                 use()
+    for sigma in ([[1, 2, 3, 3]], [[0, 1, 2, 3]], [[2, 3, 4, 5]], [[-1, -2, -3, -4]]):
+        with pytest.raises(ValueError, match="each row of sigma"):
+            model.nll(x, sigma=torch.tensor(sigma).expand(2, 4))
+    calls = planner.uniform_plan(1, 4, 2)
+    same("a plan may be an iterator", model.nll(x, iter(calls)), 4 * math.log(3), rel=1e-6)
+    assert model.sample(0).shape == (0, 4) and model.nll(x[:0]).shape == (0,)
     known = torch.tensor([True, True, False, False]).expand(2, 4)
     assert model.sample(2, [(1, 3, 2)], x=x, known=known).shape == (2, 4)
     for wrong in (-1, 3):

@@ -280,9 +280,9 @@ def evaluate(model, data, passes=None):
     plans = [planner.plan(L, n) for n in budgets if model.S <= n < L.size]
     print(f"network calls   bits/{unit} predicted from L_t   measured (exact)")
     calls = [price(model, test, plan, L, r) for plan in (*plans, planner.full_plan(model.S, D))]
-    return dict(data=data.name, kind=data.kind, shape=list(data.shape), chunks=r["chunks"],
-                bits_per_dim=r["bits"], stderr=r["stderr"], passes=r["passes"], L=L_t,
-                counts=counts, L_smooth=L.tolist(), calls=calls, references=others)
+    return dict(data=data.name, bits_per_dim=r["bits"], stderr=r["stderr"], chunks=r["chunks"],
+                passes=r["passes"], L=L_t, counts=counts, L_smooth=L.tolist(), calls=calls,
+                references=others)
 
 
 def price(model, test, plan, L, r):
@@ -385,7 +385,7 @@ def restore(run, checkpoint):
     """Goes on where the run of this checkpoint was saved."""
     run.model.load_state_dict(checkpoint["model"])
     run.ema.load_state_dict(checkpoint["ema"])
-    for optimizer, state in zip(run.optimizers, checkpoint["optimizer"]):
+    for optimizer, state in zip(run.optimizers, checkpoint["optimizer"], strict=True):
         optimizer.load_state_dict(state)
     vars(run).update({name: checkpoint[name] for name in PLAIN})
     run.losses.extend(torch.tensor(checkpoint["losses"], device=run.c["device"]))
@@ -451,6 +451,8 @@ def parse():
     add("--seed", type=int, help="seed of the weights and of every draw (default 0)")
     add("--out", help="folder for the results (default out/<data>)")
     given = vars(parser.parse_args())
+    if "" in given.values():
+        raise ValueError("a flag has an empty value")
     for one, other in (("steps", "minutes"), ("resume", "evaluate")):
         if given.keys() >= {one, other}:
             raise ValueError(f"give --{one} or --{other}, not both")
@@ -485,10 +487,11 @@ def complete(given, data=None):
         preset |= dict(steps=None, minutes=None)
     ours, cc = c["recipe"] == "ours", shutil.which(os.environ.get("CC", "cc"))
     preset["compile"] = bool(cuda and cc and importlib.util.find_spec("triton"))
-    preset["out"] = f"out/{Path(c['data']).name.split('.')[0]}"
+    preset["out"] = default_out(c)
     preset["parametrization"] = dict(text="data", image="direct" if ours else "data",
                                      audio="mixture" if ours else "direct")[data.kind]
-    c |= preset | given
+    c |= preset | given | dict(device=c["device"])
+    c["out"] = os.path.expanduser(c["out"])
     kinds = dict(bits=("image",), length=("text", "audio"),
                  parametrization=("text", "image", "audio") if c["branch"] else ())
     for name in kinds.keys() & given.keys():
@@ -497,6 +500,10 @@ def complete(given, data=None):
             raise ValueError(f"--{name} is for {words}")
     return c | dict(kind=data.kind, K=data.K, shape=list(data.shape), length=data.D, rate=data.rate,
                     sha256=data.digest), data
+
+
+def default_out(c):
+    return f"out/{Path(c.get('data', 'pydoc')).name.split('.')[0]}"
 
 
 def load_data(c):
@@ -518,6 +525,8 @@ def reopen(path, given, changeable):
     c = old | given | dict(device=str(nets.pick_device(given.get("device"))))
     if given.keys() & {"steps", "minutes"}:                # replaces both old ones
         c |= dict(steps=given.get("steps"), minutes=given.get("minutes"))
+    if c["device"][:4] != old["device"][:4]:
+        c["compile"] = given.get("compile", False)
     data = load_data(c)
     words = f"{data.name} is not the data that {path} was trained on ({old['data']})"
     if (data.kind, data.K, list(data.shape)) != (old["kind"], old["K"], old["shape"]):
@@ -534,7 +543,8 @@ def prepare_folder(c, going_on):
     checkpoint, but files of the names that a run writes."""
     folder = Path(c["out"])
     ckpt, results = folder / "ckpt.pt", folder / "results.json"
-    names = datasets.PIECES[c["kind"]], "results.json", "samples.png", "samples.wav"
+    names = (datasets.PIECES[c["kind"]], "results.json", "samples.txt", "samples.png",
+             "samples.wav")
     if not list(folder.glob("ckpt*.pt")) and any((folder / name).exists() for name in names):
         raise ValueError(f"{folder} has files like a run's, but no run: choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
@@ -556,7 +566,8 @@ def finish(run, data, folder):
                             text=(2, 20, '--prompt "the ____ of"'))[data.kind]
     L = np.array(results["L_smooth"])
     calls = min(calls, L.size)
-    x = run.ema.sample(n, planner.plan(L, calls), generator=run.generator).cpu()
+    generator = run.generator.manual_seed(run.c["seed"])   # whether the run was resumed or not
+    x = run.ema.sample(n, planner.plan(L, calls), generator=generator).cpu()
     if data.kind == "text":
         print("samples:", *(datasets.show(row, data.K) for row in x), sep="\n  ")
     results = run.c | results | dict(
@@ -577,14 +588,16 @@ def finish(run, data, folder):
 
 def go_on(given):
     """(run, data) of the run in --out, where it was saved. ValueError if nothing is left to do."""
-    name = Path(given.get("data", "pydoc")).name.split(".")[0]
-    given.setdefault("out", f"out/{name}")
+    given["out"] = os.path.expanduser(given.get("out", default_out(given)))
     _, checkpoint, c, data = reopen(f"{given['out']}/ckpt.pt", given, {
         "data", "steps", "minutes", "passes", "out", "compile", "device", "parts"})
     if "optimizer" not in checkpoint:
         raise ValueError("this checkpoint holds weights alone: it cannot be resumed")
     run = Run(c, data)
-    restore(run, checkpoint)
+    try:
+        restore(run, checkpoint)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"the state of the run in {given['out']}/ckpt.pt is damaged: {error}")
     finished = (Path(c["out"]) / "results.json").exists() or run.step > (c["steps"] or run.step)
     if run.progress >= 1 and finished:
         raise ValueError(f"step {run.step} is the run's end: give it more --steps or --minutes")
@@ -597,7 +610,7 @@ def main():
     rank = join()
     if rank:                                               # one process talks
         sys.stdout = open(os.devnull, "w")
-    if path:                                               # nothing is written
+    if path is not None:                                   # nothing is written
         model, _, _, data = reopen(path, given, {"data", "device", "passes"})
         print(f"{path} on {data.name}")
         evaluate(model, data, given.get("passes"))
@@ -613,10 +626,11 @@ def main():
           f"{', '.join(f'{name} {len(part):,}' for name, part in data.splits.items())}; "
           f"{sum(p.numel() for p in run.model.parameters()):,} weights on {run.c['device']}; "
           f"results go to {folder}")
-    if train(run, data, folder):
-        if rank == 0:
-            finish(run, data, folder)
-        return
+    try:
+        if train(run, data, folder):
+            return finish(run, data, folder) if rank == 0 else None
+    except KeyboardInterrupt:                              # in the evaluation
+        pass
     command = f"torchrun --nproc_per_node={run.processes}" if run.processes > 1 else "python"
     print(f"stopped at step {run.step} and saved; go on with: {command} train.py --resume --out "
           f"{shlex.quote(folder.as_posix())}")

@@ -13,7 +13,7 @@ import data as datasets
 import nets
 import planner
 import train
-from ardm import ARDM, bits_per_dim, draw, pick
+from ardm import ARDM, bits_per_dim, draw, known_first, pick
 from results import recipes
 from results.common import CIFAR, HERE, RUNS, patched, text8_prefix, trained
 
@@ -100,8 +100,8 @@ def bench_absorbing(args):
 @torch.no_grad()
 def generate_surest(model, x, plan, choose):
     """Each call generates those k variables of which the network is surest, as many text-diffusion
-    models do. It is not the model's distribution. x: (B, D), for its shape. -> x, and the t at
-    which each variable was generated, (S, B, D)."""
+    models do. It is not the model's distribution. x: (B, D), for its shape. -> x, and the order
+    in which its variables were generated, (S, B, D)."""
     B, D = x.shape
     sigma = torch.full((model.S, B, D), D + 1)
     for s, t, k in plan:
@@ -113,7 +113,7 @@ def generate_surest(model, x, plan, choose):
         a[where] = choose(log_p[where], where, s)
         x = torch.where(where, model.refine(x, a, s), x)
         sigma[s - 1][where] = t
-    return x, sigma
+    return x, known_first(sigma, sigma == 0)               # in one call from left to right
 
 
 def bench_samples(args):

@@ -94,6 +94,16 @@ def test_sound_files_come_back_byte_for_byte(studio, refused, tmp_path):
             match="order-agnostic model of audio cannot code")
 
 
+@pytest.mark.parametrize("form", [
+    [2 ** 30, 5], [8000, 65535], [8000.0, 1], [True, True], [8000, 0], ["x", 1], None, [1]])
+def test_no_archive_of_sound_claims_a_file_that_cannot_be(form, studio, refused, tmp_path):
+    (tmp_path / "a.wav").write_bytes(wav_bytes(np.zeros((0, 1))))
+    archive = there_and_back(studio, tmp_path / "a.wav").read_bytes()
+    (tmp_path / "bad").write_bytes(changed(archive, form=form))
+    refused(compress, "decode", "--ckpt", studio / "ckpt.pt", tmp_path / "bad", tmp_path / "out",
+            match="its header makes no sense")
+
+
 def test_texts_come_back_whatever_the_order_and_the_blocks(folder, tmp_path, capsys):
     (tmp_path / "in").write_bytes((folder / "test.txt").read_bytes()[:2000])
     (tmp_path / "none").touch()

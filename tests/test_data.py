@@ -273,6 +273,8 @@ def test_sound_that_is_not_read_is_refused_in_words(tmp_path):
     torn = (tmp_path / "clips.tar").read_bytes()[:9000]
     for content, words in (
             (wav_bytes(clip(1), rate=0), "0 samples a second"),
+            (wav_bytes(clip(1), rate=(1 << 30) - 1), "1073741823 samples a second"),
+            (wav_bytes(np.zeros((1, 3000))), "3000 channels"),
             (wav_bytes(clip(1), bits=8), "8 bits a sample, format 1, 1 channels"),
             (wav_bytes(clip(1), code=3, bits=32), "32 bits a sample, format 3"),
             (wav_bytes(clip(1))[:30], "with a whole fmt chunk"),

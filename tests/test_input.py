@@ -99,9 +99,11 @@ def test_a_mask_in_a_file_says_what_is_known(gallery, tmp_path, monkeypatch, ref
     for j in range(2, 6):
         part = rows[:6, 6 * j:6 * j + 5]
         assert np.array_equal(part[known], original[known]) and not np.array_equal(part, original)
-    for wrong, match in ((np.ones((6, 5), bool), "something must be known"), (known * 1, "holds torch.int"),
+    for wrong, match in ((np.ones((6, 5), bool), "something must be known"),
+                         (known * 1, "holds torch.int"),
                          (known[0], "bool [3, 6, 5] or [6, 5] is wanted"),
-                         (known & False, "something must be known"), (np.array([{}]), "is no .npy")):
+                         (known & False, "something must be known"),
+                         (np.array([{}]), "is no .npy")):
         np.save(mask, wrong)
         refused(sample, *flags, "--inpaint", mask, match=match)
 
@@ -161,13 +163,16 @@ def bad(folder, model, tmp_path_factory):
     torch.save(Path, place / "code.pt")
     torch.save({"model": {}}, place / "foreign.pt")
     for name, change in (("second", dict(edition=None)), ("deep", dict(depth=10 ** 6)),
-                         ("long", dict(shape=[20_000_000])), ("dim", dict(dim=64))):
+                         ("long", dict(shape=[20_000_000])), ("dim", dict(dim=64)),
+                         ("axes", dict(shape=[1, 4, 6]))):
         torch.save(whole | dict(settings=whole["settings"] | change), place / f"{name}.pt")
     del whole["settings"]["dim"]
     torch.save(whole, place / "missing.pt")
     other = torch.load(folder / "ckpt.pt", weights_only=True)
     other["ema"]["net.head.bias"] += 1
     torch.save(other, place / "other.pt")
+    other["ema"]["net.head.bias"] += np.nan
+    torch.save(other, place / "nan.pt")
     return place
 
 
@@ -209,16 +214,18 @@ train --evaluate {bad}/second.pt -> not of edition 3
 train --evaluate {bad}/missing.pt -> KeyError: 'dim'
 sample --ckpt {bad}/text.pt -> is no checkpoint
 sample --ckpt {bad}/code.pt -> is no checkpoint
-sample --ckpt {bad}/deep.pt -> too few weights
+sample --ckpt {bad}/deep.pt -> too many, or no datapoint
+sample --ckpt {bad}/nan.pt -> its weights are not numbers
+sample --ckpt {bad}/axes.pt -> no datapoint of text
 sample --ckpt {bad}/long.pt -> is no checkpoint
 sample --ckpt {bad}/dim.pt -> is no checkpoint
-sample --ckpt {run}/ckpt.pt --calls 0 -> 0 network calls: choose 1 or more
+sample --ckpt {run}/ckpt.pt --calls 0 -> --calls must be 1 to 1,000,000
 sample --ckpt {run}/ckpt.pt --calls 25 -> 25 network calls: choose 1 to 24
 sample --ckpt {run}/ckpt.pt --prompt the____of --calls 12 -> choose 1 to 4
 sample --ckpt {run}/ckpt.pt --prompt the____of --length 5 -> --length 5: the prompt alone has 9
-sample --ckpt {run}/ckpt.pt --n 10000000000 -> 1 to 1,000,000
-sample --ckpt {run}/ckpt.pt --n 0 -> --n and --length must be
-sample --ckpt {run}/ckpt.pt --length 0 -> --n and --length must be
+sample --ckpt {run}/ckpt.pt --n 10000000000 -> --n must be 1 to 1,000,000
+sample --ckpt {run}/ckpt.pt --n 0 -> must be 1 to 1,000,000
+sample --ckpt {run}/ckpt.pt --length 0 -> must be 1 to 1,000,000
 sample --ckpt {run}/ckpt.pt --prompt The____ -> 'T' at position 0
 sample --ckpt {run}/ckpt.pt --prompt nothing -> no blank
 sample --ckpt {run}/ckpt.pt --length 30 --frames -> one window
@@ -249,7 +256,9 @@ compress decode --ckpt {run}/ckpt.pt --item 1 {bad}/a {out} -> --item 1:
 compress decode --ckpt {bad}/other.pt {bad}/a {out} -> written with another checkpoint
 compress decode {bad}/a {out} -> written with another checkpoint
 compress bench --ckpt {run}/ckpt.pt {bad}/empty -> is empty
-compress bench -> cannot be read
+compress bench -> name a file, or a checkpoint
+train --out= -> a flag has an empty value
+train --depth 99999999 -> too many, or no datapoint
 compress -> required
 """
 
