@@ -14,9 +14,8 @@ The symbols are the paper's. Steps and stages count from 1, values count from 0.
     m = sigma < t  (B, D) the mask: True where x is known
     s, S           the stage, 1..S, and the number of stages (order-agnostic model: S = 1)
     x^(s)          x with its s most significant base-b digits: x^(0) is constant, x^(S) = x
-    a, A           the symbol that a stage generates, 0..A-1 (A: the size of its alphabet). An
-                   order-agnostic model generates the value itself (A = K), an upscale model a
-                   digit (A = b)
+    a, A           the symbol that a stage generates, of an alphabet 0..A-1. An order-agnostic
+                   model generates the value itself (A = K), an upscale model a digit (A = b)
     L_t            loss component of step t: what a variable costs that is predicted at step t
     plan           [(s, t, k), ...], one entry for each network call: in stage s the network sees
                    x^(s) of the variables with sigma < t, and x^(s-1) of the others. It generates
@@ -57,8 +56,7 @@ class ARDM(nn.Module):
 
     def __init__(self, net, D, K):
         super().__init__()
-        self.net = net
-        self.D, self.K = D, K
+        self.net, self.D, self.K = net, D, K
         self.S, self.A = 1, K
         self.outputs = getattr(net, "num_outputs", None) or K            # numbers for a variable
 
@@ -169,8 +167,7 @@ class ARDM(nn.Module):
         return nats
 
     def complete(self, x, plan, sigma, generator, known=None):
-        """plan and sigma, checked. If they are not given: one variable per call, and an order for
-        each stage."""
+        """plan and sigma, checked. Without them: one variable per call, an order for each stage."""
         B, D = x.shape
         if x.numel() and not 0 <= x.min() <= x.max() < self.K:
             raise ValueError(f"x has values {x.min()} to {x.max()}, they must be 0 to {self.K - 1}")
@@ -191,7 +188,6 @@ class ARDM(nn.Module):
 
 class UpscaleARDM(ARDM):
     """The upscale ARDM (Sec. 3.2): S stages, each generates a base-b digit, the highest first.
-
     Algorithms 3 and 4 are `generate` and `loss` with these digits for symbols. net gives
     "data": (B, D, K) logits of the values, which are summed up to those of a digit (App. A.1);
     "direct": (B, D, S * b) logits of the digits, those of stage s at [(s-1)b, sb)."""
@@ -276,9 +272,8 @@ def stratified_steps(B, S, D, device=None, generator=None):
 
 
 def known_first(sigma, known):
-    """sigma ((B, D) or (S, B, D)) with known variables (bool, (B, D)) at step 0.
-
-    The others keep their order, at n + 1..D: t - 1 is still the number n of known ones."""
+    """sigma ((B, D) or (S, B, D)) with known variables (bool, (B, D)) at step 0. The others
+    keep their order, at n + 1..D: t - 1 is still the number n of known ones."""
     rank = torch.where(known, 0, sigma).argsort(dim=-1, stable=True).argsort(dim=-1) + 1
     return torch.where(known, 0, rank)
 

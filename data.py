@@ -283,7 +283,7 @@ def png(pixels):
 
 
 def waveforms(samples, known=None, size=(64, 640)):
-    """Samples (N, D) around 0 -> (N, *size, 1) uint8. Each column has a line from its lowest to its
+    """Samples (N, D) around 0 -> (N, *size, 1) uint8. Each column is a line from its lowest to its
     highest sample, light grey if all of them are known (D,)."""
     D, (H, W) = samples.shape[1], size
     edges = np.arange(W) * D // W
@@ -340,9 +340,9 @@ SOURCES = {                          # file -> where from, md5 or SHA-256 (of a 
 
 
 class FileArray:
-    """The array in a file: images (N, C, H, W) of uint8 or bool, or sound (channels, n) of int16.
-    form: what `file_of` needs to write it anew: [axis of the colours, type] of images, [rate,
-    channels] of sound. head, tail: the bytes before and behind the array."""
+    """The array in a file: images (N, C, H, W) or sound (channels, n). head, tail: the bytes before
+    and behind it. form: what `file_of` needs to write the file anew, [axis of the colours, type] of
+    images, [rate, channels] of sound."""
 
     def __init__(self, form, array, content, begin):
         self.form, self.array = form, array
@@ -481,23 +481,21 @@ def can_be_wav(rate, channels):
 def check_form(form, n, settings):
     """ValueError if no file of n symbols has this form."""
     one, other = form
+    axes, D = (0, 1, 3) if settings["shape"][0] == 1 else (1, 3), math.prod(settings["shape"])
+    good = one in axes and other in ("|u1", "|b1") and n % D == 0
     if settings["kind"] == "audio":
         good = can_be_wav(one, other) and n % other == 0
-    else:
-        axes, D = (0, 1, 3) if settings["shape"][0] == 1 else (1, 3), math.prod(settings["shape"])
-        good = one in axes and other in ("|u1", "|b1") and n % D == 0
     if not good:
         raise ValueError("no file has this form")
 
 
 def references(symbols, K):
     """What others need for symbols (n,), taken as one file: {name: bits per dimension}."""
-    share = np.bincount(symbols) / len(symbols)
-    share = share[share > 0]
-    stream = to_bytes(symbols, K)
-    found = {"uniform": float(np.log2(K)), "single symbols": float(share @ np.log2(1 / share))}
-    return found | {name: 8 * len(packer.compress(stream)) / len(symbols)
-                    for name, packer in (("bz2", bz2), ("xz", lzma), ("zlib", zlib))}
+    p, n, stream = np.bincount(symbols) / len(symbols), len(symbols), to_bytes(symbols, K)
+    entropy = -float(np.sum(p[p > 0] * np.log2(p[p > 0])))
+    return {"uniform": float(np.log2(K)), "single symbols": entropy} | {
+        name: 8 * len(packer.compress(stream)) / n
+        for name, packer in (("bz2", bz2), ("xz", lzma), ("zlib", zlib))}
 
 
 class Parser(argparse.ArgumentParser):

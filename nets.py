@@ -342,13 +342,12 @@ class MixtureARDM(ARDM):
 
     def log_probs(self, x, m, t, s, where=None):
         """log p of every value: (B, D, K), or (n, K) of the n variables in `where`."""
-        mixture = self.logits(x, m, t, s)
+        mixture, value = self.logits(x, m, t, s), torch.arange(self.K, device=x.device)
         mixture = mixture if where is None else mixture[where]
-        value = torch.arange(self.K, device=x.device)
         few = max(1, (1 << 19) // self.K)                  # bounds the memory of `log_mass`
         log_p = [log_mass(part[:, None], value, value + 1, self.K)
                  for part in mixture.flatten(0, -2).split(few)]
-        return torch.cat([*log_p, mixture.new_empty(0, self.K)]).view(*mixture.shape[:-1], self.K)
+        return torch.cat(log_p).view(*mixture.shape[:-1], self.K)
 
     def true_log_p(self, x, m, t, s):
         """log p of the values that x has, (B, D) nats: one mass each."""
@@ -472,8 +471,8 @@ NEAR, MEAN = 16, 8                   # factors that bring differences and means 
 
 
 class OurUNet(UNet):
-    """Not in the paper: means of the known values around each variable as inputs, no time input,
-    and a logistic distribution beside the softmax if the outputs are values, not digits."""
+    """Not in the paper: means of the known values around each variable are inputs, the time is not.
+    If the outputs are values, not digits, a logistic distribution is added to the softmax."""
 
     def __init__(self, K, shape, num_outputs=None, dim=32, values=True, **sizes):
         super().__init__(K, shape, num_outputs, dim, **sizes)
@@ -607,11 +606,10 @@ LOGISTICS = {"ours": 3, "paper": 30}
 
 
 def build(c):
-    """An untrained ARDM. c: a dict with kind, K, shape, recipe, branch, parametrization, dim, depth
-    and heads. ValueError for sizes that do not fit together."""
+    """An untrained ARDM of these settings. ValueError for sizes that do not fit together."""
     keep_freed_memory()
-    kind, K, shape, b, dim, heads = (c[name] for name in (
-        "kind", "K", "shape", "branch", "dim", "heads"))
+    kind, K, shape, b = c["kind"], c["K"], c["shape"], c["branch"]
+    dim, heads = c["dim"], c["heads"]
     if dim < 4 or heads < (kind == "text") or dim % (2 * max(1, heads)):
         raise ValueError(f"--dim {dim}, --heads {heads}: take 4 or more, a multiple of 2 * heads, "
                          "and for text one head or more")
@@ -660,23 +658,21 @@ def load(path, device=None):
 
 def digest(model):
     """A hash of the weights, by which an archive knows its checkpoint."""
-    total = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        total.update(name.encode() + value.cpu().numpy().tobytes())
-    return total.hexdigest()[:16]
+    state = sorted(model.state_dict().items())
+    content = b"".join(name.encode() + value.cpu().numpy().tobytes() for name, value in state)
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def pick_device(name=None):
     """The device of that name. Without a name: the fastest kind there is."""
     best = ("cuda" if torch.cuda.is_available() else
             "mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.empty(0, device=name or best).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name or best}: {str(error).splitlines()[0]}")
-    if device.type not in ("cuda", "mps", "cpu"):
+    if (name or best).partition(":")[0] not in ("cuda", "mps", "cpu"):
         raise ValueError(f"--device {name}: choose cuda, mps or cpu")
-    return device
+    try:
+        return torch.empty(0, device=name or best).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}")
 
 
 def has_bf16(device):
@@ -693,8 +689,7 @@ def rows_per_call(device, D):
 
 
 def keep_freed_memory():
-    """Lets glibc keep freed memory for the next network call. It would give large blocks back, and
-    fetch them again, zeroed page by page: 10 to 30% of the time on a CPU."""
+    """Lets glibc keep freed memory for the next call: to fetch it anew takes 10 to 30% longer."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)                                # M_MMAP_MAX

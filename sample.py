@@ -4,7 +4,6 @@
     python sample.py --n 1 --length 1000                   window after window
     python sample.py --prompt "the ____ of" --frames       underscores are the blanks
     python sample.py --ckpt out/glyphs/ckpt.pt --inpaint top              test images from their top
-    python sample.py --ckpt out/tones/ckpt.pt --inpaint ends              test sounds: the middle
 
 It writes samples, completions (inpaint) and frames beside the checkpoint: .txt, .png or .wav.
 """
@@ -81,8 +80,7 @@ def inpaint_mask(rule, kind, shape):
 
 
 def read_pieces(args, settings):
-    """args.n datapoints of the file --from, or of the test piece beside the checkpoint, each
-    COMPLETIONS times: (N, D)."""
+    """args.n datapoints of --from, or of the test piece, each COMPLETIONS times: (N, D)."""
     D = math.prod(settings["shape"])
     path = args.source or Path(args.ckpt).parent / datasets.PIECES[settings["kind"]]
     symbols, _ = datasets.open_symbols(path, settings)
@@ -140,16 +138,16 @@ def windows(model, checkpoint, known, args):
 
 def draw_rows(model, x, todo, args, settings, generator):
     """Samples (B, T) that keep what is known of x (B, T), and the orders of the last window."""
-    x, bar = x.clone(), tqdm(total=sum(len(plan) for _, _, plan in todo), unit="call", leave=False,
-                             disable=None)
+    calls = sum(len(plan) for _, _, plan in todo)
+    x, bar = x.clone(), tqdm(total=calls, unit="call", leave=False, disable=None)
 
     def choose(log_p, where, s):
         bar.update()
         return draw(log_p, args.temperature, generator)
 
     for window, known, plan in todo:
-        size = model.S * len(x), len(known)
-        sigma = sample_sigma(*size, x.device, generator).view(model.S, len(x), -1)
+        sigma = sample_sigma(model.S * len(x), len(known), x.device, generator)
+        sigma = sigma.view(model.S, len(x), -1)
         if args.order != "random":
             shape = settings["shape"] if len(settings["shape"]) == 3 else len(known)
             sigma = torch.from_numpy(planner.order(args.order, shape)).to(x.device).expand_as(sigma)
@@ -184,7 +182,7 @@ def play(model, x, sigma, plan):
 
 
 def frames_of_text(steps, model):
-    """{name: bytes} of the frames of all samples, one below the other; they are printed, too."""
+    """{name: bytes} of all samples' frames, which are printed, too."""
     lines = [f"s = {s}  " * (model.S > 1) + f"t = {t:4d}  "
              + datasets.show(state[i], model.K, known[i].numpy())
              for i in range(len(steps[0][2])) for s, t, state, known in steps]

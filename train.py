@@ -628,7 +628,12 @@ def main():
           f"results go to {folder}")
     try:
         if train(run, data, folder):
-            return finish(run, data, folder) if rank == 0 else None
+            if rank == 0:
+                finish(run, data, folder)
+            if run.processes > 1:                          # gloo's threads may abort another exit
+                sys.stdout.flush()
+                os._exit(0)
+            return
     except KeyboardInterrupt:                              # in the evaluation
         pass
     command = f"torchrun --nproc_per_node={run.processes}" if run.processes > 1 else "python"
