@@ -126,6 +126,18 @@ def test_images_are_split_and_flattened_colour_by_colour_in_any_layout(tmp_path)
     assert torch.equal(datasets.load(str(path)).splits["test"], data.splits["test"][:, :30])
 
 
+def test_a_file_that_is_written_anew_is_the_one_of_numpy():
+    for N, H, W, C in itertools.product((1, 99, 100_000), (1, 13, 120), (7,), (1, 3)):
+        array = np.zeros((N, H, W, C), np.uint8)[:, :, :, :1 if N > 99 else C]
+        for axis, each in ((3, array), (1, array.transpose(0, 3, 1, 2)), (0, array[..., 0])):
+            if axis and H in (1, 3) or N > 99 and H > 1 or axis == 0 and array.shape[3] > 1:
+                continue
+            file = io.BytesIO()
+            np.save(file, np.ascontiguousarray(each))
+            settings = dict(kind="image", K=256, shape=(array.shape[3], H, W))
+            assert datasets.file_of(array.reshape(-1), settings, [axis, "|u1"]) == file.getvalue()
+
+
 @pytest.mark.parametrize("shape, found", [
     ((20, 6, 5), (1, 6, 5)), ((20, 3, 3), (1, 3, 3)), ((20, 1, 1), (1, 1, 1)),
     ((20, 3, 3, 1), (1, 3, 3)), ((20, 1, 1, 1), (1, 1, 1)), ((20, 6, 5, 4), (4, 6, 5)),
@@ -279,6 +291,7 @@ def test_sound_that_is_not_read_is_refused_in_words(tmp_path):
             (wav_bytes(clip(1), code=3, bits=32), "32 bits a sample, format 3"),
             (wav_bytes(clip(1))[:30], "with a whole fmt chunk"),
             (b"RIFF\0\0\0\0WAVE" + bytes(9_000_000), "with a whole fmt chunk"),
+            (wav_bytes(clip(1), before=b"junk\0\0\0\0" * 2000), "with a whole fmt chunk"),
             (wav_bytes(clip(1)), "too few for"), (torn, "this tar file is damaged")):
         (tmp_path / "x").write_bytes(content)
         with pytest.raises(ValueError, match=words):

@@ -44,6 +44,19 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(tmp_path, device, recip
         assert torch.equal(a, b)
 
 
+def test_a_resumed_run_ends_with_the_samples_of_the_whole_one(tmp_path):
+    c, data = train.complete(dict(length=16, dim=16, depth=1, heads=1, batch=4, steps=3, passes=1,
+                                  device="cpu", size="tiny"))
+    whole, again = train.Run(c, data), train.Run(c, data)
+    assert train.train(whole, data, tmp_path)
+    train.restore(again, torch.load(tmp_path / "ckpt.pt", weights_only=True))
+    found = []
+    for run in (whole, again):
+        train.finish(run, data, tmp_path)
+        found.append((tmp_path / "samples.txt").read_bytes())
+    assert found[0] == found[1]
+
+
 def test_a_signal_saves_and_the_run_can_be_resumed(folder, tmp_path):
     flags = [*map(str, QUICK), "--steps", "100000", "--out", str(tmp_path), "--device", "cpu"]
     process = subprocess.Popen([sys.executable, HERE / "train.py", *flags], text=True,
