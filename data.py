@@ -467,7 +467,6 @@ def file_of(symbols, settings, form):
     array = array.transpose(0, 2, 3, 1) if axis == 3 else array if axis else array[:, 0]
     described = {"descr": dtype, "fortran_order": False, "shape": array.shape}
     header = "{" + "".join(f"'{key}': {value!r}, " for key, value in described.items()) + "}"
-    header += " " * (21 - len(str(len(array))))            # NumPy leaves room for a longer N
     header += " " * (-(11 + len(header)) % 64) + "\n"
     head = b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header.encode()
     return head + array.tobytes()
