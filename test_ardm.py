@@ -1400,7 +1400,8 @@ def test_compress_on_the_command_line(folder, tmp_path, capsys):
     assert "decoded and identical" in printed and "exact nll" in printed and "xz" in printed
 
 
-def test_every_script_explains_itself_and_readme_names_what_exists(capsys):
+def test_every_script_explains_itself_and_readme_names_what_exists(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
     for script in (train, sample, compress):
         assert call(script, "--help") == 0 and len(capsys.readouterr().out.splitlines()) < 80
     readme = (HERE / "README.md").read_text("utf-8")

@@ -29,8 +29,8 @@ SECTIONS = {name: module for module, names in (
     ("recipes", "text images weights epochs"), ("speed", "planner coder speed gpu sizes"),
     ("page", "page")) for name in names.split()}
 CONCLUSIONS = {                      # one sentence each, for a reader in a hurry
-    "plans": "Orders save more than plans: at 20 calls of text8 the planned and the even split cost "
-             "the same bits, and `spaced` costs 2.7% less.",
+    "plans": "Orders save more than plans: at 20 calls of text8 the planned and the even split cost"
+             " the same bits, and `spaced` costs 2.7% less.",
     "orders": "Of the orders that were tried for images, random ones cost least at 100 calls.",
     "calls": "Sound needs few network calls: by L_t, 64 cost 0.6% more bits than all 8,192.",
     "absorbing": "A thousand steps of absorbing diffusion come within 0.1% of the bits of an ARDM "
