@@ -16,7 +16,7 @@ The symbols are the paper's. Steps and stages count from 1, values count from 0.
     x^(s)          x with its s most significant base-b digits: x^(0) is constant, x^(S) = x
     a, A           the symbol that a stage generates, of an alphabet 0..A-1. An order-agnostic
                    model generates the value itself (A = K), an upscale model a digit (A = b)
-    L_t            loss component of step t: what a variable costs that is predicted at step t
+    L_t            loss component of step t: the cost of a variable that is predicted at step t
     plan           [(s, t, k), ...], one entry for each network call: in stage s the network sees
                    x^(s) of the variables with sigma < t, and x^(s-1) of the others. It generates
                    the k variables with t <= sigma < t + k together (Sec. 3.1)
@@ -106,7 +106,7 @@ class ARDM(nn.Module):
         sigma: (B, D), or (S, B, D) for an order per stage. Where it is 0, x is known.
         choose(log_p, where, s) -> (n,) gives the symbols of the n variables in `where` (B, D) from
         log_p (n, A). It draws them, reads them from data, or takes them from a decoder.
-        The first call is the first one that any row needs. Rows that know more wait for it.
+        It starts at the first call that any row needs. Rows that know more join later.
         """
         B, D = x.shape
         sigma = sigma.expand(self.S, B, D)
@@ -189,7 +189,7 @@ class ARDM(nn.Module):
 class UpscaleARDM(ARDM):
     """The upscale ARDM (Sec. 3.2): S stages, each generates a base-b digit, the highest first.
     Algorithms 3 and 4 are `generate` and `loss` with these digits for symbols. net gives
-    "data": (B, D, K) logits of the values, which are summed up to those of a digit (App. A.1);
+    "data": (B, D, K) logits of values, whose probabilities add up to a digit's (App. A.1);
     "direct": (B, D, S * b) logits of the digits, those of stage s at [(s-1)b, sb)."""
 
     def __init__(self, net, D, K, b, parametrization="data"):
@@ -279,7 +279,7 @@ def known_first(sigma, known):
 
 
 def fewest_known(sigma):
-    """The number of known variables in the row that knows least. No rows know everything."""
+    """The number of known variables in the row that knows least. An empty batch gives D."""
     return int((sigma == 0).sum(dim=-1).min()) if sigma.numel() else sigma.shape[-1]
 
 

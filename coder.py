@@ -14,7 +14,7 @@ A message is one integer, the state x. A symbol with frequency f out of 2^P owns
 The symbol that is pushed last is popped first. So the encoder begins with the last symbol, and the
 decoder reads forward. Callers give everything in reading order.
 
-The state stays below 2^64. A push that would pass that first moves the low 32 bits out to a list
+The state stays below 2^64. Before a push would pass that, the low 32 bits move out to a list
 of words; a pop that leaves x < 2^32 takes a word back. Both sides decide by x alone, so they agree:
 
     push:  x >= f * 2^(64-P)  <=>  the push would give x >= 2^64          (before the push)
@@ -22,7 +22,7 @@ of words; a pop that leaves x < 2^32 takes a word back. Both sides decide by x a
 
 The encoder's first state is 0 or a checksum, below 2^32. The decoder must end at the same number.
 A message is the state (big-endian, as short as it can be), then the words in reading order. If
-there are words, the state has 5 bytes or more, so the length of the message tells them apart.
+there are words, the state has 5 bytes or more, so the length shows where the words begin.
 
 Both sides need the same integers, but networks differ in their last bits from machine to machine.
 So log-probabilities (float64) are rounded to a grid of 1/64 nat, and integer arithmetic follows.

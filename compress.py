@@ -228,8 +228,8 @@ def open_codec(header, model, settings, name):
 
 
 def decode_file(archive, at, codec, n, item=None):
-    """Yields (number, symbols or None if they are damaged) of the blocks of an archive, which begin
-    at `at`. n: symbols of the whole. With item: of that datapoint alone."""
+    """Yields (number, symbols or None if they are damaged) of the blocks of an archive, from byte
+    `at`. n: symbols in the file. With item: only that datapoint."""
     D = codec.model.D
     if item is not None and not 0 <= item < -(-n // D):
         raise ValueError(f"--item {item}: there are {-(-n // D)}, counted from 0")
@@ -305,7 +305,7 @@ def run_decode(args):
         if x is not None:
             parts.append(x.reshape(-1))
             continue
-        damaged.append(f"block {number} (counted from 0) is cut off, too many, or changed")
+        damaged.append(f"block {number} (counted from 0) is cut off, changed, or surplus")
         if not args.keep_going:
             raise ValueError(f"{args.input} is damaged: {damaged[0]}; --keep-going delivers the "
                              "rest")

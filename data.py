@@ -1,6 +1,6 @@
 """Data sets as arrays of integers 0..K-1; how they are shown; a user's file in and out; errors.
 
-    pydoc          help texts inside Python, reduced to a-z and space; other versions have others
+    pydoc          help texts inside Python, reduced to a-z and space; they vary with the version
     glyphs         small grey pictures of digits, drawn here
     tones          strings, sweeps and pauses under noise, made here
     text8, enwik8, mnist, cifar10, sc09
@@ -97,7 +97,7 @@ def text(name, stream, length):
 def images(name, train, test, bits=8, valid=None, flips=False):
     """Data of (N, C, H, W) uint8 arrays. Without valid: the last tenth of train. bits: how many of
     the 8 are kept, the most significant first. If all values are below 2^bits they are taken as
-    they are, and 0 and 1 alone are K = 2."""
+    they are, and only 0 and 1 mean K = 2."""
     if valid is None:
         train, valid = np.split(train, [len(train) - -(-len(train) // 10)])
     parts = dict(train=train, valid=valid, test=test)
@@ -115,7 +115,7 @@ def images(name, train, test, bits=8, valid=None, flips=False):
 def audio(name, clips, rate, length, listed=None):
     """Data of clips {file: (channels, n) int16}. The channels of all clips follow one another.
     listed: {file: "test" or "valid"}. Without it: every tenth clip is for the test, and of the rest
-    every ninth for validation; of fewer than ten clips the last tenth of each by time."""
+    every ninth for validation; of fewer than ten clips, each is cut 8:1:1 by time."""
     names = sorted(clips)
     if listed:
         parts = [[clips[file] for file in names if listed.get(file, "train") == split]
@@ -379,7 +379,7 @@ def image_array(content, array, begin, name):
                          "0..1 by (255 * array).round().astype('u1'), 0..255 by astype('u1')")
     if axis is None or array.size == 0:
         raise ValueError(f"{name} holds an array of shape {shape}: images are (N, H, W, C), (N, C, "
-                         "H, W) or (N, H, W), no two of these; grey ones (N, H, W, 1) are clear")
+                         "H, W) or (N, H, W), this is none or two; for grey take (N, H, W, 1)")
     if not array.flags.c_contiguous:
         raise ValueError(f"{name} is in Fortran's order: save numpy.ascontiguousarray(array)")
     planes = array.transpose(0, 3, 1, 2) if axis == 3 else array if axis else array[:, None]
@@ -660,7 +660,7 @@ def cifar10(place, name):
 
 
 def pydoc():
-    """Topics of Python's help() in lower case, every run of other characters than a-z one space."""
+    """Topics of Python's help() in lower case. Each run of other characters becomes one space."""
     from pydoc_data.topics import topics
     text = re.sub("[^a-z]+", " ", " ".join(topics.values()).lower()).strip()
     return np.frombuffer(bytearray(text.encode()), np.uint8)

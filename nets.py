@@ -26,7 +26,7 @@ for function in (torch.exp, torch.log, torch.log1p, torch.sin, torch.cos, torch.
     function(torch.ones(1))
     function(torch.ones(1).double())
 
-MAX_WAVELENGTH = 10000.0             # of the sines that tell positions and steps, over 2 pi
+MAX_WAVELENGTH = 10000.0             # of the sines of positions and steps, over 2 pi
 
 
 class Network(nn.Module):
@@ -133,7 +133,7 @@ def wave_angles(positions, dim):
 
 class UNet(Network):
     """U-Net at one resolution for images (C, H, W) (App. D): `depth` ResBlocks "down", one in the
-    middle (with heads: attention and another one), `depth` "up". Each of these also gets the output
+    middle (with heads: attention and another one), `depth` "up". Each "up" also gets the output
     of its twin "down". D = C * H * W variables, colour by colour. stages, b: of upscaling."""
 
     def __init__(self, K, shape, num_outputs=None, dim=32, depth=2, heads=0, stages=1, b=None):
@@ -198,7 +198,7 @@ class UNet(Network):
 
 
 def with_stage(planes, s, stages):
-    """A list of (B, .., H, W) or (B, .., D) as one tensor. With several stages: and s, one-hot."""
+    """A list of (B, .., H, W) or (B, .., D) as one tensor. If stages > 1, s joins, one-hot."""
     if stages > 1:
         size = planes[0].shape[2:]
         stage = F.one_hot(s - 1, stages).view(-1, stages, *[1] * len(size)).to(planes[0].dtype)
@@ -265,8 +265,8 @@ WIDEST = 7.0                         # limit of a logistic's log(scale), as rele
 
 
 class WaveNet(Network):
-    """DiffWave for audio (App. D): a WaveNet that sees both sides. Any length will do, D counts for
-    the time alone. mixture: the outputs are what `log_mass` takes, not logits of digits."""
+    """DiffWave for audio (App. D): a WaveNet that sees both sides. Any length will do, only the
+    time uses D. mixture: the outputs are what `log_mass` takes, not logits of digits."""
 
     def __init__(self, K, D, num_outputs, dim=48, depth=9, stages=1, b=None, mixture=True):
         super().__init__()
@@ -636,8 +636,8 @@ def build(c):
 
 
 def load(path, device=None):
-    """(model with the averaged weights, checkpoint): tensors and plain values alone are read. The
-    network is made without memory, so settings that do not fit the weights cost nothing."""
+    """(model with the averaged weights, checkpoint): only tensors and plain values are read. A file
+    whose settings want more weights than it holds is refused before a network is made."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         settings, weights = checkpoint["settings"], checkpoint["ema"]
@@ -645,15 +645,28 @@ def load(path, device=None):
             raise ValueError(f"not of edition {EDITION}")
         if not all(each.isfinite().all() for each in weights.values()):
             raise ValueError("its weights are not numbers")
-        with torch.device("meta"):
-            model = build(settings)
-        model.load_state_dict({name: each.float() for name, each in weights.items()}, assign=True)
+        if least_weights(settings) > sum(each.numel() for each in weights.values()):
+            raise ValueError("its settings want more weights than it has")
+        model = build(settings)
+        model.load_state_dict(weights)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint; python train.py writes one")
     except Exception as error:                             # whatever a torn or foreign file raises
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
         raise ValueError(f"{path} is no checkpoint of this program, or a damaged one ({reason})")
     return model.eval().to(pick_device(device)), checkpoint
+
+
+def least_weights(c):
+    """A number of weights that a network of these settings exceeds, by its largest layers."""
+    dim, outputs = c["dim"], c["branch"] if c["parametrization"] == "direct" else c["K"]
+    if c["kind"] == "text":
+        largest = c["K"] * dim, c["shape"][0] * (dim // max(1, 2 * c["heads"]))
+    elif c["kind"] == "image":
+        largest = c["K"] * (dim // 4), c["shape"][0] * dim * (outputs or c["K"])
+    else:
+        largest = (c["K"] * (dim // 4) if c["recipe"] == "paper" else 0,)
+    return max(c["depth"] * dim ** 2, *largest)
 
 
 def digest(model):

@@ -136,7 +136,7 @@ def uniform_plan(S, D, budget):
 
 
 def cosine_plan(S, D, budget):
-    """Few variables first, as in MaskGIT: after a part u of the calls 1 - cos(pi u/2) is known."""
+    """Few variables first, as in MaskGIT: after the part u of calls, 1 - cos(pi u/2) is known."""
     return by_curve(S, D, budget, lambda u: 1 - np.cos(np.pi / 2 * u))
 
 
@@ -270,7 +270,7 @@ def absorbing_bound(L, T, q):
     L[::-1][n-1]. The bound is the sum over i and n of r_i P(n) n L_{D-n+1}."""
     L, D, total = np.asarray(L), len(L), 0.0
     n = np.arange(1, D + 1)
-    log_choose = np.log((D - n + 1) / n).cumsum()          # of the ways in which n are absorbed
+    log_choose = np.log((D - n + 1) / n).cumsum()          # log of D choose n
     for i in range(1, T + 1):
         before, now = q((i - 1) / T), q(i / T)
         log_P = log_choose + n * np.log(now) + (D - n) * np.log(max(1 - now, 1e-300))

@@ -63,7 +63,7 @@ OURS = {                             # muon_lr and muon_decay are for the matric
     "small": dict(lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0, muon_lr=0.02, muon_decay=0.02,
                   warmup=200, clip=1.0, ema=0.998)}
 OURS["paper"] = OURS["small"]
-EPOCHS = 150                         # passes over the data, at most, if no length of run is given
+EPOCHS = 150                         # passes over the data, at most, without --steps or --minutes
 REPORT = 100                         # steps between rows of log.csv
 SAVE = 120                           # seconds between checkpoints
 
@@ -84,7 +84,7 @@ class Run:
         if c["compile"]:                                   # dynamic shapes are slower
             self.loss = torch.compile(self.model.loss, dynamic=False)
         self.generator = torch.Generator(c["device"]).manual_seed(c["seed"])
-        self.rank, self.processes = 0, 1                   # of those that torchrun has started
+        self.rank, self.processes = 0, 1                   # this one; how many torchrun has started
         if distributed.is_initialized():
             self.rank, self.processes = distributed.get_rank(), distributed.get_world_size()
         pieces = self.processes * c["parts"]
@@ -227,9 +227,9 @@ def bound(model, chunks, passes=None, seconds=25):
 
 @torch.no_grad()
 def components(model, chunks, seconds=10):
-    """L_t of chunks (N, D), for plans: (S, D) bits. And counts (S, D), how many variables each is
-    the mean of. The loss varies more between chunks than between steps. So every step of a grid is
-    measured on the same chunks, each in one order: on 1,024, or as many as the seconds allow."""
+    """L_t of chunks (N, D), for plans: (S, D) bits. And counts (S, D): the variables averaged in
+    each. The loss varies more between chunks than between steps. So all steps of a grid use the
+    same chunks, one order each: 1,024, or fewer if time runs out."""
     S, D, end = model.S, model.D, time.perf_counter() + seconds
     generator = torch.Generator(chunks.device).manual_seed(2)
     x = some(chunks, 1024)
@@ -353,7 +353,7 @@ def orthogonal(X):
 
 
 def report(run, data, folder, bar):
-    """Tells how far the run is: the bar every 10 steps, as reading a loss waits for a GPU; log.csv
+    """Shows progress: the bar only every 10 steps, as to read a loss waits for a GPU; log.csv
     every REPORT steps, with the bound on 64 validation chunks."""
     if run.step % 10 and run.step % REPORT:
         return

@@ -214,7 +214,7 @@ train --evaluate {bad}/second.pt -> not of edition 3
 train --evaluate {bad}/missing.pt -> KeyError: 'dim'
 sample --ckpt {bad}/text.pt -> is no checkpoint
 sample --ckpt {bad}/code.pt -> is no checkpoint
-sample --ckpt {bad}/deep.pt -> too many, or no datapoint
+sample --ckpt {bad}/deep.pt -> its settings want more weights
 sample --ckpt {bad}/nan.pt -> its weights are not numbers
 sample --ckpt {bad}/axes.pt -> no datapoint of text
 sample --ckpt {bad}/long.pt -> is no checkpoint
