@@ -47,8 +47,7 @@ def read_prompt(prompt, K, length=None):
         raise ValueError(f"--length {length}: the prompt alone has {len(known)}")
     known += [False] * more
     if all(known):
-        raise ValueError("the prompt has no blank: write _ for each character to be filled in, or "
-                         "make it longer by --length")
+        raise ValueError("the prompt has no blank: write _ for each, or make it longer by --length")
     x = datasets.to_symbols(stream + b" " * more, K)
     return torch.from_numpy(x).long(), torch.tensor(known)
 
@@ -96,10 +95,8 @@ def read_known(args, model, settings):
     kind, D = settings["kind"], model.D
     if kind != "text" and args.prompt is not None:
         raise ValueError("--prompt is for text")
-    if kind == "text" and (args.inpaint or args.source):
-        raise ValueError("--inpaint and --from are for images and audio")
-    if args.source and not args.inpaint:
-        raise ValueError("--from needs --inpaint, which says what is kept of the file")
+    if kind == "text" and (args.inpaint or args.source) or args.source and not args.inpaint:
+        raise ValueError("--inpaint and --from are for images and audio, --from with --inpaint")
     if args.length and (args.inpaint or kind == "image"):
         raise ValueError("--length is for text, and for sound without --inpaint")
     if args.inpaint:
@@ -138,8 +135,8 @@ def windows(model, checkpoint, known, args):
 
 def draw_rows(model, x, todo, args, settings, generator):
     """Samples (B, T) that keep what is known of x (B, T), and the orders of the last window."""
-    calls = sum(len(plan) for _, _, plan in todo)
-    x, bar = x.clone(), tqdm(total=calls, unit="call", leave=False, disable=None)
+    x, calls = x.clone(), sum(len(plan) for _, _, plan in todo)
+    bar = tqdm(total=calls, unit="call", leave=False, disable=None)
 
     def choose(log_p, where, s):
         bar.update()
@@ -160,9 +157,9 @@ def draw_rows(model, x, todo, args, settings, generator):
 def frames(model, x, sigma, plan):
     """[(s, t, state (B, D), known (B, D))] of the process that led to x, at up to FRAMES points."""
     points = [plan[0][:2]] + [(s, t + k) for s, t, k in plan]
-    n = min(FRAMES, len(points))
-    shown = [points[i * (len(points) - 1) // max(1, n - 1)] for i in range(n)]
-    return [(s, t, model.net_input(x, sigma[s - 1] < t, s), sigma[s - 1] < t) for s, t in shown]
+    shown = np.linspace(0, len(points) - 1, min(FRAMES, len(points))).astype(int)
+    return [(s, t, model.net_input(x, sigma[s - 1] < t, s), sigma[s - 1] < t)
+            for s, t in (points[i] for i in shown)]
 
 
 # -- Skip on a first reading: pictures, the terminal, the command ----------------------------------
