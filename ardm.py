@@ -21,8 +21,8 @@ The symbols are the paper's. Steps and stages count from 1, values count from 0.
                    x^(s) of the variables with sigma < t, and x^(s-1) of the others. It generates
                    the k variables with t <= sigma < t + k together (Sec. 3.1)
 
-Losses and likelihoods are in nats per datapoint, L_t is in bits. For an order-agnostic model any
-net(x, m, t, s) -> (B, D, K) logits will do.
+Losses and likelihoods are in nats per datapoint here; train.py measures L_t in bits. For an
+order-agnostic model any net(x, m, t, s) -> (B, D, K) logits will do.
 """
 import math
 

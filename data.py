@@ -151,6 +151,7 @@ def load(name, length=None, bits=8, device="cpu", chunk=64):
 
 
 def load_name(name, length, bits, chunk):
+    """`load` of one of the NAMES."""
     if name == "pydoc":
         return text(f"pydoc of Python {platform.python_version()}", pydoc(), length or chunk)
     if name == "glyphs":
@@ -170,6 +171,7 @@ def load_name(name, length, bits, chunk):
 
 
 def load_file(name, length, bits, chunk):
+    """`load` of a file, by what its first bytes say."""
     if not os.path.lexists(name):
         raise ValueError(f"--data {name}: no such file, and none of the names {', '.join(NAMES)}")
     content = unpack(read(name), name)
@@ -200,7 +202,7 @@ def load_clips(name, place, length, wanted=r"(?i)(^|/)(?!\._)[^/]*\.wav$|_list\.
             listed |= {folder + one: split for one in content.decode("latin-1").split()}
             continue
         found = file_array(content, file)
-        if found is None or found.rate not in (rate or found.rate, None):
+        if found is None or not found.rate or found.rate != (rate or found.rate):
             raise ValueError(f"{name}: {file} is no RIFF WAV file, or has {found and found.rate} "
                              f"samples a second, others {rate}: make them alike")
         rate = found.rate

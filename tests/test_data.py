@@ -296,6 +296,9 @@ def test_sound_that_is_not_read_is_refused_in_words(tmp_path):
     (place / "22.wav").write_bytes(b"RF64" + wav_bytes(clip(0))[4:])
     with pytest.raises(ValueError, match="22.wav is no RIFF WAV file"):
         datasets.load(str(place), 10)
+    (place / "22.wav").write_bytes(b"\0\0\x08\x03" + bytes([0, 0, 0, 1] * 3) + b"x")   # a picture
+    with pytest.raises(ValueError, match="22.wav is no RIFF WAV file"):
+        datasets.load(str(place), 10)
     (place / "22.wav").write_bytes(wav_bytes(clip(0), rate=16000))
     with pytest.raises(ValueError, match="22.wav .* has 16000 samples a second, others 8000"):
         datasets.load(str(place), 10)
