@@ -327,6 +327,7 @@ def test_piece(data):
 
 BATCHES = r"(^|/)(data_batch_[1-5]|test_batch)\.bin$"       # of CIFAR-10, its binary version
 DIGITS = r"^(\./)?(zero|one|two|three|four|five|six|seven|eight|nine)/.*\.wav$|_list\.txt$"
+MAY_BE_0 = ("branch", "heads", "item", "seed", "temperature")            # flags
 LARGEST = 1 << 31                    # bytes that a file may unpack to
 MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 SOURCES = {                          # file -> where from, md5 or SHA-256 (of a zip: of its member)
@@ -500,13 +501,25 @@ def references(symbols, K):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that reports an error in one line. No flag may be shortened."""
+    """argparse that reports an error in one line. No flag may be shortened or empty, and numbers
+    are at most 10^9 and more than 0, but for those that MAY_BE_0."""
 
     def __init__(self, **how):
         super().__init__(allow_abbrev=False, **how)
 
     def error(self, message):
         raise ValueError(f"{message} (--help lists everything)")
+
+    def parse_args(self):
+        args = super().parse_args()
+        for name, value in vars(args).items():
+            if value == "":
+                raise ValueError(f"--{name} is empty: give it a value")
+            least = 0 if name in MAY_BE_0 else 1e-12
+            if type(value) in (int, float) and not least <= value <= 10 ** 9:
+                raise ValueError(f"--{name} {value}: choose {'more than 0' if least else '0 or more'}, "
+                                 "and 10^9 at most")
+        return args
 
 
 def run(main):

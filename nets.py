@@ -159,8 +159,7 @@ class UNet(Network):
         self.first = nn.Conv2d(inputs, dim - dim // 4, 3, padding=1)
         self.embed = Embedding(self.K, dim // 4)
         self.mix = nn.Conv2d(C * (dim // 4), dim // 4, 1)
-        self.time = Time(dim, time, math.prod(self.shape), self.stages) if time else (
-            lambda t, s: None)                             # not told how far the generation is
+        self.time = Time(dim, time, math.prod(self.shape), self.stages) if time else untimed
         return time
 
     def forward(self, x, m, t, s):
@@ -217,6 +216,10 @@ class Time(nn.Sequential):
         part = (t + (s - 1) * self.D).to(self[0].weight.dtype) / (self.stages * self.D)
         angles = wave_angles(1000 * part, self[0].in_features)
         return super().forward(torch.cat((angles.sin(), angles.cos()), dim=-1))
+
+
+def untimed(t, s):
+    """Nothing, for a network that is not told how far the generation is."""
 
 
 class ResBlock(nn.Module):
@@ -290,14 +293,18 @@ class WaveNet(Network):
 
     def forward(self, x, m, t, s):
         """(B, D) values and mask, (B,) step and stage -> (B, D, num_outputs)."""
-        x, m, dtype = x[:, None], m[:, None], self.head.weight.dtype     # (B, 1, D)
+        x, m = x[:, None], m[:, None]                      # (B, 1, D)
         if self.stages == 1:
             x = torch.where(m, x, self.K // 2)             # the value that is shown as 0
-        planes = [2 * x.to(dtype) / self.K - 1, m.to(dtype)]
-        h = self.first(with_stage(planes, s, self.stages))
-        h = torch.cat((h, self.embed(x[:, 0]).mT), dim=1)  # (B, dim, D)
+        h, *frame = self.inputs(x, m, s)                   # (B, dim, D)
         out = self.body(F.relu(h), self.time(t, s))
-        return (self.spread(out) if self.mixture else out).mT
+        return (self.spread(out, *frame) if self.mixture else out).mT
+
+    def inputs(self, x, m, s):
+        """(B, 1, D) values and mask -> a tuple of (B, dim, D), and of what `spread` needs."""
+        dtype = self.head.weight.dtype
+        h = self.first(with_stage([2 * x.to(dtype) / self.K - 1, m.to(dtype)], s, self.stages))
+        return torch.cat((h, self.embed(x[:, 0]).mT), dim=1),
 
     def body(self, h, time):
         """The gated blocks, and the sum of their skips. (B, dim, D) -> (B, outputs of head, D)"""
@@ -552,24 +559,18 @@ class OurWaveNet(WaveNet):
     def make_inputs(self, dim):
         planes = 4 + 2 * len(WINDOWS) + 2 * len(LOUDNESS) + (self.stages if self.stages > 1 else 0)
         self.first = nn.Conv1d(planes, dim, 3, padding=1)
+        self.time = untimed
         return 0
 
-    def forward(self, x, m, t, s):
-        x, m = x[:, None], m[:, None]                      # (B, 1, D)
-        if self.stages == 1:
-            x = torch.where(m, x, self.K // 2)
-        planes, *frame = self.relative(x, m, s)
-        out = self.body(F.relu(self.first(with_stage(planes, s, self.stages))), None)
-        return (self.around(out, *frame) if self.mixture else out).mT
-
-    def relative(self, x, m, s):
-        """(B, 1, D) values and mask -> planes, and for `around`: anchor, centre, reach (B, 1, D).
+    def inputs(self, x, m, s):
+        """(B, 1, D) values and mask -> (B, dim, D), and for `spread`: anchor, centre, reach.
         The known digits leave an interval of values. The network is shown the one nearest to zero:
         the middle would make a quiet place look loud."""
-        s, dtype = s[:, None, None], self.head.weight.dtype
-        unit = self.b ** (self.stages - s + 1 - m.long())  # how many values the known digits leave
+        dtype = self.head.weight.dtype
+        left = self.stages - s[:, None, None] + 1 - m.long()
+        unit = self.b ** left                              # how many values the known digits leave
         v = nearest_to_zero(x - self.K // 2, unit).to(dtype)
-        weight = torch.where(m, 1.0, COARSE * (s > 1)).to(dtype)
+        weight = torch.where(m, 1.0, COARSE * (s > 1)[:, None, None]).to(dtype)
         seen = (weight > 0).to(dtype)
         power = v ** 2 + (unit.to(dtype) / 64) ** 2        # and what unknown digits may add
         powers, amounts = local_means(power, weight, LOUDNESS, first=(self.K / 64) ** 2)
@@ -581,9 +582,10 @@ class OurWaveNet(WaveNet):
                   *(means[:-1] - near) / amplitude, *(loud[:-1] / amplitude).log(), *counts,
                   *amounts]
         anchor = self.K // 2 + torch.where(seen > 0, v, 0.0)
-        return planes, anchor, torch.where(seen > 0, 0.0, near), torch.minimum(amplitude, unit)
+        return (self.first(with_stage(planes, s, self.stages)), anchor,
+                torch.where(seen > 0, 0.0, near), torch.minimum(amplitude, unit))
 
-    def around(self, out, anchor, centre, reach):
+    def spread(self, out, anchor, centre, reach):
         """Logistics around what is known. reach: the smaller one of the local amplitude and the
         number of values that the known digits leave. In units of `reach` all numbers stay small, so
         machines agree. The clamp keeps extreme scales finite in float32."""
@@ -601,7 +603,8 @@ def nearest_to_zero(low, unit):
 
 ENGLISH = Path(__file__).parent / "results" / "english.pt"  # used where no checkpoint is named
 EDITION = 3                          # of the settings in a checkpoint
-MOST_D, MOST_DEPTH = 1 << 20, 1000
+MOST_D = 1 << 18                     # variables in a datapoint
+LOG_PROBS = 1 << 26                  # of one network call, at most: those who call see to it
 LOGISTICS = {"ours": 3, "paper": 30}
 
 
@@ -617,9 +620,10 @@ def build(c):
     if b and way not in ways:
         raise ValueError(f"--parametrization {way} is not for {kind}: choose {' or '.join(ways)}")
     D, S, ours = math.prod(shape), num_stages(K, b) if b else 1, c["recipe"] == "ours"
-    axes, fits = 3 if kind == "image" else 1, D <= MOST_D and c["depth"] <= MOST_DEPTH
-    if len(shape) != axes or min(shape) < 1 or not fits:
-        raise ValueError(f"shape {shape}, depth {c['depth']}: too many, or no datapoint of {kind}")
+    axes, most = (3, 4) if kind == "image" else (1, MOST_D)
+    fits = len(shape) == axes and min(shape) > 0 and shape[0] <= most
+    if not fits or D > MOST_D or K > 1 << 16 or c["depth"] > 1000:
+        raise ValueError(f"K {K}, shape {shape}, depth {c['depth']}: too much, or not of {kind}")
     values = not b or way != "direct"                      # the network speaks of values
     sizes = dict(num_outputs=K if values else S * b, dim=dim, depth=c["depth"], stages=S)
     if kind == "text":
@@ -645,7 +649,7 @@ def load(path, device=None):
             raise ValueError(f"not of edition {EDITION}")
         if not all(each.isfinite().all() for each in weights.values()):
             raise ValueError("its weights are not numbers")
-        if least_weights(settings) > sum(each.numel() for each in weights.values()):
+        if settings["depth"] * settings["dim"] ** 2 > sum(map(torch.numel, weights.values())):
             raise ValueError("its settings want more weights than it has")
         model = build(settings)
         model.load_state_dict(weights)
@@ -655,18 +659,6 @@ def load(path, device=None):
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
         raise ValueError(f"{path} is no checkpoint of this program, or a damaged one ({reason})")
     return model.eval().to(pick_device(device)), checkpoint
-
-
-def least_weights(c):
-    """A number of weights that a network of these settings exceeds, by its largest layers."""
-    dim, outputs = c["dim"], c["branch"] if c["parametrization"] == "direct" else c["K"]
-    if c["kind"] == "text":
-        largest = c["K"] * dim, c["shape"][0] * (dim // max(1, 2 * c["heads"]))
-    elif c["kind"] == "image":
-        largest = c["K"] * (dim // 4), c["shape"][0] * dim * (outputs or c["K"])
-    else:
-        largest = (c["K"] * (dim // 4) if c["recipe"] == "paper" else 0,)
-    return max(c["depth"] * dim ** 2, *largest)
 
 
 def digest(model):

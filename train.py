@@ -10,22 +10,20 @@
 A run writes ckpt.pt, log.csv, results.json, samples, and a piece of the test split.
 """
 import argparse
-import atexit
 import collections
 import copy
-import importlib.util
 import io
 import itertools
 import json
 import math
 import os
-import platform
 import re
 import shlex
 import shutil
 import signal
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -87,9 +85,6 @@ class Run:
         self.rank, self.processes = 0, 1                   # this one; how many torchrun has started
         if distributed.is_initialized():
             self.rank, self.processes = distributed.get_rank(), distributed.get_world_size()
-        pieces = self.processes * c["parts"]
-        if c["batch"] % pieces:
-            raise ValueError(f"--batch {c['batch']}: take a multiple of {pieces}, for the parts")
         self.step, self.seconds = 0, 0.0
         self.L = self.counts = None                        # measured at the end
         self.log = []                                      # rows of log.csv
@@ -258,15 +253,11 @@ def mean_and_error(nats, D):
 def evaluate(model, data, passes=None):
     """Prints and returns all that a run reports. L_t, for plans, comes from validation data.
 
-    Without passes it takes about a minute, on fewer datapoints if there are many.
+    Without passes it takes about a minute at most.
     """
     test, D, unit = data.chunks("test"), model.D, data.unit
     shape = " x ".join(map(str, data.shape))
-    if passes is None and not test.is_cuda:
-        test = some(test, max(64, MOST // D))
     r = bound(model, test, passes)
-    if not np.isfinite(r["bits"]):
-        raise ValueError("the network gives no numbers: its weights are damaged")
     print(f"test: {r['bits']:.3f} bits/{unit}, standard error {r['stderr']:.3f}, on {data.name}: "
           f"the bound of Eq. 2,\n  {r['chunks']:,} datapoints of {shape} without context, "
           f"{r['passes']} random orders and stratified steps t each")
@@ -295,7 +286,7 @@ def price(model, test, plan, L, r):
     more = (planner.plan_cost(L, plan) - L.sum()) / model.D
     row, words = dict(calls=len(plan), predicted=r["bits"] + more), "too many calls"
     in_seconds = int(3 * r["speed"]) // (len(plan) * model.D)
-    in_memory = LOG_PROBS // (model.A * max(k for _, _, k in plan))
+    in_memory = nets.LOG_PROBS // (model.A * max(k for _, _, k in plan))
     x = some(test, min(500, in_seconds, in_memory))
     if len(x) >= min(3, len(test)):
         nats = model.nll(x.long(), plan, generator=torch.Generator(x.device).manual_seed(1))
@@ -307,8 +298,6 @@ def price(model, test, plan, L, r):
 
 # -- Skip on a first reading: optimiser, checkpoints, several processes, the command ---------------
 
-MOST = 1 << 22                       # variables of the test split that a CPU evaluates by default
-LOG_PROBS = 1 << 26                  # of one network call, at most
 PLAIN = ("step", "seconds", "L", "counts", "log")          # of a Run: stored as it is
 
 
@@ -399,7 +388,6 @@ def join():
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    atexit.register(distributed.destroy_process_group)     # its threads may else abort the exit
     return distributed.get_rank()
 
 
@@ -424,12 +412,14 @@ def print_components(L):
 
 
 def parse():
-    """The command line: (what was given, going on, checkpoint to evaluate)."""
+    """The command line: {flag: value} of what was given."""
     parser = datasets.Parser(description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS)
+    begin, end = (parser.add_mutually_exclusive_group() for _ in range(2))
+    begin.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    begin.add_argument("--evaluate", metavar="CKPT", help="only evaluate this checkpoint")
     add = parser.add_argument
-    add("--resume", action="store_true", help="go on with the run in --out")
-    add("--evaluate", metavar="CKPT", help="only evaluate this checkpoint")
-    add("--data", help=f"{', '.join(datasets.NAMES)}, a file or a folder (default pydoc)")
+    add("--data", type=os.path.expanduser,
+        help=f"{', '.join(datasets.NAMES)}, a file or a folder (default pydoc)")
     add("--size", choices=SIZES["text"], help="of network and run (default small on CUDA, or tiny)")
     add("--recipe", choices=["paper", "ours"], help="ours learns more in minutes (default ours)")
     add("--branch", type=int, help="b of an upscale model; 0: none (default 0, of audio 16)")
@@ -442,68 +432,48 @@ def parse():
     add("--batch", type=int, help="datapoints in a training step")
     add("--parts", type=int, help="splits each batch, to save memory (default 1)")
     add("--lr", type=float, help="learning rate of Adam; Muon's is the recipe's own")
-    add("--steps", type=int, help="length of the run in training steps")
-    add("--minutes", type=float, help=f"length of the run; default: {EPOCHS} passes over the data, "
-        "or the size's own if that is less")
+    end.add_argument("--steps", type=int, help="length of the run in training steps")
+    end.add_argument("--minutes", type=float, help=f"length of the run; default: {EPOCHS} passes "
+                     "over the data, or the size's own if that is less")
     add("--passes", type=int, help="passes over each split in the evaluation")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default on CUDA)")
     add("--device", help="cuda, mps or cpu (default: the first that is there)")
     add("--seed", type=int, help="seed of the weights and of every draw (default 0)")
-    add("--out", help="folder for the results (default out/<data>)")
-    given = vars(parser.parse_args())
-    if "" in given.values():
-        raise ValueError("a flag has an empty value")
-    for one, other in (("steps", "minutes"), ("resume", "evaluate")):
-        if given.keys() >= {one, other}:
-            raise ValueError(f"give --{one} or --{other}, not both")
-    for name in ("length", "dim", "depth", "batch", "parts", "steps", "minutes", "passes", "lr"):
-        if not given.get(name, 1) > 0:
-            raise ValueError(f"--{name} {given[name]}: must be more than 0")
-    return given, given.pop("resume", False), given.pop("evaluate", None)
+    add("--out", type=os.path.expanduser, help="folder for the results (default out/<data>)")
+    return vars(parser.parse_args())
 
 
-DEFAULTS = dict(data="pydoc", recipe="ours", branch=0, bits=8, length=None, parts=1, lr=None,
-                steps=None, minutes=None, passes=None, seed=0, edition=nets.EDITION)
+DEFAULTS = dict(data="pydoc", recipe="ours", size=None, branch=0, bits=8, length=None, parts=1,
+                lr=None, steps=None, minutes=None, passes=None, seed=0, edition=nets.EDITION)
+WAYS = {"ours": dict(text="data", image="direct", audio="mixture"),      # of upscale models
+        "paper": dict(text="data", image="data", audio="direct")}
 
 
 def complete(given, data=None):
     """(settings of a run, its data). What is given overrides the size's values, and these DEFAULTS.
     """
+    given = given | dict(device=str(nets.pick_device(given.get("device"))))
     c = DEFAULTS | given
-    c["device"] = str(nets.pick_device(c.get("device")))
     cuda = c["device"].startswith("cuda")
-    c["size"] = c.get("size") or ("small" if cuda else "tiny")
-    if not 0 <= c["seed"] < 1 << 63:
-        raise ValueError(f"--seed {c['seed']}: choose 0 to 2^63 - 1")
+    c["size"] = c["size"] or ("small" if cuda else "tiny")
     data = data or load_data(c)
-    preset = dict(SIZES[data.kind][c["size"]])
+    for name, fits in (("bits", data.kind == "image"), ("length", data.kind != "image"),
+                       ("parametrization", c["branch"] or data.kind == "audio")):
+        if name in given and not fits:
+            raise ValueError(f"--{name} is not for {data.kind}, or wants --branch")
+    compiles = cuda and shutil.which(os.environ.get("CC", "cc")) and find_spec("triton")
+    preset = SIZES[data.kind][c["size"]] | dict(compile=bool(compiles),
+                                                parametrization=WAYS[c["recipe"]][data.kind])
     if data.kind == "image" and c["size"] == "tiny" and data.D < 1024:
         preset["batch"] *= 4                               # of small images more
-    if not given.keys() & {"steps", "minutes"} and "minutes" in preset:  # little is learnt by heart
-        values = data.splits["train"].numel()
-        steps = EPOCHS * values // (data.D * given.get("batch", preset["batch"]))
-        preset["steps"] = max(100, steps)
-    elif given.keys() & {"steps", "minutes"}:
+    if given.keys() & {"steps", "minutes"}:
         preset |= dict(steps=None, minutes=None)
-    ours, cc = c["recipe"] == "ours", shutil.which(os.environ.get("CC", "cc"))
-    preset["compile"] = bool(cuda and cc and importlib.util.find_spec("triton"))
-    preset["out"] = default_out(c)
-    preset["parametrization"] = dict(text="data", image="direct" if ours else "data",
-                                     audio="mixture" if ours else "direct")[data.kind]
-    c |= preset | given | dict(device=c["device"])
-    c["out"] = os.path.expanduser(c["out"])
-    kinds = dict(bits=("image",), length=("text", "audio"),
-                 parametrization=("text", "image", "audio") if c["branch"] else ())
-    for name in kinds.keys() & given.keys():
-        if data.kind not in kinds[name]:
-            words = " and ".join(kinds[name]) or "an upscale model (--branch)"
-            raise ValueError(f"--{name} is for {words}")
-    return c | dict(kind=data.kind, K=data.K, shape=list(data.shape), length=data.D, rate=data.rate,
-                    sha256=data.digest), data
-
-
-def default_out(c):
-    return f"out/{Path(c.get('data', 'pydoc')).name.split('.')[0]}"
+    elif "minutes" in preset:                              # little data are not learnt by heart
+        values, batch = data.splits["train"].numel(), given.get("batch", preset["batch"])
+        preset["steps"] = max(100, EPOCHS * values // (data.D * batch))
+    return c | preset | given | dict(
+        kind=data.kind, K=data.K, shape=list(data.shape), length=data.D, rate=data.rate,
+        sha256=data.digest), data
 
 
 def load_data(c):
@@ -516,36 +486,47 @@ def load_data(c):
 
 def reopen(path, given, changeable):
     """(model, checkpoint, settings with what is given, data) of a run. ValueError for a flag that
-    may not change, and for other data."""
+    may not change, and for other data; an evaluation may name others."""
     foreign = given.keys() - changeable
     if foreign:
         raise ValueError(f"the settings come from the checkpoint: leave out --{foreign.pop()}")
     model, checkpoint = nets.load(path, given.get("device"))
     old = checkpoint["settings"]
-    c = old | given | dict(device=str(nets.pick_device(given.get("device"))))
+    c = old | given | dict(device=str(next(model.parameters()).device))
     if given.keys() & {"steps", "minutes"}:                # replaces both old ones
         c |= dict(steps=given.get("steps"), minutes=given.get("minutes"))
-    if c["device"][:4] != old["device"][:4]:
-        c["compile"] = given.get("compile", False)
     data = load_data(c)
-    words = f"{data.name} is not the data that {path} was trained on ({old['data']})"
-    if (data.kind, data.K, list(data.shape)) != (old["kind"], old["K"], old["shape"]):
-        raise ValueError(f"{words}: its kind, K, shape: {old['kind'], old['K'], old['shape']}")
+    words = f"{data.name} is not the data that {path} was trained on, {old['data']}"
+    fits = (data.kind, data.K, list(data.shape)) == (old["kind"], old["K"], old["shape"])
     if data.digest != old["sha256"]:
-        if "data" not in given or "steps" in changeable:   # only an evaluation may have other data
-            raise ValueError(f"{words}: say where that is by --data")
+        if not fits or "data" not in given or "steps" in changeable:
+            raise ValueError(f"{words}: name that by --data")
         print(words)
     return model, checkpoint, c, data
 
 
-def prepare_folder(c, going_on):
-    """The folder of a run. The checkpoint of an earlier run is set aside. ValueError if there is no
-    checkpoint, but files of the names that a run writes."""
-    folder = Path(c["out"])
+def go_on(folder, given):
+    """(run, data) of the run in a folder, where it was saved. ValueError if nothing is left to do.
+    """
+    path = folder / "ckpt.pt"
+    _, checkpoint, c, data = reopen(path, given, {"data", "steps", "minutes", "passes", "compile",
+                                                  "device", "parts"})
+    run = Run(c, data)
+    try:
+        restore(run, checkpoint)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} does not hold the whole state of a run: {error}")
+    if run.progress >= 1 and (folder / "results.json").exists():
+        raise ValueError(f"step {run.step} is the run's end: give it more --steps or --minutes")
+    return run, data
+
+
+def prepare_folder(folder, kind, going_on):
+    """Makes the folder of a run, and sets the checkpoint of an earlier run aside. ValueError if
+    there is no checkpoint, but files of the names that a run writes."""
     ckpt, results = folder / "ckpt.pt", folder / "results.json"
-    names = (datasets.PIECES[c["kind"]], "results.json", "samples.txt", "samples.png",
-             "samples.wav")
-    if not list(folder.glob("ckpt*.pt")) and any((folder / name).exists() for name in names):
+    mine = [results, folder / datasets.PIECES[kind], *folder.glob("samples.*")]
+    if not list(folder.glob("ckpt*.pt")) and any(path.exists() for path in mine):
         raise ValueError(f"{folder} has files like a run's, but no run: choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     if ckpt.exists() and (results.exists() or not going_on):
@@ -554,7 +535,6 @@ def prepare_folder(c, going_on):
             if path.exists():
                 os.replace(path, path.with_suffix(f".{number}{path.suffix}"))
         print(f"the run that was in {folder} is kept as ckpt.{number}.pt")
-    return folder
 
 
 def finish(run, data, folder):
@@ -573,7 +553,7 @@ def finish(run, data, folder):
     results = run.c | results | dict(
         steps=run.step, seconds=run.seconds,
         params=sum(p.numel() for p in run.model.parameters()),
-        versions=[platform.python_version(), torch.__version__, np.__version__])
+        versions=[sys.version.split()[0], torch.__version__, np.__version__])
     files = datasets.test_piece(data) | datasets.exhibit(x.numpy(), run.c) | {
         "results.json": json.dumps(results, indent=1).encode()}
     for name, content in files.items():
@@ -586,42 +566,28 @@ def finish(run, data, folder):
           f"python compress.py encode --ckpt {ckpt} {piece} {packed}", sep="\n  ")
 
 
-def go_on(given):
-    """(run, data) of the run in --out, where it was saved. ValueError if nothing is left to do."""
-    given["out"] = os.path.expanduser(given.get("out", default_out(given)))
-    _, checkpoint, c, data = reopen(f"{given['out']}/ckpt.pt", given, {
-        "data", "steps", "minutes", "passes", "out", "compile", "device", "parts"})
-    if "optimizer" not in checkpoint:
-        raise ValueError("this checkpoint holds weights alone: it cannot be resumed")
-    run = Run(c, data)
-    try:
-        restore(run, checkpoint)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"the state of the run in {given['out']}/ckpt.pt is damaged: {error}")
-    finished = (Path(c["out"]) / "results.json").exists() or run.step > (c["steps"] or run.step)
-    if run.progress >= 1 and finished:
-        raise ValueError(f"step {run.step} is the run's end: give it more --steps or --minutes")
-    return run, data
-
-
 def main():
     """A new run, one that goes on, or a checkpoint evaluated."""
-    given, going_on, path = parse()
+    given = parse()
     rank = join()
     if rank:                                               # one process talks
         sys.stdout = open(os.devnull, "w")
-    if path is not None:                                   # nothing is written
+    if "evaluate" in given:                                # nothing is written
+        path = given.pop("evaluate")
         model, _, _, data = reopen(path, given, {"data", "device", "passes"})
         print(f"{path} on {data.name}")
         evaluate(model, data, given.get("passes"))
         return
+    going_on, name = given.pop("resume", False), Path(given.get("data", DEFAULTS["data"])).name
+    folder = Path(given.pop("out", f"out/{name.split('.')[0]}"))
     if going_on:
-        run, data = go_on(given)
+        run, data = go_on(folder, given)
     else:
         c, data = complete(given)
         run = Run(c, data)
     synced(torch.zeros(1))                                # all have read the checkpoint
-    folder = Path(run.c["out"]) if rank else prepare_folder(run.c, going_on)
+    if rank == 0:
+        prepare_folder(folder, data.kind, going_on)
     print(f"{data.name}: {data.kind} {' x '.join(map(str, data.shape))}, K = {data.K}; "
           f"{', '.join(f'{name} {len(part):,}' for name, part in data.splits.items())}; "
           f"{sum(p.numel() for p in run.model.parameters()):,} weights on {run.c['device']}; "
