@@ -141,11 +141,7 @@ def tenths(items):
 def load(name, length=None, bits=8, device="cpu", chunk=64):
     """The data set of that name, or of the file or folder at that path. length: of a datapoint of
     text (without it: chunk) or audio. bits: for images."""
-    name = os.path.expanduser(name)
-    if os.path.isdir(name) and name not in NAMES:
-        data = load_clips(name, name, length)
-    else:
-        data = (load_name if name in NAMES else load_file)(name, length, bits, chunk)
+    data = (load_name if name in NAMES else load_file)(name, length, bits, chunk)
     data.splits = {split: part.to(device) for split, part in data.splits.items()}
     return data
 
@@ -171,7 +167,9 @@ def load_name(name, length, bits, chunk):
 
 
 def load_file(name, length, bits, chunk):
-    """`load` of a file, by what its first bytes say."""
+    """`load` of a folder, or of a file, by what its first bytes say."""
+    if os.path.isdir(name):
+        return load_clips(name, name, length)
     if not os.path.lexists(name):
         raise ValueError(f"--data {name}: no such file, and none of the names {', '.join(NAMES)}")
     content = unpack(read(name), name)
@@ -483,10 +481,11 @@ def can_be_wav(rate, channels):
 def check_form(form, n, settings):
     """ValueError if no file of n symbols has this form."""
     one, other = form
-    axes, D = (0, 1, 3) if settings["shape"][0] == 1 else (1, 3), math.prod(settings["shape"])
-    good = one in axes and other in ("|u1", "|b1") and n % D == 0
     if settings["kind"] == "audio":
         good = can_be_wav(one, other) and n % other == 0
+    else:
+        whole = n % math.prod(settings["shape"]) == 0
+        good = whole and one in (0, 1, 3) and other in ("|u1", "|b1")
     if not good:
         raise ValueError("no file has this form")
 
@@ -608,7 +607,7 @@ def unpack(content, name):
             return content
         content = packed.read(LARGEST)
     except Exception as error:                             # whatever a torn file raises
-        raise ValueError(f"{name} is packed and cannot be read: {error}")
+        raise ValueError(f"{name} is packed and cannot be read, get it anew: {error}")
     if len(content) == LARGEST:
         raise ValueError(f"{name} unpacks to more than {LARGEST:,} bytes")
     return content
@@ -638,26 +637,22 @@ def fetch(name):
     data/, and in their folders, and downloaded if it is missing. ValueError if it is not whole."""
     url, known = SOURCES[name]
     folder = Path(os.environ.get("ARDM_DATA", "data")).expanduser()
-    there = [*folder.glob(name), *folder.glob(f"*/{name}")]
-    path = there[0] if there else folder / name
+    path = next((path for way in ("", "*/") for path in folder.glob(way + name)), folder / name)
     try:
-        if not there:
+        if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
             socket.setdefaulttimeout(30)
             torch.hub.download_url_to_file(url + name, str(path))
     except Exception as error:                             # whatever a network raises
         raise ValueError(f"cannot download {url}{name} ({error}): put it into {folder}/ yourself")
-    content, digest = read(path), hashlib.sha256 if len(known) == 64 else hashlib.md5
-    try:                                                   # the md5 of a zip is its member's
-        good = digest(unpack(content, name) if name.endswith(".zip") else content).hexdigest()
-    except ValueError:
-        good = "torn"
-    if good == known:
-        return str(path) if name.endswith(".tar.gz") else unpack(content, name)
-    if not there:
-        path.unlink()
-    raise ValueError(f"{path if there else url + name} is not the whole upstream file, by its "
-                     "checksum" + f": remove it, or name it by --data {path}" * bool(there))
+    content = read(path)
+    if name.endswith(".zip"):                              # known is the md5 of its member
+        content = unpack(content, path)
+    digest = hashlib.sha256 if len(known) == 64 else hashlib.md5
+    if digest(content).hexdigest() != known:
+        raise ValueError(f"{path} is not the whole upstream file, by its checksum: remove it, or "
+                         f"name it by --data {path}")
+    return str(path) if name.endswith(".tar.gz") else unpack(content, path)
 
 
 def cifar10(place, name):
