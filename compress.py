@@ -216,14 +216,14 @@ def open_codec(header, model, settings, name):
     """The codec of an archive. ValueError if header and model do not belong together."""
     if header["weights"] != nets.digest(model):
         raise ValueError(f"{name} was written with another checkpoint: name it by --ckpt")
-    n, form = header["length"], header["form"]
+    n, form, kind = header["length"], header["form"], settings["kind"]
     try:
-        if type(n) is not int or not 0 <= n < 1 << 60:
+        datasets.file_of(np.empty(0, np.int64), settings, form)
+        wrong = (form is None) != (kind == "text") or kind == "image" and n % model.D
+        if wrong or type(n) is not int or not 0 <= n < 1 << 60:
             raise ValueError
-        if settings["kind"] != "text" or form is not None:
-            datasets.check_form(form, n, settings)
         return Codec(model, settings, header["order"], header["plan"], header["block"])
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, ArithmeticError, AttributeError, struct.error):
         raise ValueError(f"{name} is damaged: its header makes no sense")
 
 

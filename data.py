@@ -413,7 +413,7 @@ def wav_array(content, name):
     code, channels, rate, _, _, bits = struct.unpack("<HHIIHH", form[:16])
     if code == 0xFFFE:                                     # WAVE_FORMAT_EXTENSIBLE
         code = int.from_bytes(form[24:26], "little")
-    if (code, bits) != (1, 16) or not can_be_wav(rate, channels):
+    if (code, bits) != (1, 16) or not (0 < rate < 1 << 20 and 0 < channels < 1 << 11):
         raise ValueError(f"{name}: {bits} bits a sample, format {code}, {channels} channels, {rate}"
                          " samples a second; it takes 16 bits: ffmpeg -i IN -c:a pcm_s16le OUT.wav")
     begin, size = found[b"data"]
@@ -473,23 +473,6 @@ def file_of(symbols, settings, form):
     return head + array.tobytes()
 
 
-def can_be_wav(rate, channels):
-    """True if the head of a .wav file can hold these numbers."""
-    return type(rate) is type(channels) is int and 0 < rate < 1 << 20 and 0 < channels < 1 << 11
-
-
-def check_form(form, n, settings):
-    """ValueError if no file of n symbols has this form."""
-    one, other = form
-    if settings["kind"] == "audio":
-        good = can_be_wav(one, other) and n % other == 0
-    else:
-        whole = n % math.prod(settings["shape"]) == 0
-        good = whole and one in (0, 1, 3) and other in ("|u1", "|b1")
-    if not good:
-        raise ValueError("no file has this form")
-
-
 def references(symbols, K):
     """What others need for symbols (n,), taken as one file: {name: bits per dimension}."""
     p, n, stream = np.bincount(symbols) / len(symbols), len(symbols), to_bytes(symbols, K)
@@ -523,8 +506,7 @@ class Parser(argparse.ArgumentParser):
 
 def run(main):
     """Runs a script. What a user can mend becomes one line on stderr, and exit code 2."""
-    sys.stdout = sys.stdout or open(os.devnull, "w")       # if they are closed
-    sys.stderr = sys.stderr or open(os.devnull, "w")
+    sys.stdout = sys.stdout or open(os.devnull, "w")       # if it is closed
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")           # a terminal that lacks a character
     old = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))        # files are cleaned up

@@ -159,7 +159,8 @@ class UNet(Network):
         self.first = nn.Conv2d(inputs, dim - dim // 4, 3, padding=1)
         self.embed = Embedding(self.K, dim // 4)
         self.mix = nn.Conv2d(C * (dim // 4), dim // 4, 1)
-        self.time = Time(dim, time, math.prod(self.shape), self.stages) if time else untimed
+        self.time = Time(dim, time, math.prod(self.shape), self.stages) if time else (
+            lambda t, s: None)                             # not told how far the generation is
         return time
 
     def forward(self, x, m, t, s):
@@ -216,10 +217,6 @@ class Time(nn.Sequential):
         part = (t + (s - 1) * self.D).to(self[0].weight.dtype) / (self.stages * self.D)
         angles = wave_angles(1000 * part, self[0].in_features)
         return super().forward(torch.cat((angles.sin(), angles.cos()), dim=-1))
-
-
-def untimed(t, s):
-    """Nothing, for a network that is not told how far the generation is."""
 
 
 class ResBlock(nn.Module):
@@ -559,7 +556,7 @@ class OurWaveNet(WaveNet):
     def make_inputs(self, dim):
         planes = 4 + 2 * len(WINDOWS) + 2 * len(LOUDNESS) + (self.stages if self.stages > 1 else 0)
         self.first = nn.Conv1d(planes, dim, 3, padding=1)
-        self.time = untimed
+        self.time = lambda t, s: None
         return 0
 
     def inputs(self, x, m, s):
@@ -670,12 +667,12 @@ def digest(model):
 
 def pick_device(name=None):
     """The device of that name. Without a name: the fastest kind there is."""
-    best = ("cuda" if torch.cuda.is_available() else
-            "mps" if torch.backends.mps.is_available() else "cpu")
-    if (name or best).partition(":")[0] not in ("cuda", "mps", "cpu"):
+    name = name or ("cuda" if torch.cuda.is_available() else
+                    "mps" if torch.backends.mps.is_available() else "cpu")
+    if name.partition(":")[0] not in ("cuda", "mps", "cpu"):
         raise ValueError(f"--device {name}: choose cuda, mps or cpu")
     try:
-        return torch.empty(0, device=name or best).device
+        return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}")
 

@@ -115,7 +115,7 @@ def train(run, data, folder):
     try:
         for i in itertools.count():
             now = torch.tensor([time.perf_counter() - begin, len(stop)], dtype=torch.float64)
-            run.seconds, stopping = synced(now, of_first=True).tolist()
+            run.seconds, stopping = synced(now).tolist()
             if run.progress >= 1 or stopping:
                 break
             train_step(run, run.draw(data))
@@ -391,11 +391,9 @@ def join():
     return distributed.get_rank()
 
 
-def synced(numbers, of_first=False):
-    """A tensor, in place, the same in all processes: their mean, or what the first one has."""
-    if distributed.is_initialized() and of_first:
-        distributed.broadcast(numbers, 0)
-    elif distributed.is_initialized():
+def synced(numbers):
+    """The mean of a tensor over all processes, in place."""
+    if distributed.is_initialized():
         distributed.all_reduce(numbers)
         numbers /= distributed.get_world_size()
     return numbers
