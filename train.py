@@ -53,8 +53,7 @@ SIZES = {                            # of network, batch and run
 PAPER = {                            # App. D; where the paper is silent, the released code's values
     "text": dict(lr=5e-4, betas=(0.9, 0.99), weight_decay=1e-3, warmup=5000, clip=0.25, ema=0.995),
     "image": dict(lr=1e-4, betas=(0.9, 0.999), weight_decay=0.0, warmup=1, clip=100.0, ema=0.9999),
-    "audio": dict(lr=1e-4, betas=(0.9, 0.999), weight_decay=0.0, warmup=15000, clip=1000.0,
-                  ema=0.995)}
+    "audio": dict(lr=1e-4, betas=(0.9, 0.999), weight_decay=0, warmup=15000, clip=1000, ema=0.995)}
 OURS = {                             # muon_lr and muon_decay are for the matrices of the blocks
     "tiny": dict(lr=6e-3, betas=(0.9, 0.95), weight_decay=0.0, muon_lr=0.03, muon_decay=0.1,
                  warmup=50, clip=1.0, ema=0.99),
@@ -87,7 +86,7 @@ class Run:
             self.rank, self.processes = distributed.get_rank(), distributed.get_world_size()
         self.step, self.seconds = 0, 0.0
         self.L = self.counts = None                        # measured at the end
-        self.log = []                                      # rows of log.csv
+        self.log = ["step,seconds,train_bits_per_dim,valid_bits_per_dim"]    # lines of log.csv
         self.losses = collections.deque(maxlen=50)         # of the latest steps, tensors
 
     @property
@@ -175,8 +174,8 @@ def make_optimizers(net, c, hyper):
     matrices = {p: None for name, p in net.named_parameters() if p.ndim > 1 and p.shape[1] > 1
                 and c["recipe"] == "ours" and re.match("blocks|down|middle|up", name)}
     rest = [p for p in net.parameters() if p not in matrices]
-    optimizers = [torch.optim.AdamW(rest, lr=hyper["lr"] if c["lr"] is None else c["lr"],
-                                    betas=hyper["betas"], weight_decay=hyper["weight_decay"],
+    optimizers = [torch.optim.AdamW(rest, lr=c["lr"] or hyper["lr"], betas=hyper["betas"],
+                                    weight_decay=hyper["weight_decay"],
                                     fused=not c["device"].startswith("mps"))]
     if matrices:
         optimizers.append(Muon(matrices, hyper["muon_lr"], hyper["muon_decay"],
@@ -195,16 +194,15 @@ def some(chunks, most):
 
 
 @torch.no_grad()
-def bound(model, chunks, passes=None, seconds=25):
+def bound(model, chunks, passes=None):
     """The bound of Eq. 2 on chunks (N, D): one step t per chunk and pass, t and s stratified over
-    all of them. Without passes: 2^19 variables a stage, or as many as these seconds allow.
+    all of them. Without passes: 2^19 variables a stage, or as many as 25 seconds allow.
     -> dict: bits (per dim), stderr (over chunks), passes, chunks, speed (variables a second)."""
     (N, D), S, device = chunks.shape, model.S, chunks.device
-    end = float("inf") if passes else time.perf_counter() + seconds
-    passes = passes or -(-(S << 19) // (N * D))
+    n = passes or -(-(S << 19) // (N * D))
     generator = torch.Generator(device).manual_seed(1)
-    row = torch.rand(N, device=device, generator=generator).argsort().repeat(passes)
-    t, s = stratified_steps(N * passes, S, D, device, generator)
+    row = torch.rand(N, device=device, generator=generator).argsort().repeat(n)
+    t, s = stratified_steps(N * n, S, D, device, generator)
     nats, met = torch.zeros(2, N, device=device)
     begin, done = time.perf_counter(), 0
     rows = nets.rows_per_call(device.type, D)
@@ -213,7 +211,7 @@ def bound(model, chunks, passes=None, seconds=25):
         nats.index_add_(0, i, loss)
         met.index_add_(0, i, torch.ones_like(loss))
         done += len(i)
-        if time.perf_counter() > end:
+        if not passes and time.perf_counter() - begin > 25:
             break
     result = mean_and_error((nats / met)[met > 0], D)      # waits for a GPU
     return result | dict(passes=-(-done // N), speed=done * D / (time.perf_counter() - begin),
@@ -224,14 +222,13 @@ def bound(model, chunks, passes=None, seconds=25):
 def components(model, chunks, seconds=10):
     """L_t of chunks (N, D), for plans: (S, D) bits. And counts (S, D): the variables averaged in
     each. The loss varies more between chunks than between steps. So all steps of a grid use the
-    same chunks, one order each: 1,024, or fewer if time runs out."""
+    same chunks, one order each: 1,024, or as many as the seconds allow."""
     S, D, end = model.S, model.D, time.perf_counter() + seconds
     generator = torch.Generator(chunks.device).manual_seed(2)
-    x = some(chunks, 1024)
-    x = x[torch.rand(len(x), device=x.device, generator=generator).argsort()].long()
+    x = chunks[torch.rand(len(chunks), device=chunks.device, generator=generator).argsort()[:1024]]
     steps = np.geomspace(1, D, min(32, max(12, 128 // S))).round().astype(int)
     nats, counts = torch.zeros(2, S, D, dtype=torch.float64)
-    for x in x.split(nets.rows_per_call(x.device.type, D)):
+    for x in x.long().split(nets.rows_per_call(x.device.type, D)):
         sigma = sample_sigma(len(x), D, x.device, generator)
         for s, t in itertools.product(range(1, S + 1), np.unique(steps).tolist()):
             ones = torch.ones_like(sigma[:, 0])
@@ -251,10 +248,8 @@ def mean_and_error(nats, D):
 
 
 def evaluate(model, data, passes=None):
-    """Prints and returns all that a run reports. L_t, for plans, comes from validation data.
-
-    Without passes it takes about a minute at most.
-    """
+    """Prints and returns all that a run reports, in about a minute without passes. L_t, for plans,
+    comes from validation data."""
     test, D, unit = data.chunks("test"), model.D, data.unit
     shape = " x ".join(map(str, data.shape))
     r = bound(model, test, passes)
@@ -271,9 +266,8 @@ def evaluate(model, data, passes=None):
     plans = [planner.plan(L, n) for n in budgets if model.S <= n < L.size]
     print(f"network calls   bits/{unit} predicted from L_t   measured (exact)")
     calls = [price(model, test, plan, L, r) for plan in (*plans, planner.full_plan(model.S, D))]
-    return dict(data=data.name, bits_per_dim=r["bits"], stderr=r["stderr"], chunks=r["chunks"],
-                passes=r["passes"], L=L_t, counts=counts, L_smooth=L.tolist(), calls=calls,
-                references=others)
+    return r | dict(data=data.name, bits_per_dim=r["bits"], L=L_t, counts=counts,
+                    L_smooth=L.tolist(), calls=calls, references=others)
 
 
 def price(model, test, plan, L, r):
@@ -351,10 +345,8 @@ def report(run, data, folder, bar):
     bar.update(min(run.progress, 1.0) - bar.n)
     if run.step % REPORT == 0:
         valid = bound(run.ema, some(data.chunks("valid"), 64), passes=1)["bits"]
-        run.log.append([run.step, round(run.seconds, 3), round(loss, 6), round(valid, 6)])
-        rows = [("step", "seconds", "train_bits_per_dim", "valid_bits_per_dim"), *run.log]
-        content = "\n".join(",".join(map(str, row)) for row in rows)
-        datasets.write(folder / "log.csv", content.encode() + b"\n")
+        run.log.append(f"{run.step},{run.seconds:.3f},{loss:.6f},{valid:.6f}")
+        datasets.write(folder / "log.csv", "\n".join(run.log).encode() + b"\n")
 
 
 def save(run, folder):
@@ -448,8 +440,7 @@ WAYS = {"ours": dict(text="data", image="direct", audio="mixture"),      # of up
 
 
 def complete(given, data=None):
-    """(settings of a run, its data). What is given overrides the size's values, and these DEFAULTS.
-    """
+    """(settings of a run, its data): DEFAULTS, over them the size's values, and what is given."""
     given = given | dict(device=str(nets.pick_device(given.get("device"))))
     c = DEFAULTS | given
     cuda = c["device"].startswith("cuda")
@@ -504,8 +495,7 @@ def reopen(path, given, changeable):
 
 
 def go_on(folder, given):
-    """(run, data) of the run in a folder, where it was saved. ValueError if nothing is left to do.
-    """
+    """(run, data) of the run in a folder, as it was saved. ValueError if nothing is left to do."""
     path = folder / "ckpt.pt"
     _, checkpoint, c, data = reopen(path, given, {"data", "steps", "minutes", "passes", "compile",
                                                   "device", "parts"})
@@ -573,7 +563,6 @@ def main():
     if "evaluate" in given:                                # nothing is written
         path = given.pop("evaluate")
         model, _, _, data = reopen(path, given, {"data", "device", "passes"})
-        print(f"{path} on {data.name}")
         evaluate(model, data, given.get("passes"))
         return
     going_on, name = given.pop("resume", False), Path(given.get("data", DEFAULTS["data"])).name
