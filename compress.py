@@ -124,22 +124,18 @@ class Codec:
                 log_p = log_p.cpu().numpy()
                 a = decoder.pop(coder.quantize(log_p, shift))
                 if (log_p[np.arange(len(a)), a] == -np.inf).any():
-                    raise Damaged
+                    raise ValueError("a symbol of probability 0 came out of the stream")
                 self.tick(len(a))
                 return torch.from_numpy(a).to(self.device)
 
             x = torch.zeros(rows, D, dtype=torch.long, device=self.device)
             try:
                 raw = self.generate(x, pop).cpu().numpy().astype(self.dtype).tobytes()
-            except Damaged:
+            except ValueError:
                 return None
             check = decoder.end
         good = check == zlib.crc32(raw, number)
         return np.frombuffer(raw, self.dtype).reshape(rows, D) if good else None
-
-
-class Damaged(Exception):
-    """A symbol of probability 0 came out of a stream."""
 
 
 def safe_shift(log_probs):
@@ -153,7 +149,7 @@ def safe_shift(log_probs):
 # -- The archive -----------------------------------------------------------------------------------
 
 def encode_file(path, model, codec, settings):
-    """A file -> (its archive, the number of its symbols, -log2 p). Every block has been decoded."""
+    """A file -> (its archive, its symbols (n,), -log2 p). Every block has been decoded."""
     symbols, found = datasets.open_symbols(path, settings)
     n, total, form = len(symbols), 0.0, found and found.form
     beside = found and (found.head, found.tail)
@@ -179,7 +175,7 @@ def encode_file(path, model, codec, settings):
             parts.append(block)
             total += bits
             bar.set_postfix_str(f"{total / (start + rows * D):.3f} bits each")
-    return b"".join(parts), n, total
+    return b"".join(parts), symbols, total
 
 
 def layout(n, codec):
@@ -284,10 +280,10 @@ def run_encode(args):
     """a file to an archive"""
     datasets.write(args.output, None, (args.input, args.ckpt))           # before all work
     model, codec, settings, path = settle(args)
-    archive, n, _ = encode_file(path, model, codec, settings)
+    archive, symbols, _ = encode_file(path, model, codec, settings)
     datasets.write(args.output, archive, (args.input, args.ckpt))
-    print(f"{path}: {n:,} symbols -> {len(archive):,} bytes, {8 * len(archive) / max(1, n):.3f} "
-          f"bits each; order {codec.order}, {len(codec.plan)} network calls, proved by decoding\n"
+    print(f"{path}: {len(symbols):,} symbols -> {len(archive):,} bytes, "
+          f"{8 * len(archive) / max(1, len(symbols)):.3f} bits each; order {codec.order}, {len(codec.plan)} network calls, proved by decoding\n"
           f"back again: python compress.py decode --ckpt {shlex.quote(str(args.ckpt))} "
           f"{shlex.quote(args.output)} FILE")
 
@@ -336,10 +332,10 @@ def run_info(args):
 def run_bench(args):
     """what a file costs by every measure; without IN, the piece of test data beside CKPT"""
     model, codec, settings, path = settle(args)
-    archive, n, bits = encode_file(path, model, codec, settings)
+    archive, symbols, bits = encode_file(path, model, codec, settings)
+    n = len(symbols)
     if not n:
         raise ValueError(f"{path} is empty")
-    symbols, _ = datasets.open_symbols(path, settings)
     rows = {"exact nll of this order and plan": bits / n,
             f"archive, {len(archive):,} bytes": 8 * len(archive) / n}
     rows |= datasets.references(symbols, model.K)

@@ -34,8 +34,7 @@ PAUSE = 0.05                         # seconds between the frames of a text in t
 # -- What is known beforehand ----------------------------------------------------------------------
 
 def read_prompt(prompt, K, length=None):
-    r"""A prompt, made `length` long by blanks -> x and known, (n,): _ is a blank, \_ an underscore.
-    """
+    r"""A prompt, made `length` long -> x and known, (n,): _ is a blank, \_ is an underscore."""
     stream, known = b"", []
     for piece in re.split(r"(\\_|_)", prompt):
         content = b" " if piece == "_" else os.fsencode(piece.replace("\\_", "_"))
@@ -59,19 +58,15 @@ def inpaint_mask(rule, kind, shape):
         rules["top"] = (torch.arange(shape[1])[:, None] < shape[1] // 2).expand(shape[1:])
     else:
         rules["ends"] = (at < shape[0] // 4) | (at >= shape[0] - shape[0] // 4)
-    if rule in rules:
-        known = rules[rule]
-    elif rule.endswith(".npy"):
-        try:
-            known = torch.from_numpy(np.load(rule, allow_pickle=False))
-        except Exception as error:                         # whatever a damaged header raises
-            raise ValueError(f"--inpaint {rule} is no .npy file of an array ({error})")
-        if known.dtype != torch.bool or list(known.shape) not in (shape, shape[-2:]):
-            raise ValueError(f"--inpaint {rule} holds {known.dtype} {[*known.shape]}, bool {shape} "
-                             f"or {shape[-2:]} is wanted")
-    else:
+    try:
+        known = rules[rule] if rule in rules else torch.from_numpy(np.load(rule))
+    except Exception:                                      # whatever a damaged header raises
         raise ValueError(f"--inpaint {rule}: choose {' or '.join(rules)}, which is what is known, "
-                         "or a .npy file")
+                         "or a .npy file of an array")
+    if rule not in rules and (known.dtype != torch.bool
+                              or list(known.shape) not in (shape, shape[-2:])):
+        raise ValueError(f"--inpaint {rule} holds {known.dtype} {[*known.shape]}, bool {shape} or "
+                         f"{shape[-2:]} is wanted")
     if known.all() or not known.any():
         raise ValueError(f"--inpaint {rule}: of {shape}, something must be known, something not")
     return known.expand(*shape).flatten()
@@ -209,13 +204,10 @@ def pictures(given, known, x, steps, settings):
 
 def frames_of_sound(steps, model):
     """{name: bytes} of the first sample's frames: of possible values those nearest to zero."""
-    half, states = model.K // 2, []
+    states = []
     for s, t, state, m in steps:
-        if model.S == 1:
-            state, left = torch.where(m, state, half), 1
-        else:
-            left = torch.where(m, model.unit(s), model.unit(s - 1))
-        states.append(nets.nearest_to_zero(state - half, left)[0])
+        left = model.A ** (model.S - s + 1 - m.long())     # how many values the known digits leave
+        states.append(nets.nearest_to_zero(state - model.K // 2, left)[0])
     waves = datasets.waveforms(torch.stack(states).numpy())
     return {"frames.png": datasets.png(datasets.grid(waves, 1))}
 
@@ -239,7 +231,8 @@ def parse():
     add("--frames", action="store_true", help=f"also show what is known at {FRAMES} points")
     add("--seed", type=int, default=0, help="seed of every draw (default 0)")
     add("--device", help="cuda, mps or cpu")
-    add("--out", help="folder for the files (default: the checkpoint's; of English out/english)")
+    add("--out", type=os.path.expanduser,
+        help="folder for the files (default: the checkpoint's; of English out/english)")
     return parser.parse_args()
 
 
@@ -255,8 +248,8 @@ def main():
     todo = windows(model, checkpoint, known, args)
     if args.frames and len(todo) > 1:
         raise ValueError(f"--frames shows one window: --length {model.D} at most")
-    english = Path(args.ckpt).resolve() == nets.ENGLISH.resolve()
-    folder = Path(args.out or ("out/english" if english else Path(args.ckpt).parent)).expanduser()
+    english = Path(args.ckpt).name == nets.ENGLISH.name
+    folder = Path(args.out or ("out/english" if english else Path(args.ckpt).parent))
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator(device).manual_seed(args.seed)
     most = max(k for _, _, plan in todo for _, _, k in plan)

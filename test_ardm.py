@@ -1340,7 +1340,7 @@ def test_the_bound_agrees_with_enumeration_and_counts_every_character():
 
 
 def test_where_time_is_short_the_bound_is_of_datapoints_from_all_over(monkeypatch):
-    model, clock = ARDM(Fixed(torch.tensor([2.0, 0.0])), 10, 2), itertools.count(step=20)
+    model, clock = ARDM(Fixed(torch.tensor([2.0, 0.0])), 10, 2), itertools.count(step=30)
     monkeypatch.setattr(train.time, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(nets, "rows_per_call", lambda device, D: 50)
     x = (torch.arange(400) >= 200)[:, None].expand(400, 10)

@@ -2,12 +2,12 @@
 
 Sections, by the file they stand in:
 
-    recipes    text images weights: our recipe without each of its ingredients; epochs
-    runs       text8 paper mnist cifar10 glyphs tones english: as a reader would run them
+    recipes    text images weights: our recipe without each of its ingredients
+    runs       text8 mnist cifar10 glyphs tones english: as a reader would run them
     orders     plans orders absorbing samples prices upscaling: what an order and a plan cost
     audio      fsdd clips branches calls: spoken digits, beside FLAC and WavPack
     coding     compress single packers portable: archives, beside others; other machines
-    speed      planner coder speed gpu sizes: seconds
+    speed      planner coder speed gpu: seconds
 
 and `page`, which records what index.html shows. Each keeps its rows in results/bench.json, with the
 machine and the day, and results/README.md is written anew. Real data is looked for in the folder
@@ -24,9 +24,9 @@ from results.common import HERE, machine
 # In the order of results/README.md: first what a reader wants.
 SECTIONS = {name: module for module, names in (
     ("orders", "plans orders"), ("audio", "calls"), ("orders", "absorbing prices samples"),
-    ("runs", "text8 paper mnist cifar10 glyphs tones english"), ("audio", "fsdd clips branches"),
+    ("runs", "text8 mnist cifar10 glyphs tones english"), ("audio", "fsdd clips branches"),
     ("orders", "upscaling"), ("coding", "compress single packers portable"),
-    ("recipes", "text images weights epochs"), ("speed", "planner coder speed gpu sizes"),
+    ("recipes", "text images weights"), ("speed", "planner coder speed gpu"),
     ("page", "page")) for name in names.split()}
 CONCLUSIONS = {                      # one sentence each, for a reader in a hurry
     "plans": "Orders save more than plans: at 20 calls of text8 the planned and the even split cost"
@@ -48,13 +48,10 @@ def markdown(rows):
 def table(rows):
     """A table of these rows; numbers with four digits."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
-
-    def cell(value):
-        return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(
-            value, int) else str(value)
-
+    forms = {float: ".4g", int: ","}
     lines = [columns, ["---"] * len(columns)]
-    lines += [[cell(row.get(name, "")) for name in columns] for row in rows]
+    lines += [[format(row.get(name, ""), forms.get(type(row.get(name)), "")) for name in columns]
+              for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -37,20 +37,13 @@ def machine():
             f"{torch.__version__}")
 
 
-@contextlib.contextmanager
-def patched(patches):
-    """With all of these patches."""
-    with contextlib.ExitStack() as stack:
-        for patch in patches:
-            stack.enter_context(patch)
-        yield
-
-
 def trained(name=None, patches=(), data=None, **given):
     """(run, data) after a training with these settings; patches take parts of the recipe away.
     name: the checkpoint stays in that folder of RUNS."""
     silent = mock.patch.object(train, "REPORT", 10 ** 9)
-    with patched([*patches, silent]), tempfile.TemporaryDirectory() as folder:
+    with contextlib.ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
+        for patch in (*patches, silent):
+            stack.enter_context(patch)
         c, data = train.complete(dict(size="tiny") | given, data)
         run = train.Run(c, data)
         if not train.train(run, data, Path(folder)):       # it was told to stop
@@ -77,13 +70,13 @@ def round_trip(path, model, codec, settings):
     """A file coded and decoded: its symbols, -log2 p, archive, seconds there (with the proof), and
     back."""
     times = [time.perf_counter()]
-    archive, n, bits = compress.encode_file(path, model, codec, settings)
+    archive, symbols, bits = compress.encode_file(path, model, codec, settings)
     times.append(time.perf_counter())
     _, _, at = compress.read_header(archive, "archive")
-    parts = [x.reshape(-1) for _, x in compress.decode_file(archive, at, codec, n)]
+    parts = [x.reshape(-1) for _, x in compress.decode_file(archive, at, codec, len(symbols))]
     times.append(time.perf_counter())
-    assert np.array_equal(np.concatenate(parts), datasets.open_symbols(path, settings)[0])
-    return n, bits, archive, *np.diff(times).tolist()
+    assert np.array_equal(np.concatenate(parts), symbols)
+    return len(symbols), bits, archive, *np.diff(times).tolist()
 
 
 def codec_of(model, settings, order, plan, block):

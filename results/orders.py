@@ -1,6 +1,5 @@
 """What orders, plans and stages cost."""
 import collections
-import io
 import itertools
 import statistics
 from unittest import mock
@@ -15,7 +14,7 @@ import planner
 import train
 from ardm import ARDM, bits_per_dim, draw, known_first, pick
 from results import recipes
-from results.common import CIFAR, HERE, RUNS, patched, text8_prefix, trained
+from results.common import CIFAR, RUNS, text8_prefix, trained
 
 
 def bench_plans(args):
@@ -49,18 +48,6 @@ def bench_plans(args):
                            stderr=((bits - best).std() / len(x) ** 0.5).item())
 
 
-def lattice(shape):
-    """The pixels of a coarse grid first, then those between them, one colour after the other."""
-    C, H, W = shape
-    i = np.indices((H, W))
-    i[i == 0] = 1 << 30
-    powers = np.log2(i & -i).astype(int).min(axis=0).reshape(-1)         # how often 2 divides both
-    turn = np.argsort(np.tile(-powers, C), kind="stable")
-    sigma = np.empty(len(turn), dtype=np.int64)
-    sigma[turn] = np.arange(1, len(turn) + 1)
-    return sigma
-
-
 def bench_orders(args):
     """Orders of images at 100 network calls, even plans, exact bits/dim of validation images."""
     for name, count in (("mnist", 100), ("cifar10-order-agnostic", 24)):
@@ -69,10 +56,10 @@ def bench_orders(args):
         data = datasets.load("mnist" if name == "mnist" else str(CIFAR))
         x = train.some(data.chunks("valid"), count).long()
         plan = planner.uniform_plan(model.S, model.D, 100)
-        orders = {rule: planner.order(rule, shape) for rule in (
-            "random:1", "random:2", "random:3", "forward", f"spaced:{-(-model.D // 100)}")}
-        for rule, sigma in (orders | {"lattice": lattice(shape)}).items():
-            nats = model.nll(x, plan, torch.from_numpy(sigma).expand(x.shape))
+        for rule in ("random:1", "random:2", "random:3", "forward",
+                     f"spaced:{-(-model.D // 100)}"):
+            sigma = torch.from_numpy(planner.order(rule, shape)).expand(x.shape)
+            nats = model.nll(x, plan, sigma)
             yield dict(model=name, order=rule) | train.mean_and_error(nats, model.D)
 
 
@@ -127,8 +114,8 @@ def bench_samples(args):
 
     def words(calls, way, temperature, seed):
         generator = torch.Generator().manual_seed(seed)
-        plan = (planner.plan if way == "planned" else planner.uniform_plan)(
-            *((L, calls) if way == "planned" else (1, D, calls)))
+        even = planner.uniform_plan(1, D, calls)
+        plan = planner.plan(L, calls) if way == "planned" else even
         x, sigma = torch.zeros(64, D, dtype=torch.long), None
         if way == "spaced":
             sigma = torch.from_numpy(planner.order(f"spaced:{-(-D // calls)}", D)).expand(64, D)
@@ -199,7 +186,7 @@ def bench_prices(args):
         parts = nats.view(-1, R, len(x))                   # 16 / R bounds, their mean
         yield row(f"the bound by R = {R} orders",
                   (np.log(R) - (-parts).logsumexp(dim=1)).mean(dim=0))
-    with patched(PAST):
+    with PAST[0], PAST[1], PAST[2]:
         run, _ = trained(data=data, length=250, batch=12, steps=checkpoint["step"])
         with torch.no_grad():
             yield row(f"left to right alone, {run.step:,} steps", run.ema.loss(x))
@@ -213,36 +200,19 @@ def bench_upscaling(args):
     a softmax in every row: by default our models of values of images have a logistic distribution
     beside it. (The paper finds no meaningful difference between data and direct on CIFAR-10, Table
     6, and that upscaling did not help on text.)"""
-    if not args.quick:
-        draw_stages()                                      # first: what it reads may not be there
     found = collections.defaultdict(list)
-    softmax = [recipes.WITHOUT_IMAGES["the logistic distribution"]]
+    softmax = recipes.WITHOUT_IMAGES["the logistic distribution"]
     ways = (("mnist", 4, "direct"), ("mnist", 4, "data"), ("mnist", 2, "direct"),
             ("mnist", 16, "direct"), ("mnist", 0, None), ("pydoc", 3, "data"), ("pydoc", 0, None))
     for seed, (name, b, way) in itertools.product(range(args.seeds), ways):
         data = datasets.load(name, 64)
         given = dict(parametrization=way) if way else {}
-        run, _ = trained(data=data, patches=softmax, seed=seed, branch=b,
+        run, _ = trained(data=data, patches=[softmax], seed=seed, branch=b,
                          minutes=args.minutes or 2.75, **given)
-        with patched(softmax):
+        with softmax:
             bits = train.bound(run.ema, train.some(data.chunks("valid"), 2000))["bits"]
         found[name, b or "order-agnostic", way or "", run.model.S].append(bits)
         print(" ", name, b, way, seed, run.step, bits, flush=True)
     return [dict(zip(("data", "b", "parametrization", "stages"), key)) | {
         "bits": statistics.mean(bits), "seeds": len(bits),
         "+-": statistics.stdev(bits) if len(bits) > 1 else ""} for key, bits in found.items()]
-
-
-def draw_stages():
-    """results/stages.png: L_t of the stages of upscale-4 models side by side (Fig. 6)."""
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3), layout="constrained")
-    for axis, name in zip(axes, ("cifar10", "mnist")):
-        checkpoint = torch.load(RUNS / f"{name}-upscale-4" / "ckpt.pt", weights_only=True)
-        for s, L in enumerate(planner.smooth(checkpoint["L"], checkpoint["counts"])):
-            axis.plot(s + np.arange(len(L)) / len(L), L)
-        axis.set(title=name, xlabel="stage", ylabel="$L_t$, bits", xticks=np.arange(4) + 0.5,
-                 xticklabels=[1, 2, 3, 4], ylim=0)
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=80)
-    datasets.write(HERE / "stages.png", file.getvalue())

@@ -1,6 +1,5 @@
 """Recipes, by validation data and three seeds: what each ingredient of ours gains."""
 import contextlib
-import itertools
 import statistics
 from unittest import mock
 
@@ -9,7 +8,7 @@ import torch
 import data as datasets
 import nets
 import train
-from results.common import CIFAR, REAL, median_seconds, trained
+from results.common import CIFAR, median_seconds, trained
 
 
 def adam_alone(net, c, hyper, make=train.make_optimizers):
@@ -104,18 +103,3 @@ def bench_weights(args):
     for row in without(losses, args, datasets.load("pydoc"), None, 10 if args.minutes else 3600):
         name = row.pop("without")
         yield {"loss": "Eq. 2" if name == "nothing" else name} | row
-
-
-def bench_epochs(args):
-    """How many passes over little data pay (train.EPOCHS): the default network on a few bytes of
-    English prose, bits/byte of 40,000 bytes from elsewhere in it."""
-    text = datasets.load(str(REAL / "prose" / "english.zip"), 64).splits["train"]
-    x = text[300_000:340_000].long().view(-1, 64)
-    for n, epochs in itertools.product((5_000, 20_000), (50, 100, 150, 300)):
-        data = datasets.text("prose", text[100_000:100_000 + n].numpy().copy(), 64)
-        steps, bits = epochs * len(data.splits["train"]) // (48 * 64), []
-        for seed in range(args.seeds):
-            run, _ = trained(data=data, seed=seed, steps=steps)
-            bits.append(train.bound(run.ema, x, passes=2)["bits"])
-        yield {"bytes": n, "passes": epochs, "steps": steps, "seeds": len(bits),
-               "bits": statistics.mean(bits), "+-": statistics.stdev(bits) if bits[1:] else 0.0}

@@ -1,5 +1,4 @@
 """Seconds: of the planner, the coder, a training step; of one CUDA GPU."""
-import argparse
 import multiprocessing
 import statistics
 import time
@@ -9,11 +8,10 @@ import torch
 from torch.utils import flop_counter
 
 import coder
-import compress
 import data as datasets
 import planner
 import train
-from results.common import (CIFAR, RUNS, median_seconds, result, round_trip, text8_prefix, trained)
+from results.common import CIFAR, median_seconds
 
 
 def bench_planner(args):
@@ -27,27 +25,17 @@ def bench_planner(args):
 def bench_coder(args):
     """Million symbols a second of the coder alone, from log-probabilities to bytes and back."""
     for K in (4, 27, 256):
-        n = 102_400
-        logits = 2 * np.random.default_rng(0).normal(size=(n, K))
+        logits = 2 * np.random.default_rng(0).normal(size=(1024, K))
         log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-        symbols = np.random.default_rng(1).integers(K, size=n)
+        symbols = np.random.default_rng(1).integers(K, size=1024)
 
         def encode():
-            starts, freqs = [], []
-            for part, a in zip(np.split(log_p, 100), np.split(symbols, 100)):
-                start, f = coder.intervals(coder.quantize(part), a)
-                starts.append(start)
-                freqs.append(f)
-            return coder.encode(np.concatenate(starts), np.concatenate(freqs))
+            return coder.encode(*coder.intervals(coder.quantize(log_p), symbols))
 
-        def decode(data=encode()):
-            decoder = coder.Decoder(data)
-            for part in np.split(log_p, 100):
-                decoder.pop(coder.quantize(part))
-            assert decoder.end == 0
-
-        there, back = median_seconds(encode, decode, repeats=5)
-        yield {"K": K, "encode": n / there / 1e6, "decode": n / back / 1e6}
+        encoded = encode()
+        there, back = median_seconds(
+            encode, lambda: coder.Decoder(encoded).pop(coder.quantize(log_p)), repeats=500)
+        yield {"K": K, "encode": 1024e-6 / there, "decode": 1024e-6 / back}
 
 
 def bench_speed(args):
@@ -126,9 +114,8 @@ def bench_gpu(args):
     """A training step of every size on one CUDA GPU: seconds of the first one, which compiles;
     milliseconds of the others; the part of the card's own bfloat16 matrix product (8,192 x 8,192)
     that the counted operations of forward and backward reach, and the part of the time in which the
-    GPU is busy. With --minutes, what `small` learns in so many on text8 and CIFAR-10, too; seconds
-    of the evaluation; datapoints a second of compress.py with the default calls, encoding with its
-    proof."""
+    GPU is busy. The second table is of runs of `python train.py --data DATA --minutes 2` and their
+    archives."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     square = torch.randn(2, *[8192 if device == "cuda" else 512] * 2, device=device).bfloat16()
     product, = median_seconds(lambda: (square[0] @ square[1])[0, 0].item())
@@ -141,60 +128,3 @@ def bench_gpu(args):
     with process.Manager() as manager, process.Pool(len(sizes)) as pool:
         how = device, manager.Barrier(len(sizes)), manager.Lock(), most
         yield from pool.imap_unordered(step_of, [(name, *how) for name in sizes])
-    if args.minutes:
-        yield from learns("small" if device == "cuda" else "tiny", device, args.minutes)
-
-
-def real_data(words, device):
-    """text8 prefix in chunks of 250, or CIFAR-10."""
-    if "CIFAR" in words:
-        return datasets.load(str(CIFAR), device=device)
-    return text8_prefix(device=device)
-
-
-def learns(size, device, minutes):
-    """Rows of what `gpu` trains: text8 prefix in chunks of 250, its last 200,000 characters, and
-    CIFAR-10, order-agnostic and upscale-4, its test images; with the seconds of the evaluation."""
-    for words, branch in (("text8", 0), ("CIFAR-10", 0), ("CIFAR-10, upscale-4", 4)):
-        data = real_data(words, device)
-        name = f"gpu-{words.replace(', ', '-')}"
-        run, _ = trained(name, data=data, size=size, device=device, minutes=minutes, branch=branch)
-        begin = time.perf_counter()
-        train.evaluate(run.ema, data)
-        seconds = time.perf_counter() - begin
-        yield result(words, run, data, seconds_of_evaluation=seconds, **coding(RUNS / name, data))
-
-
-def bench_sizes(args):
-    """What the size `small` might be instead, two minutes each on one CUDA GPU, one seed: bits per
-    dim of 2,000 validation chunks (text8 in chunks of 250, CIFAR-10 order-agnostic)."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    given = dict(size="small" if device == "cuda" else "tiny", device=device,
-                 minutes=args.minutes or 2)
-    for words, flags in (
-            ("text8", dict(dim=(384, 768), depth=(4, 12), batch=(128, 512), lr=(1e-3, 4e-3))),
-            ("CIFAR-10", dict(dim=(96, 192, 288), depth=(2, 8), batch=(64, 256), lr=(1e-3, 4e-3)))):
-        ways = {"": {}} | {f"{name} {value}": {name: value}
-                           for name, values in flags.items() for value in values}
-        data = real_data(words, device)
-        for way, change in ways.items():
-            run, _ = trained(data=data, **given, **change)
-            found = train.bound(run.ema, train.some(data.chunks("valid"), 2000))
-            yield {"data": words, "small, but": way, "bits": found["bits"],
-                   "stderr": found["stderr"], "steps": run.step,
-                   "weights": sum(p.numel() for p in run.model.parameters())}
-
-
-def coding(folder, data):
-    """Datapoints a second of compress.py: the test split's first 20,000 letters, or 20 images."""
-    path = folder / datasets.PIECES[data.kind]
-    if data.kind == "image":
-        np.save(path, data.chunks("test")[:20].view(-1, *data.shape).cpu().numpy())
-    else:
-        path.write_bytes(datasets.to_bytes(data.splits["test"][:20000].cpu(), data.K))
-    model, codec, settings, _ = compress.settle(argparse.Namespace(
-        ckpt=folder / "ckpt.pt", device=data.splits["test"].device.type, input=path, calls=None,
-        order=None, block=None))
-    n, _, archive, encode, decode = round_trip(path, model, codec, settings)
-    return dict(archive=8 * len(archive) / n, encoded_a_second=n / data.D / encode,
-                decoded_a_second=n / data.D / decode)

@@ -103,7 +103,7 @@ def test_a_mask_in_a_file_says_what_is_known(gallery, tmp_path, monkeypatch, ref
                          (known * 1, "holds torch.int"),
                          (known[0], "bool [3, 6, 5] or [6, 5] is wanted"),
                          (known & False, "something must be known"),
-                         (np.array([{}]), "is no .npy")):
+                         (np.array([{}]), "or a .npy file of an array")):
         np.save(mask, wrong)
         refused(sample, *flags, "--inpaint", mask, match=match)
 

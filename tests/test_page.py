@@ -62,7 +62,7 @@ def test_a_training_that_was_told_to_stop_is_no_measurement(monkeypatch):
 
 
 def test_a_network_that_sees_the_past_alone_gives_all_texts_a_sum_of_1():
-    with common.patched(orders.PAST):
+    with orders.PAST[0], orders.PAST[1], orders.PAST[2]:
         model = nets.build(dict(kind="text", K=2, shape=[5], recipe="ours", branch=0, dim=8,
                                 depth=3, heads=1, parametrization="data")).double()
         for p in model.parameters():
