@@ -346,8 +346,8 @@ def run_bench(args):
           f"{sum(4 * p.numel() for p in model.parameters()):,} bytes, are not counted")
 
 
-def parse():
-    """The command line: encode, decode, bench, info."""
+def main():
+    """One of the four commands."""
     parser = datasets.Parser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(required=True, metavar="encode | decode | bench | info")
     for run in (run_encode, run_decode, run_bench, run_info):
@@ -374,12 +374,7 @@ def parse():
             add("--item", type=int, help="only this datapoint, counted from 0")
             add("--keep-going", action="store_true", help="leave out damaged blocks, deliver the "
                 "others; exit code 1")
-    return parser.parse_args()
-
-
-def main():
-    """One of the four commands."""
-    args = parse()
+    args = parser.parse_args()
     args.run(args)
 
 

@@ -82,18 +82,19 @@ class Transformer(Network):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)). Ours put something else in two places."""
 
-    def __init__(self, dim, heads):
+    def __init__(self, dim, heads, attention=None, mix=nn.Identity):
         super().__init__()
-        self.attention = Attention(dim, heads)
+        self.attention = (attention or Attention)(dim, heads)
         self.norm = nn.LayerNorm(dim)
+        self.mix = mix(dim)
         self.up = nn.Linear(dim, 4 * dim)
         self.down = nn.Linear(4 * dim, dim)
 
-    def forward(self, x):
-        x = x + self.attention(x)
-        return x + self.down(F.gelu(self.up(self.norm(x))))
+    def forward(self, x, turned=nn.Identity()):
+        x = x + self.attention(x, turned)
+        return x + self.down(F.gelu(self.up(self.mix(self.norm(x)))))
 
 
 class Attention(nn.Module):
@@ -409,8 +410,9 @@ class OurTransformer(Transformer):
     """Not in the paper: rotary positions, attention in every second block, and convolutions."""
 
     def make_blocks(self, dim, depth, heads):
-        self.blocks = nn.ModuleList(OurBlock(dim, 0 if i % EVERY else heads)
-                                    for i in reversed(range(depth)))
+        self.blocks = nn.ModuleList(
+            Block(dim, heads, NoAttention if i % EVERY else Attention, NeighbourConv)
+            for i in reversed(range(depth)))
         return dim // heads
 
     def body(self, h, cos, sin):
@@ -419,21 +421,14 @@ class OurTransformer(Transformer):
         return h
 
 
-class OurBlock(nn.Module):
-    """x + attention(norm(x)) if it has heads, then x + mlp(mix(norm(x)))."""
+class NoAttention(nn.Module):
+    """The attention of a block that has none."""
 
     def __init__(self, dim, heads):
         super().__init__()
-        self.attention = Attention(dim, heads) if heads else None
-        self.norm = nn.LayerNorm(dim)
-        self.mix = NeighbourConv(dim)
-        self.up = nn.Linear(dim, 4 * dim)
-        self.down = nn.Linear(4 * dim, dim)
 
     def forward(self, x, turned):
-        if self.attention is not None:
-            x = x + self.attention(x, turned)
-        return x + self.down(F.gelu(self.up(self.mix(self.norm(x)))))
+        return 0
 
 
 class NeighbourConv(nn.Module):

@@ -170,40 +170,36 @@ def order(rule, shape):
 
 # -- Skip on a first reading: the same, faster; the split over stages; absorbing diffusion ---------
 
-def one_more_call_fast(E, L, n):
-    """The same as `one_more_call`, in O(D log D). E is E_{n-1}. L must not increase (Eq. 4).
+def one_more_call_fast(E, L):
+    """The same as `one_more_call`, in O(D log D). L must not increase (Eq. 4).
 
     Then the best i does not fall as j grows. So we solve the middle j first: its best i bounds that
     of every smaller and every larger j. Then we solve both halves in the same way. Each level of
-    halving tries about D pairs (i, j)."""
+    halving tries about D pairs (i, j), all at once."""
     D = len(L)
-    ends = D - n + 1                                       # j = n..D; row q = j - n + 1 = 1..ends
-    h = 1 << ends.bit_length() - 1
-    start = np.full(ends + h + 1, D - 1)                   # rows beyond the last bound from above
-    start[0] = n - 1                                       # row 0 bounds from below
-    cost = np.empty(ends + 1)
+    h = 1 << D.bit_length() - 1                            # this level: j = h, 3h, 5h, ..
+    E_n = np.full(D + 1, np.inf)
+    start = np.full(D + h + 1, D - 1)                      # behind D: bounds from above
+    start[0] = 0
     while h:
-        q = np.arange(h, ends + 1, 2 * h)
-        low = start[q - h]
-        width = np.minimum(start[q + h], q + n - 2) - low + 1            # i = low..low + width - 1
-        stop = np.cumsum(width)
-        first = stop - width
-        i = np.arange(stop[-1]) + np.repeat(low - first, width)
-        j = np.repeat(q + n - 1, width)
-        value = E[i] + (j - i) * L[i]                      # L[i] is L_{i+1}
-        cost[q] = np.minimum.reduceat(value, first)        # E_n[j] = the minimum over i
-        best = np.flatnonzero(value == np.repeat(cost[q], width))
-        start[q] = i[best[np.searchsorted(best, first)]]   # the first best i of each j
+        j = np.arange(h, D + 1, 2 * h)
+        low = start[j - h]
+        width = np.minimum(start[j + h], j - 1) - low + 1  # i = low..low + width - 1
+        first = np.cumsum(width) - width                   # where the pairs of each j begin
+        i = np.arange(width.sum()) + np.repeat(low - first, width)
+        value = E[i] + (np.repeat(j, width) - i) * L[i]    # L[i] is L_{i+1}
+        E_n[j] = np.minimum.reduceat(value, first)
+        best = np.flatnonzero(value == np.repeat(E_n[j], width))
+        start[j] = i[best[np.searchsorted(best, first)]]   # the first best i of each j
         h >>= 1
-    fewer = np.arange(n)                                   # n calls generate at least n variables
-    return np.append(fewer + np.inf, cost[1:]), np.append(fewer, start[1:ends + 1])
+    return E_n, start[:D + 1]
 
 
 def best_paths(L):
     """Yields (E_n[D], starts of the n-th call) for n = 1..D, one stage."""
     E = np.append(0.0, np.full(len(L), np.inf))
-    for n in range(1, len(L) + 1):
-        E, start = one_more_call_fast(E, L, n)
+    for _ in L:
+        E, start = one_more_call_fast(E, L)
         yield E[-1], start
 
 

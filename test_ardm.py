@@ -1,12 +1,10 @@
 """The specification: the paper's claims on problems small enough to enumerate, networks, planner,
 coder, and each script once. tests/ holds what the scripts promise. Run: python -m pytest -q
 
-ARDM_DATA names a folder with real data; tests that need it skip without. What must hold on a GPU
-is parametrised over the devices that are there, so that a CPU runs the same lines.
-
-Each classic mistake makes a test fail: a weight off by one, a t that never is D, a masked value
-that leaks, a mask of sigma <= t, digits from the least significant end, symbols pushed in reading
-order, a frequency of 0, a plan with a call of no variable, a decoder that reads another grid.
+What must hold on a GPU is parametrised over the devices that are there. Each classic mistake makes
+a test fail: a weight off by one, a t that never is D, a masked value that leaks, a mask of
+sigma <= t, digits from the least significant end, symbols pushed in reading order, a frequency of
+0, a plan with a call of no variable, a decoder that reads another grid.
 """
 import itertools
 import json
@@ -275,23 +273,17 @@ def test_a_symbol_is_drawn_with_its_probability_and_never_with_0():
         drawn = draw(p.log(), temperature, seeded()).bincount(minlength=4) / 40000
         wanted = p[0] ** (1 / temperature) / (p[0] ** (1 / temperature)).sum()
         assert drawn[1] == 0 and (drawn - wanted).abs().max() < 0.01
+    for temperature in (0, 1e-45, 1e-4):
+        assert (draw(p.log(), temperature) == 0).all(), "the likeliest symbol"
     model = UpscaleARDM(Fixed(torch.randn(5)), 1, 5, 3)    # 12 and 2x lead nowhere in base 3
     assert model.sample(2000, generator=seeded()).max() == 4
-
-
-def test_temperature_zero_takes_the_most_probable_symbol():
-    model, plan, sigma = ARDM(Table(3, 4), 3, 4), [(1, 1, 3)], sample_sigma(5, 3)
-    best = model.log_probs(torch.zeros(1, 3).long(), torch.zeros(1, 3).bool(), ONE, ONE)
-    for temperature in (0, 1e-45, 1e-4):
-        drawn = model.sample(5, plan, sigma, temperature=temperature)
-        assert (drawn == best.argmax(dim=-1)).all()
 
 
 def test_bfloat16_logits_still_give_probabilities_that_sum_to_one():
     model, x = uniform(3, 256).to(torch.bfloat16), torch.zeros(2, 3, dtype=torch.long)
     log_p = model.log_probs(x, x == 0, ONE.expand(2), ONE.expand(2))
-    assert log_p.dtype == torch.float32
-    assert torch.allclose(log_p.exp().sum(dim=-1), torch.ones(2, 3), atol=1e-6)
+    total = log_p.exp().sum(dim=-1)
+    assert log_p.dtype == torch.float32 and torch.allclose(total, torch.ones(2, 3), atol=1e-6)
 
 
 # -- planner.py ------------------------------------------------------------------------------------
@@ -362,22 +354,18 @@ def test_exercise_04_smooth_fits_lines_and_never_rises():
             function([1.0, 2.0])
 
 
-@pytest.mark.parametrize("samples, share", [(1, 0.5), (4, 0.5), (16, 0.6)])
-def test_plans_from_a_smoothed_L_lose_little(samples, share):
-    """On noisy measurements of a known curve the excess over the best plan is about half of what
-    isotonic regression alone leaves."""
-    D, rng, excess = 784, np.random.default_rng(0), np.zeros(2)
-    t = np.arange(1, D + 1)
+def test_plans_from_a_smoothed_L_lose_little():
+    """On noisy measurements the excess over the best plan is half of what isotonic regression
+    alone leaves."""
+    t, excess = np.arange(1, 785), np.zeros(2)
     curve = 4 / np.sqrt(t) + 0.5
-    noise = curve / 2 * np.sqrt((2 / (D - t + 1) + 0.005) / samples)
-    for _ in range(3):
-        L = curve + noise * rng.normal(size=D)
-        fits = (planner.isotonic(L, np.ones(D)), planner.smooth(L))
-        for budget in (10, 50):
-            best = planner.costs(curve, [budget])[budget]
-            excess += [planner.plan_cost(curve, planner.plan(fit, budget)) / best - 1
-                       for fit in fits]
-    assert excess[1] < share * excess[0]
+    for seed in range(3):
+        noise = np.random.default_rng(seed).normal(size=784)
+        L = curve * (1 + noise * np.sqrt(2 / (785 - t) + 0.005) / 2)
+        for i, fit in enumerate((planner.isotonic(L, np.ones(784)), planner.smooth(L))):
+            excess[i] += planner.plan_cost(curve, planner.plan(fit, 20))
+    best = 3 * planner.costs(curve, [20])[20]
+    assert excess[1] - best < (excess[0] - best) / 2
 
 
 def test_smooth_of_200000_steps_is_done_in_seconds():
@@ -393,7 +381,7 @@ def test_exercise_05_the_fast_programme_is_the_plain_one():
     for n in range(1, D + 1):
         before = E
         E, start = planner.one_more_call(E, L)
-        fast, fast_start = planner.one_more_call_fast(fast, L, n)
+        fast, fast_start = planner.one_more_call_fast(fast, L)
         same(f"E_{n}", fast, E)
         for i in (start, fast_start):                      # several i may be equally good
             same(f"E_{n} by its best i", (before[i] + (j - i) * L[np.minimum(i, D - 1)])[n:], E[n:])
@@ -738,12 +726,12 @@ def pack(place, model, content, order="spaced:4", calls=6, block=10, K=27):
     return archive, bits
 
 
-def unpack(model, archive, K=27, damaged=None, **flags):
+def unpack(model, archive, K=27, damaged=None):
     """The text in an archive. damaged: a list, which gets the numbers of blocks that are."""
     header, _, at = compress.read_header(archive, "archive")
     codec = compress.open_codec(header, model, dict(kind="text", K=K, shape=[24]), "archive")
     content = b""
-    for i, x in compress.decode_file(archive, at, codec, header["length"], **flags):
+    for i, x in compress.decode_file(archive, at, codec, header["length"]):
         if x is not None:
             content += datasets.to_bytes(x.reshape(-1), K)
         elif damaged is None:
@@ -779,14 +767,6 @@ def test_exercise_09_texts_of_any_length_come_back_at_their_ideal_length(folder,
     sigma = torch.from_numpy(planner.order("spaced:4", 24)).to(device).expand(whole.shape)
     nll = model.double().nll(whole, planner.uniform_plan(1, 24, 6), sigma).sum().item()
     assert math.isclose(pack(tmp_path, model, text[:960])[1], bits_per_dim(nll, 1), rel_tol=1e-9)
-
-
-def test_exercise_09_any_item_of_any_archive_is_found(model, folder, tmp_path):
-    text = (folder / "test.txt").read_bytes()[:24 * 23 + 5]
-    for block in (1, 5, 10):
-        archive, _ = pack(tmp_path, model, text, block=block)
-        for item in (0, 4, 5, 22, 23):
-            assert unpack(model, archive, item=item) == text[24 * item:24 * (item + 1)]
 
 
 def test_exercise_09_damage_is_noticed_and_intact_blocks_are_delivered(model, folder, tmp_path):
@@ -957,15 +937,9 @@ def test_transformer_sees_what_is_known_on_both_sides_and_no_more(ours):
     logits = net(x, m, ONE, ONE)
     assert torch.equal(net(torch.where(m, x, 6 - x), m, ONE, ONE), logits)
     assert moved(net, x, 0, m).all() and moved(net, x, 9, m).all()
-    hidden = m & (torch.arange(12) > 0)
+    hidden = m & (torch.arange(12) > 0)                    # no value looks like an unknown one
     assert ((net(x, hidden, ONE, ONE) - logits).abs().amax(dim=2) > 1e-9).all()
     assert net(x[:, :5], m[:, :5], ONE, ONE).shape == (1, 5, 7)          # shorter data will do
-
-
-def test_absorbed_is_a_class_of_its_own():
-    """The released code's embedding had no row for it: "unknown" looked like the letter z."""
-    net, x, m = text_net(), torch.full((1, 12), 6), torch.ones(1, 12, dtype=torch.bool)
-    assert (net(x, m, ONE, ONE) - net(x, ~m, ONE, ONE)).abs().max() > 1e-3
 
 
 def test_blocks_of_neighbours_see_two_positions_on_either_side():
@@ -973,7 +947,7 @@ def test_blocks_of_neighbours_see_two_positions_on_either_side():
     net, m = text_net(), torch.ones(1, 12, dtype=torch.bool)
     nn.init.zeros_(net.blocks[1].attention.out.weight)
     nn.init.zeros_(net.blocks[1].down.weight)
-    assert [block.attention is not None for block in net.blocks] == [False, True]
+    assert [type(block.attention) is nets.Attention for block in net.blocks] == [False, True]
     for j in range(12):
         near = [abs(i - j) <= 2 for i in range(12)]
         assert moved(net, torch.randint(6, (1, 12)), j, m).tolist() == near
@@ -1025,9 +999,8 @@ def test_paper_size_and_recipe_are_the_papers():
         net = nets.build(c).net
     assert type(net) is nets.Transformer
     assert abs(sum(p.numel() for p in net.parameters()) - 85.1e6) < 0.2e6
-    assert train.SIZES["text"]["paper"]["steps"] == 3_000_000
-    paper = train.PAPER["text"]
-    assert [paper[k] for k in ("lr", "warmup", "clip", "ema")] == [5e-4, 5000, 0.25, 0.995]
+    paper = train.PAPER["text"] | train.SIZES["text"]["paper"]
+    assert [paper[k] for k in ("lr", "warmup", "clip", "steps")] == [5e-4, 5000, 0.25, 3_000_000]
     c = settings(datasets.load("glyphs"), size="paper", recipe="paper", branch=4)
     assert (c["dim"], c["depth"], c["heads"], c["batch"]) == (256, 32, 1, 128)
     assert c["parametrization"] == "data"
@@ -1094,10 +1067,9 @@ def test_later_stages_see_the_middle_of_what_is_not_yet_refined():
     net = nets.OurUNet(16, (1, 2, 2), 8, dim=8, depth=1, stages=2, b=4, values=False)
     v, m = torch.tensor([[[[4.0, 8.0], [0.0, 12.0]]]]) / 16 - 0.5, torch.zeros(1, 1, 2, 2).bool()
     m[0, 0, 0, 0] = True
-    near = net.planes(v, m, torch.tensor([2]))[2] / nets.MEAN
-    assert abs(near.mean().item() - ((4 + 10 + 2 + 14) / 4 / 16 - 0.5)) < 0.02
-    near = net.planes(v, m, torch.tensor([1]))[2] / nets.MEAN            # what is known alone
-    assert torch.allclose(near, torch.tensor(-0.25), atol=0.1)
+    first, later = (net.planes(v, m, torch.tensor([s]))[2] / nets.MEAN for s in (1, 2))
+    assert abs(later.mean().item() - ((4 + 10 + 2 + 14) / 4 / 16 - 0.5)) < 0.02
+    assert torch.allclose(first, torch.tensor(-0.25), atol=0.1)          # what is known alone
 
 
 def test_logistic_is_the_density_of_the_logistic_distribution():
@@ -1209,8 +1181,7 @@ def test_wavenet_sees_both_sides_and_nothing_that_is_masked(recipe, branch):
         changed[1, i] = (x[1, i] + 9000) % 65536
         differs = (model.logits(changed, m, t, s) != one).any(dim=2)
         assert differs[1, max(i - 4, 0):i + 5].all() and not differs[0].any()
-    short = model.logits(x[:, :10], m[:, :10], t, s)
-    assert short.shape[1] == 10
+    assert model.logits(x[:, :10], m[:, :10], t, s).shape[1] == 10       # shorter data will do
 
 
 @pytest.mark.parametrize("branch", [0, 2, 16, 256])
@@ -1231,16 +1202,6 @@ def test_the_integer_nearest_to_zero_is_found():
     low, unit = torch.meshgrid(torch.arange(-20, 20), torch.arange(1, 9), indexing="ij")
     expected = [min(range(i, i + n), key=abs) for i, n in zip(low.flatten(), unit.flatten())]
     assert nets.nearest_to_zero(low, unit).flatten().tolist() == expected
-
-
-def test_louder_sound_has_the_same_mixture_but_wider():
-    net, (t, s) = wave_net(0).net, (torch.tensor([20]), ONE)
-    m = torch.rand(1, 64, generator=seeded()) < 0.5
-    sound = torch.randint(-2000, 2000, (1, 64), generator=seeded())
-    soft, loud = (net(n * sound + 32768, m, t, s)[~m, 1:].chunk(3, dim=1) for n in (1, 8))
-    apart = loud[1].diff(dim=1) / soft[1].diff(dim=1)      # the logistics of a variable
-    assert torch.median((apart - 8).abs()) < 1.0
-    assert torch.median((loud[2] - soft[2] - math.log(8)).abs()) < 0.2
 
 
 def test_what_machines_differ_by_is_not_multiplied_by_thousands(monkeypatch):
@@ -1294,7 +1255,6 @@ def test_paper_audio_network_is_the_papers():
     dilations = [block.gates.dilation[0] for block in net.blocks]
     assert dilations == [2 ** i for i in range(12)] * 3
     assert net.embed.weight.shape == (65536, 64) and net.first.weight.shape == (192, 6, 3)
-    assert net.time[0].out_features == net.time[2].out_features == 1024
     c = settings(data, size="tiny", recipe="paper", branch=0)
     model = nets.build(c)
     assert model.net.num_outputs == 91 and model.S == 1
@@ -1407,10 +1367,9 @@ def test_every_script_explains_itself_and_readme_names_what_exists(capsys, monke
     readme = (HERE / "README.md").read_text("utf-8")
     rows = re.findall(r"^\| .*? \| (`.*?`) \| (`.*?`) \|$", readme, re.M)
     functions, tests = (re.findall(r"`([\w.]+)`", " ".join(column)) for column in zip(*rows))
-    assert len(functions) > 8 and len(tests) > 8
     for name in functions:
         thing, *path = name.split(".")
         thing = __import__(thing)
         for part in path:
             thing = getattr(thing, part)
-    assert all(name in globals() for name in tests)
+    assert len(tests) > 8 and all(name in globals() for name in tests)
