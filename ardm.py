@@ -51,8 +51,7 @@ class ARDM(nn.Module):
     """The order-agnostic ARDM (Sec. 3). It has one stage, in which each variable takes its value.
 
     net(x, m, t, s) -> (B, D, K) logits, with x (B, D) int64, m (B, D) bool, t and s (B,) int64.
-    D is the largest number of variables. If the network allows it, x may be shorter.
-    """
+    D is the largest number of variables. If the network allows it, x may be shorter."""
 
     def __init__(self, net, D, K):
         super().__init__()
@@ -64,8 +63,7 @@ class ARDM(nn.Module):
         """Algorithm 2 (with stages Algorithm 4): an unbiased estimate of Eq. 2, (B,) nats.
 
         -log p(x) <= E_t[D * L_t], where L_t = E_sigma[mean over the unknown of -log p(x_i | m * x)]
-        x: (B, D). t, s (B,) and sigma (B, D) are drawn if they are not given.
-        """
+        x: (B, D). t, s (B,) and sigma (B, D) are drawn if they are not given."""
         B, D = x.shape
         drawn_t, drawn_s = stratified_steps(B, self.S, D, x.device, generator)
         t = drawn_t if t is None else t                    # t ~ U(1, ..., D)
@@ -106,8 +104,7 @@ class ARDM(nn.Module):
         sigma: (B, D), or (S, B, D) for an order per stage. Where it is 0, x is known.
         choose(log_p, where, s) -> (n,) gives the symbols of the n variables in `where` (B, D) from
         log_p (n, A). It draws them, reads them from data, or takes them from a decoder.
-        It starts at the first call that any row needs. Rows that know more join later.
-        """
+        It starts at the first call that any row needs. Rows that know more join later."""
         B, D = x.shape
         sigma = sigma.expand(self.S, B, D)
         n_known = fewest_known(sigma)
@@ -127,8 +124,7 @@ class ARDM(nn.Module):
 
         x, known: (B, D) values, and a bool mask of those that stay as they are (infilling).
         temperature: draws from p^(1/temperature), renormalised. 0 takes the likeliest symbol.
-        ValueError for a plan that leaves something out, and for known values outside 0..K-1.
-        """
+        ValueError for a plan that leaves something out, and for known values outside 0..K-1."""
         if x is None:
             x = torch.zeros(B, self.D, dtype=torch.long, device=next(self.parameters()).device)
         x = torch.zeros_like(x) if known is None else known * x
@@ -151,8 +147,7 @@ class ARDM(nn.Module):
         """-log p(x | sigma), (B,) nats: exact for the process that the plan describes.
 
         Variables of one call are independent, given what is known before it. Where sigma = 0, x is
-        given, and the result is conditional on it. ValueError as in `sample`.
-        """
+        given, and the result is conditional on it. ValueError as in `sample`."""
         plan, sigma = self.complete(x, plan, sigma, generator)
         exact = torch.float32 if x.device.type == "mps" else torch.float64
         nats = torch.zeros(len(x), dtype=exact, device=x.device)
@@ -246,8 +241,7 @@ class UpscaleARDM(ARDM):
         P^(s) adds up the values that share x^(s). The loop goes from the last stage to the first.
         At stage s it reads the b branches below x^(s-1). Then it adds up each group of b branches.
         Example: K = 4, b = 2, p = (0.1, 0.2, 0.3, 0.4). Stage 1 gives log 0.3 and log 0.7. Stage 2
-        gives log 0.3 and log 0.4 where x^(1) = 2.
-        """
+        gives log 0.3 and log 0.4 where x^(1) = 2."""
         none = -1e30                                       # not -inf, whose gradient is NaN
         logits = F.pad(logits, (0, self.A ** self.S - self.K), value=none)
         digits = 0.0

@@ -58,14 +58,12 @@ def quantize(log_p, shift=0):
 
     The frequency is f = floor(w (2^P - A) / sum of w) + 1 with w = WEIGHTS[level]. It is never 0,
     so every symbol can be coded. The last symbol gets the numbers that are left.
-    ValueError if log_p has another type or shape, or if a row does not sum to 1 within 1e-6.
-    """
+    ValueError if log_p has another type or shape, or if a row does not sum to 1 within 1e-6."""
     if log_p.dtype != np.float64 or log_p.ndim != 2:
         raise ValueError(f"log_p must be (N, A) float64, not {log_p.shape} {log_p.dtype}")
     N, A = log_p.shape
     if not (np.abs(np.exp(log_p).sum(axis=1) - 1) < 1e-6).all():
-        raise ValueError("log_p are not log-probabilities: a row is not a number or does not sum "
-                         "to 1; are the network's weights damaged?")
+        raise ValueError("log_p are not log-probabilities: a row does not sum to 1")
     w = WEIGHTS[np.floor(grid_position(log_p, shift)).astype(np.int64)]
     f = w * (2 ** P - A) // w.sum(axis=1, keepdims=True) + 1
     cdf = np.zeros((N, A + 1), dtype=np.int64)
@@ -85,8 +83,7 @@ def encode(starts, freqs, state=0):
 
     Example with 2^P = 4 and frequencies (1, 3), so that cdf = (0, 1, 4): pushing symbol 1 onto
     x = 5 gives (5 // 3) * 4 + 1 + 5 % 3 = 7.
-    ValueError for an interval that is empty or leaves 0..2^P.
-    """
+    ValueError for an interval that is empty or leaves 0..2^P."""
     starts = np.asarray(starts, dtype=np.int64)
     freqs = np.asarray(freqs, dtype=np.int64)
     if starts.size and (freqs.min() < 1 or starts.min() < 0 or (starts + freqs).max() > 2 ** P):
@@ -113,8 +110,7 @@ class Decoder:
         """cdf (n, A + 1) from `quantize` -> (n,) int64: the next n symbols, one per row.
 
         Example, the one of `encode`: x = 7. The slot 7 % 4 = 3 lies in [1, 4), the interval of
-        symbol 1. Then x = 3 * (7 // 4) + 3 - 1 = 5, as before the push.
-        """
+        symbol 1. Then x = 3 * (7 // 4) + 3 - 1 = 5, as before the push."""
         x, symbols, width = self.x, [], cdf.shape[1]
         table = memoryview(np.ascontiguousarray(cdf).reshape(-1))
         for row in range(0, len(table), width):

@@ -56,13 +56,11 @@ class Codec:
     """Blocks of datapoints to bytes and back.
 
     settings: of the checkpoint. order: by name. ks: the k of each call, a list for every stage.
-    block: datapoints in a block. ValueError for what cannot be.
-    """
+    block: datapoints in a block. ValueError for what cannot be."""
 
     def __init__(self, model, settings, order, ks, block):
         if isinstance(model, nets.MixtureARDM):
-            raise ValueError("an order-agnostic model of audio cannot code: train one with "
-                             "--branch 16")
+            raise ValueError("an order-agnostic model of audio cannot code: train with --branch 16")
         device = next(model.parameters()).device
         self.device = "cpu" if device.type == "mps" else device          # MPS has no float64
         self.model = copy.deepcopy(model).to(self.device).double()
@@ -170,8 +168,7 @@ def encode_file(path, model, codec, settings):
             x = symbols[start:start + rows * D].reshape(rows, D)
             block, bits = codec.encode(x, number)
             if not np.array_equal(codec.decode(block, rows, D, number), x):
-                raise ValueError("a block does not decode to what went in: this machine does not "
-                                 "compute the same numbers twice; nothing was written")
+                raise ValueError("this machine does not compute the same numbers twice: no archive")
             parts.append(block)
             total += bits
             bar.set_postfix_str(f"{total / (start + rows * D):.3f} bits each")
@@ -282,10 +279,10 @@ def run_encode(args):
     model, codec, settings, path = settle(args)
     archive, symbols, _ = encode_file(path, model, codec, settings)
     datasets.write(args.output, archive, (args.input, args.ckpt))
-    print(f"{path}: {len(symbols):,} symbols -> {len(archive):,} bytes, "
-          f"{8 * len(archive) / max(1, len(symbols)):.3f} bits each; order {codec.order}, {len(codec.plan)} network calls, proved by decoding\n"
-          f"back again: python compress.py decode --ckpt {shlex.quote(str(args.ckpt))} "
-          f"{shlex.quote(args.output)} FILE")
+    n, ckpt = len(symbols), shlex.quote(str(args.ckpt))
+    print(f"{path}: {n:,} symbols -> {len(archive):,} bytes, {8 * len(archive) / max(1, n):.3f} "
+          f"bits each; order {codec.order}, {len(codec.plan)} network calls, proved by decoding\n"
+          f"back again: python compress.py decode --ckpt {ckpt} {shlex.quote(args.output)} FILE")
 
 
 def run_decode(args):
@@ -303,8 +300,7 @@ def run_decode(args):
             continue
         damaged.append(f"block {number} (counted from 0) is cut off, changed, or surplus")
         if not args.keep_going:
-            raise ValueError(f"{args.input} is damaged: {damaged[0]}; --keep-going delivers the "
-                             "rest")
+            raise ValueError(f"{args.input} is damaged: {damaged[0]}; try --keep-going")
     symbols = np.concatenate(parts)
     if len(symbols) < header["length"] and settings["kind"] == "audio":
         form = [form[0], 1]                                # parts of channels, one after another

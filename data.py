@@ -32,7 +32,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 NAMES = ("pydoc", "glyphs", "tones", "text8", "enwik8", "mnist", "cifar10", "sc09")
 PIECES = {"text": "test.txt", "image": "test.npy", "audio": "test.wav"}     # of test data
@@ -48,8 +47,7 @@ class Data:
 
     kind: "text", "image" or "audio". Images are (N, D), colour by colour. Text and audio are one
     stream (n,), and a datapoint is a piece of it, without what comes before. unit: the word after
-    "bits/". flips, turns: training images are mirrored, turned by quarters.
-    """
+    "bits/". flips, turns: training images are mirrored, turned by quarters."""
 
     def __init__(self, kind, name, K, shape, splits, rate=None, flips=False):
         self.kind, self.name, self.K, self.shape, self.rate = kind, name, K, tuple(shape), rate
@@ -59,8 +57,7 @@ class Data:
         self.splits = {part: torch.from_numpy(each) for part, each in splits.items()}
         for part, each in self.splits.items():
             if self.D == 0 or each.numel() < self.D:
-                raise ValueError(f"{name} has {each.numel()} values for {part}, too few for a "
-                                 f"datapoint of {self.D}")
+                raise ValueError(f"{name} has {each.numel()} values for {part}, fewer than {self.D}")
         content = b"".join(part.tobytes() for part in splits.values())
         self.digest = hashlib.sha256(content).hexdigest()
 
@@ -217,16 +214,14 @@ OTHER = re.compile(rb"[^a-z ]")      # what has no symbol if K = 27
 
 def to_symbols(stream, K):
     """bytes -> (n,) uint8: the bytes themselves, or for K = 27 space 0 and a-z 1..26. For audio
-    little-endian 16-bit samples -> uint16. ValueError names the first character without a symbol.
-    """
+    little-endian 16-bit samples -> uint16. ValueError names the first character that has none."""
     if K > 256:
         return np.frombuffer(stream, "<u2").astype(np.uint16) ^ 0x8000
     wrong = OTHER.search(stream) if K == 27 else None
     if wrong:
         at = wrong.start()
         char = bytes(stream[at:at + 4]).decode("utf-8", errors="replace")[0]
-        raise ValueError(f"character {char!r} at position {at}: this model knows a-z and space "
-                         "alone")
+        raise ValueError(f"character {char!r} at position {at}: this model knows a-z and space")
     return np.frombuffer(stream, np.uint8) & (31 if K == 27 else 255)    # a copy
 
 
@@ -499,8 +494,8 @@ class Parser(argparse.ArgumentParser):
                 raise ValueError(f"--{name} is empty: give it a value")
             least = 0 if name in MAY_BE_0 else 1e-12
             if type(value) in (int, float) and not least <= value <= 10 ** 9:
-                raise ValueError(f"--{name} {value}: choose {'more than 0' if least else '0 or more'}, "
-                                 "and 10^9 at most")
+                raise ValueError(f"--{name} {value}: choose a number {'above' if least else 'from'} 0, "
+                                 "10^9 at most")
         return args
 
 
@@ -632,8 +627,7 @@ def fetch(name):
         content = unpack(content, path)
     digest = hashlib.sha256 if len(known) == 64 else hashlib.md5
     if digest(content).hexdigest() != known:
-        raise ValueError(f"{path} is not the whole upstream file, by its checksum: remove it, or "
-                         f"name it by --data {path}")
+        raise ValueError(f"{path} is not the whole upstream file, by its checksum: remove it")
     return str(path) if name.endswith(".tar.gz") else unpack(content, path)
 
 
@@ -670,27 +664,26 @@ FONT = """
 
 
 def glyphs(n, seed, size=16):
-    """(n, 1, size, size) uint8: digits in a bitmap font, shifted, scaled, sheared, grey, noisy."""
+    """(n, 1, size, size) uint8: digits in a bitmap font, shifted, scaled, sheared, grey, noisy. By
+    integers, so that all machines draw the same. A pixel is the sum of 2 x 2 points."""
+    random = np.random.RandomState(seed)                   # the same numbers in every NumPy
     rows = [line.split() for line in FONT.split("\n")[1:-1]]
-    font = torch.tensor([[[[cell == "#" for cell in row] for row in digit]]
-                         for digit in zip(*rows)]).float()
-    generator = torch.Generator().manual_seed(seed)
+    font = np.array([[[cell == "#" for cell in row] for row in digit] for digit in zip(*rows)])
+    font = np.pad(font, ((0, 0), (1, 1), (1, 1)))          # nothing is around a digit
 
     def uniform(low, high, *shape):
-        return low + (high - low) * torch.rand(n, *shape, generator=generator)
+        return random.randint(low, high + 1, size=(n, *shape), dtype=np.int32)
 
-    theta = torch.zeros(n, 2, 3)                           # picture coordinates -> font coordinates
-    theta[:, 0, 0] = 1 / uniform(0.4, 0.6)
-    theta[:, 1, 1] = 1 / uniform(0.6, 0.85)
-    theta[:, 0, 1] = uniform(-0.5, 0.5)
-    theta[:, 0, 2] = uniform(-0.5, 0.5)
-    theta[:, 1, 2] = uniform(-0.25, 0.25)
-    digits = font[torch.randint(10, (n,), generator=generator)]          # (n, 1, 7, 5)
-    grid = nn.functional.affine_grid(theta, (n, 1, size, size), align_corners=False)
-    ink = nn.functional.grid_sample(digits, grid, align_corners=False)
-    ink = uniform(0.0, 0.2, 1, 1, 1) + uniform(0.5, 0.75, 1, 1, 1) * ink
-    noise = 0.01 * torch.randn(ink.shape, generator=generator)
-    return ((ink + noise).clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+    y, x = np.indices((2 * size, 2 * size), dtype=np.int32) - size
+    height, width, slope = uniform(20, 27, 1, 1), uniform(12, 19, 1, 1), uniform(-12, 12, 1, 1)
+    y, x = y + uniform(-3, 3, 1, 1), x + (y * slope >> 5) + uniform(-6, 6, 1, 1)
+    row = ((y + height // 2) * 7 // height).clip(-1, 7)
+    column = ((x + width // 2) * 5 // width).clip(-1, 5)
+    ink = font[uniform(0, 9, 1, 1), row + 1, column + 1]   # (n, 2 size, 2 size)
+    ink = ink.reshape(n, size, 2, size, 2).sum(axis=(2, 4))
+    noise = uniform(-3, 3, size, size) + uniform(-3, 3, size, size)
+    grey = uniform(0, 50, 1, 1) + uniform(32, 48, 1, 1) * ink + noise
+    return grey.clip(0, 255).astype(np.uint8)[:, None]
 
 
 TONES_RATE = 8000                    # samples a second of `tones`

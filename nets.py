@@ -606,8 +606,7 @@ def build(c):
     kind, K, shape, b = c["kind"], c["K"], c["shape"], c["branch"]
     dim, heads = c["dim"], c["heads"]
     if dim < 4 or heads < (kind == "text") or dim % (2 * max(1, heads)):
-        raise ValueError(f"--dim {dim}, --heads {heads}: take 4 or more, a multiple of 2 * heads, "
-                         "and for text one head or more")
+        raise ValueError(f"--dim {dim}, --heads {heads}: take 4 or more, a multiple of 2 * heads")
     way, ways = c["parametrization"], ("mixture" if kind == "audio" else "data", "direct")
     if b and way not in ways:
         raise ValueError(f"--parametrization {way} is not for {kind}: choose {' or '.join(ways)}")

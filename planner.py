@@ -20,8 +20,7 @@ def smooth(L, counts=None):
     """A non-increasing L, stage by stage: a local fit, then isotonic regression (Eq. 4).
 
     Measured L_t are noisy, and a plan would pick out those that are low by luck. counts: how often
-    each step was measured. Where that is 0 or L is NaN, L is filled in from the steps around.
-    """
+    each step was measured. Where that is 0 or L is NaN, L is filled in from the steps around."""
     L = np.asarray(L, dtype=np.float64)
     counts = np.ones_like(L) if counts is None else np.asarray(counts, dtype=np.float64)
     if L.ndim not in (1, 2) or L.size == 0 or counts.shape != L.shape:
@@ -63,8 +62,7 @@ def line_at(i, L, weights):
 def isotonic(L, weights):
     """The non-increasing fit nearest in weighted squares. (D,) -> (D,)
 
-    Pool adjacent violators: a step above the one before it is merged with it at their mean.
-    """
+    Pool adjacent violators: a step above the one before it is merged with it at their mean."""
     pools = []                                             # [mean, weight, steps], means decrease
     for mean, weight in zip(L, weights):
         steps = 1
@@ -84,8 +82,7 @@ def one_more_call(E, L):
     """App. A.2: E_{n-1} -> E_n and start, (D+1,) each. start[j] is the best i before the last call.
 
     Example: L = (1.0, 0.5, 0.2), E_1 = (inf, 1, 2, 3). E_2[3] is the smaller one of
-    E_1[1] + 2 * 0.5 = 2.0 and E_1[2] + 1 * 0.2 = 2.2. So E_2[3] = 2.0, and start[3] = 1.
-    """
+    E_1[1] + 2 * 0.5 = 2.0 and E_1[2] + 1 * 0.2 = 2.2. So E_2[3] = 2.0, and start[3] = 1."""
     D = len(L)
     E_n = np.full(D + 1, np.inf)
     start = np.zeros(D + 1, dtype=int)
@@ -148,8 +145,7 @@ def order(rule, shape):
     forward, backward   text from one end; an image row by row, the colours of a pixel together
     random:SEED         a permutation that depends on SEED and D alone, the same on every machine
     spaced:G            at most G stretches: the first variable of each, then the second of each, ..
-    halves              halves every gap between known variables, again and again (van der Corput)
-    """
+    halves              halves every gap between known variables, again and again"""
     name, _, number = rule.partition(":")
     C, D = shape[0] if np.size(shape) == 3 else 1, int(np.prod(shape))
     turn = np.arange(D).reshape(C, -1).T.reshape(-1)       # turn[i]: the variable at step i + 1

@@ -275,8 +275,7 @@ def price(model, test, plan, L, r):
 
     prediction = bound on test data + (cost of the plan - cost of the full plan), both costs by L_t.
     Exact bits/dim is the mean over some chunks, each in one random order. It is left out if three
-    chunks would take more than a few seconds.
-    """
+    chunks would take more than a few seconds."""
     more = (planner.plan_cost(L, plan) - L.sum()) / model.D
     row, words = dict(calls=len(plan), predicted=r["bits"] + more), "too many calls"
     in_seconds = int(3 * r["speed"]) // (len(plan) * model.D)

@@ -291,7 +291,7 @@ def test_sound_that_is_not_read_is_refused_in_words(tmp_path):
             (wav_bytes(clip(1))[:30], "with a whole fmt chunk"),
             (b"RIFF\0\0\0\0WAVE" + bytes(9_000_000), "with a whole fmt chunk"),
             (wav_bytes(clip(1), before=b"junk\0\0\0\0" * 2000), "with a whole fmt chunk"),
-            (wav_bytes(clip(1)), "too few for"), (torn, "this tar file is damaged")):
+            (wav_bytes(clip(1)), "fewer than"), (torn, "this tar file is damaged")):
         (tmp_path / "x").write_bytes(content)
         with pytest.raises(ValueError, match=words):
             datasets.load(str(tmp_path / "x"), 20)

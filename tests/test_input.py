@@ -178,20 +178,20 @@ def bad(folder, model, tmp_path_factory):
 
 REFUSALS = """
 train --data tex8 -> no such file, and none of the names pydoc, glyphs
-train --data {bad}/empty -> 0 values for train, too few
-train --data {bad}/short -> 10 values for valid, too few for a datapoint of 64
+train --data {bad}/empty -> 0 values for train, fewer than 64
+train --data {bad}/short -> 10 values for valid, fewer than 64
 train --data {bad}/packed.gz -> is packed and cannot be read
 train --size huge -> invalid choice
-train --steps 0 -> --steps 0: choose more than 0
-train --minutes nan -> --minutes nan: choose more than 0
+train --steps 0 -> --steps 0: choose a number above 0
+train --minutes nan -> --minutes nan: choose a number above 0
 train --heads 0 -> --heads 0: take 4 or more
 train --dim 30 --heads 4 -> a multiple of 2 * heads
-train --lr nan -> --lr nan: choose more than 0
+train --lr nan -> --lr nan: choose a number above 0
 train --branch 1 -> choose 2 to K = 27
-train --branch -3 -> choose 0 or more
+train --branch -3 -> choose a number from 0
 train --branch 28 -> choose 2 to K = 27
 train --bits 9 -> invalid choice
-train --seed -1 -> --seed -1: choose 0
+train --seed -1 -> --seed -1: choose a number from 0
 train --resume --evaluate x -> --evaluate: not allowed with argument --resume
 train --steps 3 --minutes 1 -> --minutes: not allowed with argument --steps
 train --bits 5 -> --bits is not for text
@@ -218,18 +218,18 @@ sample --ckpt {bad}/nan.pt -> its weights are not numbers
 sample --ckpt {bad}/axes.pt -> not of text
 sample --ckpt {bad}/long.pt -> is no checkpoint
 sample --ckpt {bad}/dim.pt -> is no checkpoint
-sample --ckpt {run}/ckpt.pt --calls 0 -> --calls 0: choose more than 0, and 10^9 at most
+sample --ckpt {run}/ckpt.pt --calls 0 -> --calls 0: choose a number above 0, 10^9 at most
 sample --ckpt {run}/ckpt.pt --calls 25 -> 25 network calls: choose 1 to 24
 sample --ckpt {run}/ckpt.pt --prompt the____of --calls 12 -> choose 1 to 4
 sample --ckpt {run}/ckpt.pt --prompt the____of --length 5 -> --length 5: the prompt alone has 9
-sample --ckpt {run}/ckpt.pt --n 10000000000 -> --n 10000000000: choose more than 0, and 10^9
+sample --ckpt {run}/ckpt.pt --n 10000000000 -> --n 10000000000: choose a number above 0, 10^9
 sample --ckpt {run}/ckpt.pt --prompt The____ -> 'T' at position 0
 sample --ckpt {run}/ckpt.pt --prompt nothing -> no blank
 sample --ckpt {run}/ckpt.pt --length 30 --frames -> one window
 sample --ckpt {run}/ckpt.pt --order sideways -> choose forward, backward
 sample --ckpt {run}/ckpt.pt --from x -> --inpaint and --from are for images
 sample --ckpt {run}/ckpt.pt --inpaint top -> --inpaint and --from are for images
-sample --ckpt {run}/ckpt.pt --temperature -1 -> --temperature -1.0: choose 0
+sample --ckpt {run}/ckpt.pt --temperature -1 -> --temperature -1.0: choose a number from 0
 sample --ckpt {run}/ckpt.pt --device meta -> choose cuda, mps or cpu
 sample --ckpt {pictures}/ckpt.pt --prompt a_ -> --prompt is for text
 sample --ckpt {pictures}/ckpt.pt --inpaint bottom -> choose left or top
@@ -237,9 +237,9 @@ sample --ckpt {pictures}/ckpt.pt --length 9 -> --length is for text, and for sou
 compress encode --ckpt {run}/ckpt.pt {bad}/in {out} -> 'H' at position 0
 compress encode --ckpt {run}/ckpt.pt {bad}/none {out} -> none cannot be read: No such file
 compress encode --ckpt {run}/ckpt.pt --calls 99 {bad}/in {out} -> 99 network calls: choose 1 to 24
-compress encode --ckpt {run}/ckpt.pt --calls 0 {bad}/in {out} -> --calls 0: choose more than 0
+compress encode --ckpt {run}/ckpt.pt --calls 0 {bad}/in {out} -> --calls 0: choose a number above 0
 compress encode --ckpt {run}/ckpt.pt --order up {bad}/in {out} -> choose forward, backward
-compress encode --ckpt {run}/ckpt.pt --block 0 {bad}/in {out} -> --block 0: choose more than 0
+compress encode --ckpt {run}/ckpt.pt --block 0 {bad}/in {out} -> --block 0: choose a number above 0
 compress encode --ckpt {run}/ckpt.pt {bad}/in {bad}/in -> the same file
 compress encode --ckpt {run}/ckpt.pt {bad}/in {bad} -> no ordinary file
 compress encode --ckpt {run}/ckpt.pt {bad}/in /dev/null -> no ordinary file
