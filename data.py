@@ -291,14 +291,19 @@ def waveforms(samples, known=None, size=(64, 640)):
     return np.where(ink, grey, 255).astype(np.uint8)[..., None]
 
 
-def exhibit(x, settings, name="samples", known=None):
-    """Samples x (N, D) as {name: bytes}: lines of text; a grid of images; sounds one after the
-    other, and their waveforms, light grey where they were known (D,)."""
-    K = settings["K"]
-    if settings["kind"] == "text":
-        return {f"{name}.txt": b"".join(to_bytes(row, K) + b"\n" for row in x)}
-    if settings["kind"] == "image":
-        return {f"{name}.png": png(grid(to_pictures(x, settings["shape"], K), min(8, len(x))))}
+def exhibit(x, settings, name="samples", known=None, columns=8):
+    """x (N, D) as {name: bytes}: lines of text; a grid of images; sounds one after the other, and
+    their waveforms. known (N, D): the others are _ and grey; of sound (D,): known is light grey."""
+    K, kind, shape = settings["K"], settings["kind"], settings["shape"]
+    if kind == "text":
+        lines = [to_bytes(row, K) for row in x] if known is None else [
+            show(row, K, seen).encode() for row, seen in zip(x, known)]
+        return {f"{name}.txt": b"".join(line + b"\n" for line in lines)}
+    if kind == "image":
+        pictures = to_pictures(x, shape, K)
+        if known is not None:
+            pictures = np.where(to_pictures(known, shape, 2), pictures, 128).astype(np.uint8)
+        return {f"{name}.png": png(grid(pictures, min(columns, len(x))))}
     silence = np.full((len(x), settings["rate"] // 10), K // 2)
     whole = np.concatenate([x, silence], axis=1).reshape(-1)
     return {f"{name}.wav": file_of(whole, settings, [settings["rate"], 1]),
@@ -478,11 +483,8 @@ def references(symbols, K):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that reports an error in one line. No flag may be shortened or empty, and numbers
-    are at most 10^9 and more than 0, but for those that MAY_BE_0."""
-
-    def __init__(self, **how):
-        super().__init__(allow_abbrev=False, **how)
+    """argparse that reports an error in one line. No flag may be empty. Numbers are at most 10^9
+    and more than 0, but for those that MAY_BE_0."""
 
     def error(self, message):
         raise ValueError(f"{message} (--help lists everything)")

@@ -149,11 +149,14 @@ def draw_rows(model, x, todo, args, settings, generator):
 
 
 def frames(model, x, sigma, plan):
-    """[(s, t, state (B, D), known (B, D))] of the process that led to x, at up to FRAMES points."""
+    """The process that led to x (n, D), at up to FRAMES points: states (n, frames, D), the mask m
+    of each, and its stage s (frames, 1)."""
     points = [plan[0][:2]] + [(s, t + k) for s, t, k in plan]
     shown = np.linspace(0, len(points) - 1, min(FRAMES, len(points))).astype(int)
-    return [(s, t, model.net_input(x, sigma[s - 1] < t, s), sigma[s - 1] < t)
-            for s, t in (points[i] for i in shown)]
+    points = [points[i] for i in shown]
+    m = torch.stack([sigma[s - 1] < t for s, t in points], dim=1)
+    states = [model.net_input(x, m[:, i], s) for i, (s, _) in enumerate(points)]
+    return torch.stack(states, dim=1), m, torch.tensor([[s] for s, _ in points])
 
 
 # -- Skip on a first reading: pictures, the terminal, the command ----------------------------------
@@ -172,44 +175,30 @@ def play(model, x, sigma, plan):
     print(f"\x1b[{height}A\x1b[J", end="")                 # what follows stands in its place
 
 
-def frames_of_text(steps, model):
-    """{name: bytes} of all samples' frames, which are printed, too."""
-    lines = [f"s = {s}  " * (model.S > 1) + f"t = {t:4d}  "
-             + datasets.show(state[i], model.K, known[i].numpy())
-             for i in range(len(steps[0][2])) for s, t, state, known in steps]
-    print(*lines, sep="\n")
-    return {"frames.txt": "\n".join(lines).encode() + b"\n"}
-
-
-def pictures(given, known, x, steps, settings):
-    """{name: bytes} of completions, with what was known of them, and of frames: a row for each."""
-    def colours(x, known=torch.tensor(True)):
-        seen = datasets.to_pictures(known.expand(x.shape), settings["shape"], 2)
-        return np.where(seen, datasets.to_pictures(x, settings["shape"], settings["K"]), 128)
-
-    def side_by_side(columns):
-        rows = np.stack(columns, axis=1)                   # (N, columns, H, W, C)
-        return datasets.png(datasets.grid(rows.reshape(-1, *rows.shape[2:]), len(columns)))
-
-    files = {}
-    if known.any():
-        columns = [colours(given[::COMPLETIONS]), colours(given[::COMPLETIONS], known)]
-        files["inpaint.png"] = side_by_side(columns + [
-            colours(x[i::COMPLETIONS]) for i in range(COMPLETIONS)])
-    if steps:
-        files["frames.png"] = side_by_side([
-            colours(state, m | (s > 1)) for s, t, state, m in steps])
+def show_frames(model, states, m, s, settings):
+    """{name: bytes} of `frames`, a row for each sample; of sound the first sample alone. A text is
+    printed, too."""
+    if settings["kind"] == "audio":                        # of possible values those nearest to 0
+        left = model.A ** (model.S - s + 1 - m[0].long())  # so many values are possible
+        nearest = nets.nearest_to_zero(states[0] - model.K // 2, left)
+        return {"frames.png": datasets.png(datasets.grid(datasets.waveforms(nearest.numpy()), 1))}
+    if settings["kind"] == "image":
+        m = m | (s > 1)                                    # a pixel of which something is known
+    files = datasets.exhibit(states.flatten(0, 1).numpy(), settings, "frames",
+                             m.flatten(0, 1).numpy(), len(s))
+    if settings["kind"] == "text":
+        print(files["frames.txt"].decode(), end="")
     return files
 
 
-def frames_of_sound(steps, model):
-    """{name: bytes} of the first sample's frames: of possible values those nearest to zero."""
-    states = []
-    for s, t, state, m in steps:
-        left = model.A ** (model.S - s + 1 - m.long())     # how many values the known digits leave
-        states.append(nets.nearest_to_zero(state - model.K // 2, left)[0])
-    waves = datasets.waveforms(torch.stack(states).numpy())
-    return {"frames.png": datasets.png(datasets.grid(waves, 1))}
+def completions(given, known, drawn, settings):
+    """{name: bytes} of images that were filled in: whole, what was known, and the completions."""
+    whole = given[::COMPLETIONS]
+    rows = torch.stack([whole, whole, *drawn.unflatten(0, (-1, COMPLETIONS)).unbind(1)], dim=1)
+    shown = torch.ones_like(rows, dtype=torch.bool)
+    shown[:, 1] = known
+    return datasets.exhibit(rows.flatten(0, 1).numpy(), settings, "inpaint",
+                            shown.flatten(0, 1).numpy(), rows.shape[1])
 
 
 def parse():
@@ -264,15 +253,15 @@ def main():
             play(model, drawn[0][0], sigmas[0][:, 0], todo[0][2])
         if shown:
             print(*(datasets.show(row, model.K) for row in drawn[-1]), sep="\n", flush=True)
-    drawn, steps = torch.cat(drawn), []
+    drawn = torch.cat(drawn)
+    if kind == "image" and args.inpaint:
+        files = completions(x, known, drawn, settings)
+    else:
+        files = datasets.exhibit(drawn.numpy(), settings, "inpaint" if args.inpaint else "samples",
+                                 known.numpy() if kind == "audio" else None)
     if args.frames:
-        steps = frames(model, drawn[:FRAMED], torch.cat(sigmas, dim=1)[:, :FRAMED], todo[0][2])
-    files = {} if kind == "image" and args.inpaint else datasets.exhibit(
-        drawn.numpy(), settings, "inpaint" if args.inpaint else "samples", known.numpy())
-    if kind == "image":
-        files |= pictures(x, known, drawn, steps, settings)
-    elif steps:
-        files |= frames_of_text(steps, model) if kind == "text" else frames_of_sound(steps, model)
+        sigma = torch.cat(sigmas, dim=1)[:, :FRAMED]
+        files |= show_frames(model, *frames(model, drawn[:FRAMED], sigma, todo[0][2]), settings)
     for name, content in files.items():
         datasets.write(folder / name, content)
     print(f"{len(x)} samples, {sum(len(plan) for _, _, plan in todo)} network calls; "
