@@ -57,7 +57,8 @@ class Data:
         self.splits = {part: torch.from_numpy(each) for part, each in splits.items()}
         for part, each in self.splits.items():
             if self.D == 0 or each.numel() < self.D:
-                raise ValueError(f"{name} has {each.numel()} values for {part}, fewer than {self.D}")
+                n = each.numel()
+                raise ValueError(f"{name} has {n} values for {part}, fewer than {self.D}")
         content = b"".join(part.tobytes() for part in splits.values())
         self.digest = hashlib.sha256(content).hexdigest()
 
@@ -85,8 +86,9 @@ def text(name, stream, length):
     """Data of (n,) uint8: characters, K = 27 (space, a-z), or bytes, K = 256. Split 90/5/5."""
     if stream.dtype != np.uint8:
         raise ValueError(f"{name}: a text must be an array of uint8, not {stream.dtype}")
-    K = 256 if OTHER.search(stream) else 27
-    n = len(stream)
+    K, n, other = 27, len(stream), OTHER.search(stream)
+    if other:
+        K, name = 256, f"{name} (not a-z: byte {other[0][0]:#04x} at {other.start():,})"
     parts = np.split(to_symbols(stream.tobytes(), K), [n * 90 // 100, n * 95 // 100])
     return Data("text", name, K, (length,), dict(zip(SPLITS, parts)))
 
@@ -165,12 +167,12 @@ def load_name(name, length, bits, chunk):
 
 def load_file(name, length, bits, chunk):
     """`load` of a folder, or of a file, by what its first bytes say."""
-    if os.path.isdir(name):
-        return load_clips(name, name, length)
     if not os.path.lexists(name):
         raise ValueError(f"--data {name}: no such file, and none of the names {', '.join(NAMES)}")
-    content = unpack(read(name), name)
-    if content[257:262] == b"ustar":
+    if re.search(BATCHES, name):
+        raise ValueError(f"{name} is one batch of CIFAR-10: name their folder or tar")
+    content = name if os.path.isdir(name) else unpack(read(name), name)
+    if content is name or content[257:262] == b"ustar":
         if any(members(content, BATCHES)):
             return images(f"a part of cifar10, {name}", *cifar10(content, name), bits, flips=True)
         return load_clips(name, content, length)
@@ -323,7 +325,7 @@ def test_piece(data):
 
 # -- Skip on a first reading: a user's files in and out, errors, downloads, data that is made here -
 
-BATCHES = r"(^|/)(data_batch_[1-5]|test_batch)\.bin$"       # of CIFAR-10, its binary version
+BATCHES = r"(^|/)(data_batch_[1-5]|test_batch)(\.bin)?$"    # of CIFAR-10, both its versions
 DIGITS = r"^(\./)?(zero|one|two|three|four|five|six|seven|eight|nine)/.*\.wav$|_list\.txt$"
 MAY_BE_0 = ("branch", "heads", "item", "seed", "temperature")            # flags
 LARGEST = 1 << 31                    # bytes that a file may unpack to
@@ -487,6 +489,9 @@ class Parser(argparse.ArgumentParser):
     and more than 0, but for those that MAY_BE_0."""
 
     def error(self, message):
+        flag = re.match(r"argument (--\w+): expected one argument", message)
+        if flag and flag[1] in sys.argv[:-1]:              # -5 looks like a flag
+            message += f": try {flag[1]}={sys.argv[sys.argv.index(flag[1]) + 1]}"
         raise ValueError(f"{message} (--help lists everything)")
 
     def parse_args(self):
@@ -496,8 +501,8 @@ class Parser(argparse.ArgumentParser):
                 raise ValueError(f"--{name} is empty: give it a value")
             least = 0 if name in MAY_BE_0 else 1e-12
             if type(value) in (int, float) and not least <= value <= 10 ** 9:
-                raise ValueError(f"--{name} {value}: choose a number {'above' if least else 'from'} 0, "
-                                 "10^9 at most")
+                above = "above" if least else "from"
+                raise ValueError(f"--{name} {value}: choose a number {above} 0, 10^9 at most")
         return args
 
 
@@ -596,9 +601,14 @@ def members(place, wanted):
     """Yields (name, bytes) of what matches `wanted` in a folder, or in a tar (its path or content).
     Nothing is unpacked to the disk."""
     if isinstance(place, (str, Path)) and os.path.isdir(place):
-        for path in sorted(Path(place).rglob("*")):
-            if path.is_file() and re.search(wanted, path.as_posix()):
-                yield path.relative_to(place).as_posix(), read(path)
+        seen = set()                                       # a link may lead in a circle
+        for folder, below, files in os.walk(place, followlinks=True):
+            new = os.path.realpath(folder) not in seen
+            seen.add(os.path.realpath(folder))
+            below[:] = sorted(below) if new else []
+            for path in (Path(folder, file) for file in sorted(files) if new):
+                if path.is_file() and re.search(wanted, path.as_posix()):
+                    yield path.relative_to(place).as_posix(), read(path)
         return
     where = dict(fileobj=io.BytesIO(place)) if isinstance(place, bytes) else dict(name=place)
     try:
@@ -643,8 +653,8 @@ def cifar10(place, name):
         train = np.concatenate([parts[part] for part in sorted(parts)])
         return train.reshape(-1, 3, 32, 32), test.reshape(-1, 3, 32, 32)
     except (ValueError, KeyError) as error:
-        raise ValueError(f"{name} is no tarball of CIFAR-10's binary version with a data_batch and "
-                         f"the test_batch, or a damaged one ({error})")
+        raise ValueError(f"{name} is not CIFAR-10's binary version with a data_batch and the "
+                         f"test_batch ({error}): fetch cifar-10-binary.tar.gz")
 
 
 def pydoc():

@@ -120,7 +120,8 @@ def windows(model, checkpoint, known, args):
             calls = min(calls, most)
         plan = planner.uniform_plan(S, last - first, calls)
         if L is not None and args.order == "random" and calls < most:
-            plan = planner.plan(L[:, first:last], calls)
+            share = np.arange(first, last) * D // last     # of D, as much as is known of this
+            plan = planner.plan(L[:, share], calls)
         plan = [(s, t + first, k) for s, t, k in plan]
         result.append((window, known[window].clone(), plan))
         known[window] = True

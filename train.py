@@ -241,10 +241,14 @@ def components(model, chunks, seconds=10):
 
 
 def mean_and_error(nats, D):
-    """(N,) nats per datapoint -> dict: bits, their mean per dim, and stderr."""
+    """(N,) nats per datapoint -> dict: bits, their mean per dim, and stderr, None of one alone."""
     bits = bits_per_dim(nats.cpu().double(), D)
-    stderr = bits.std(correction=min(1, len(bits) - 1)).item() / len(bits) ** 0.5
+    stderr = bits.std().item() / len(bits) ** 0.5 if len(bits) > 1 else None
     return dict(bits=bits.mean().item(), stderr=stderr)
+
+
+def in_digits(stderr):
+    return "unknown" if stderr is None else f"{stderr:.3f}"
 
 
 def evaluate(model, data, passes=None):
@@ -253,9 +257,9 @@ def evaluate(model, data, passes=None):
     test, D, unit = data.chunks("test"), model.D, data.unit
     shape = " x ".join(map(str, data.shape))
     r = bound(model, test, passes)
-    print(f"test: {r['bits']:.3f} bits/{unit}, standard error {r['stderr']:.3f}, on {data.name}: "
-          f"the bound of Eq. 2,\n  {r['chunks']:,} datapoints of {shape} without context, "
-          f"{r['passes']} random orders and stratified steps t each")
+    print(f"test: {r['bits']:.3f} bits/{unit}, standard error {in_digits(r['stderr'])}, "
+          f"on {data.name}: the bound of Eq. 2,\n  {r['chunks']:,} datapoints of {shape} without "
+          f"context, {r['passes']} random orders and stratified steps t each")
     others = datasets.references(data.splits["test"].cpu().numpy().reshape(-1), data.K)
     print(f"for comparison, bits/{unit}:",
           ", ".join(f"{name} {bits:.2f}" for name, bits in others.items()))
@@ -284,7 +288,7 @@ def price(model, test, plan, L, r):
     if len(x) >= min(3, len(test)):
         nats = model.nll(x.long(), plan, generator=torch.Generator(x.device).manual_seed(1))
         row |= mean_and_error(nats, model.D) | dict(chunks=len(x))
-        words = f"{row['bits']:.3f} +- {row['stderr']:.3f}, {len(x)} datapoints"
+        words = f"{row['bits']:.3f} +- {in_digits(row['stderr'])}, {len(x)} datapoints"
     print(f"  {len(plan):>11}   {row['predicted']:>27.3f}   {words}")
     return row
 

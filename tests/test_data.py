@@ -5,6 +5,7 @@ import io
 import itertools
 import math
 import os
+import re
 import tarfile
 import zipfile
 import zlib
@@ -70,6 +71,8 @@ def test_what_is_no_array_sound_or_tar_is_text_and_zeros_are_named(tmp_path, cap
         path.write_bytes(start + text)
         data = datasets.load(str(path), 20)
         assert (data.kind, data.K) == ("text", 256) and capsys.readouterr().err == ""
+        place = re.search(rb"[^a-z ]", start + text).start()
+        assert data.name.endswith(f"(not a-z: byte {(start + text)[place]:#04x} at {place})")
     path.write_bytes(b"\x89PNG\r\n\0" + text)
     assert datasets.load(str(path), 20).K == 256
     assert "is no text: its bytes are taken as they are" in capsys.readouterr().err
@@ -187,10 +190,10 @@ def test_batches_are_training_images_mirrored_and_turned_where_asked(tmp_path):
         assert batch <= made and len(batch) > len(made) / 2
 
 
-def cifar(path, batches):
+def tar(path, files):
     with tarfile.open(path, "w:gz") as archive:
-        for name, content in batches.items():
-            member = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
 
@@ -199,9 +202,15 @@ def test_cifar_is_read_from_a_partial_tar_and_damaged_ones_are_refused(tmp_path)
     records = np.random.default_rng(0).integers(0, 256, (30, 3073)).astype(np.uint8)
     parts = {"data_batch_2.bin": records[10:20].tobytes(), "readme.html": b"hello",
              "data_batch_1.bin": records[:10].tobytes(), "test_batch.bin": records[20:].tobytes()}
-    path = tmp_path / "c.tar.gz"
-    cifar(path, parts)
+    path, place = tmp_path / "c.tar.gz", tmp_path / "cifar-10-batches-bin"
+    tar(path, parts)
     data = datasets.load(str(path))
+    place.mkdir()
+    for name, content in parts.items():
+        (place / name).write_bytes(content)
+    assert datasets.load(str(place)).digest == data.digest
+    with pytest.raises(ValueError, match="is one batch of CIFAR-10: name their folder"):
+        datasets.load(str(place / "data_batch_1.bin"))
     whole = torch.cat([data.splits[part] for part in ("train", "valid", "test")])
     assert np.array_equal(whole.numpy(), records[:, 1:]) and data.shape == (3, 32, 32)
     assert "part of cifar10" in data.name and data.flips
@@ -209,12 +218,13 @@ def test_cifar_is_read_from_a_partial_tar_and_damaged_ones_are_refused(tmp_path)
     assert datasets.load(str(tmp_path / "code.py")).K == 256
     content = path.read_bytes()
     for bad in (parts | {"data_batch_1.bin": b"x" * 100}, {"test_batch.bin": records.tobytes()},
-                {"data_batch_1.bin": records.tobytes()}, content[:len(content) // 2]):
+                {"data_batch_1.bin": records.tobytes()}, content[:len(content) // 2],
+                {"data_batch_1": b"a pickle", "test_batch": b"a pickle"}):
         if type(bad) is dict:
-            cifar(path, bad)
+            tar(path, bad)
         else:
             path.write_bytes(bad)
-        with pytest.raises(ValueError, match="no tarball of CIFAR-10|packed and cannot be read"):
+        with pytest.raises(ValueError, match="fetch cifar-10-binary|packed and cannot be read"):
             datasets.load(str(path))
 
 
@@ -252,6 +262,12 @@ def test_clips_are_read_from_folders_and_tars(tmp_path):
     assert set(parts["test"]) == {7, 17} and set(parts["valid"]) == {6, 16}
     assert len(parts["train"]) == 16 * 30 + 2 and data.chunks("test").shape == (6, 10)
     assert data.batch(3).shape == (3, 10) and data.batch(3).dtype == torch.int64
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "clips").symlink_to(place)
+    (place / "circle").symlink_to(tmp_path / "linked")
+    assert datasets.load(str(tmp_path / "linked"), 10).digest == data.digest
+    (place / "circle").unlink()
+    (tmp_path / "linked" / "clips").unlink()
     for name in ("clips", "my_batch1"):
         with tarfile.open(tmp_path / "clips.tgz", "w:gz", format=tarfile.GNU_FORMAT) as archive:
             archive.add(place, name)
@@ -309,16 +325,10 @@ def test_sound_that_is_not_read_is_refused_in_words(tmp_path):
 def test_spoken_digits_have_their_published_splits(tmp_path, monkeypatch):
     monkeypatch.setenv("ARDM_DATA", str(tmp_path))
     path = tmp_path / "speech_commands_v0.02.tar.gz"
-    with tarfile.open(path, "w:gz") as archive:
-        for name, content in (("./one/a.wav", wav_bytes(np.full((9, 1), 1))),
-                              ("bed/a.wav", b"RIFF"),
-                              ("nine/b.wav", wav_bytes(np.full((9, 1), 2))),
-                              ("zero/c.wav", wav_bytes(np.full((9, 1), 3))),
-                              ("./testing_list.txt", b"nine/b.wav\nbed/a.wav\n"),
-                              ("validation_list.txt", b"one/a.wav\n")):
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
+    tar(path, {"./one/a.wav": wav_bytes(clip(1, 9)), "nine/b.wav": wav_bytes(clip(2, 9)),
+               "zero/c.wav": wav_bytes(clip(3, 9)), "bed/a.wav": b"RIFF",
+               "./testing_list.txt": b"nine/b.wav\nbed/a.wav\n",
+               "validation_list.txt": b"one/a.wav\n"})
     with pytest.raises(ValueError, match="not the whole upstream file, by its checksum"):
         datasets.load("sc09")
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -326,6 +336,11 @@ def test_spoken_digits_have_their_published_splits(tmp_path, monkeypatch):
     data = datasets.load("sc09")
     assert data.D == 16000 and [int(part[0]) - 32768 for part in data.splits.values()] == [3, 1, 2]
     assert all(len(part) == 16000 and part[9] == 32768 for part in data.splits.values())
+
+
+def test_glyphs_are_the_same_pixels_everywhere():
+    pixels = datasets.glyphs(200, seed=0).tobytes()
+    assert hashlib.sha256(pixels).hexdigest()[:16] == "104942d90378ef1f"
 
 
 def test_tones_are_sounds_under_noise():

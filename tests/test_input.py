@@ -15,6 +15,7 @@ import torch
 
 import compress
 import data as datasets
+import planner
 import sample
 import train
 from ardm import ARDM
@@ -54,6 +55,14 @@ def test_windows_cover_what_is_unknown_once_and_see_what_came_before(T, n_known)
         seen[part] = True
     assert seen.all()
 
+
+def test_a_short_prompt_reads_L_where_as_much_is_known():
+    L, known = planner.smooth(np.geomspace(9, 0.1, 24)[None]), torch.arange(12) < 2
+    (_, _, plan), = sample.windows(ARDM(None, 24, 27), dict(
+        L=np.geomspace(9, 0.1, 24)[None], settings=dict(shape=[24], kind="text")), known,
+        argparse.Namespace(order="random", calls=3))
+    assert plan == [(1, t + 2, k) for _, t, k in planner.plan(L[:, 4::2], 3)]
+    assert plan != [(1, t + 2, k) for _, t, k in planner.plan(L[:, 2:12], 3)]
 
 def test_longer_text_and_sound_go_on_by_windows(folder, studio, tmp_path):
     text = ("--ckpt", folder / "ckpt.pt", "--out", tmp_path, "--calls", 6, "--n", 3)
@@ -225,6 +234,7 @@ sample --ckpt {run}/ckpt.pt --prompt the____of --length 5 -> --length 5: the pro
 sample --ckpt {run}/ckpt.pt --n 10000000000 -> --n 10000000000: choose a number above 0, 10^9
 sample --ckpt {run}/ckpt.pt --prompt The____ -> 'T' at position 0
 sample --ckpt {run}/ckpt.pt --prompt nothing -> no blank
+sample --ckpt {run}/ckpt.pt --prompt -5____ -> try --prompt=-5____
 sample --ckpt {run}/ckpt.pt --length 30 --frames -> one window
 sample --ckpt {run}/ckpt.pt --order sideways -> choose forward, backward
 sample --ckpt {run}/ckpt.pt --from x -> --inpaint and --from are for images

@@ -258,6 +258,14 @@ def test_the_page_is_moved_by_the_keyboard(browser):
     assert reached == {*wanted} and len(wanted) > 20
 
 
+def test_names_in_a_chart_are_no_markup(browser):
+    browser.run("window.place = document.createElement('div'); window.bad = '<img src=x>';"
+                "window.axis = {from: 0, to: 1, words: bad};"
+                "chart(place, axis, axis, [{points: [[0, 0], [1, 1]], name: bad, at: 1, key: bad}])")
+    assert browser.run("place.querySelectorAll('img').length") == 0
+    assert browser.run("place.textContent.split(bad).length") == 5
+
+
 def test_what_the_page_shows_is_what_was_recorded(browser):
     for i, run in enumerate(json.loads((page.HERE / "page.json").read_text())["sentences"]):
         browser.run(f"run = recording.sentences[{i}]; toCall(run.calls, run.calls)")
