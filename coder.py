@@ -63,7 +63,7 @@ def quantize(log_p, shift=0):
         raise ValueError(f"log_p must be (N, A) float64, not {log_p.shape} {log_p.dtype}")
     N, A = log_p.shape
     if not (np.abs(np.exp(log_p).sum(axis=1) - 1) < 1e-6).all():
-        raise ValueError("log_p are not log-probabilities: a row does not sum to 1")
+        raise ValueError("log_p are not log-probabilities: are the network's weights damaged?")
     w = WEIGHTS[np.floor(grid_position(log_p, shift)).astype(np.int64)]
     f = w * (2 ** P - A) // w.sum(axis=1, keepdims=True) + 1
     cdf = np.zeros((N, A + 1), dtype=np.int64)

@@ -18,6 +18,7 @@ import train
 HERE = Path(__file__).parent
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 QUICK = ["--steps", 30, "--length", 24, "--dim", 32, "--depth", 1, "--heads", 2, "--batch", 16]
+LIST = b"LIST\x05\0\0\0INFOx\0"                           # an odd chunk, and its pad byte
 SMALL = ["--steps", 25, "--dim", 8, "--depth", 1, "--passes", 2]
 
 

@@ -55,10 +55,9 @@ class Data:
         self.flips, self.turns = flips, False
         self.unit = dict(image="dim", audio="sample", text="char" if K == 27 else "byte")[kind]
         self.splits = {part: torch.from_numpy(each) for part, each in splits.items()}
-        for part, each in self.splits.items():
-            if self.D == 0 or each.numel() < self.D:
-                n = each.numel()
-                raise ValueError(f"{name} has {n} values for {part}, fewer than {self.D}")
+        for part, x in self.splits.items():
+            if self.D == 0 or x.numel() < self.D:
+                raise ValueError(f"{name} has {x.numel()} values for {part}, fewer than {self.D}")
         content = b"".join(part.tobytes() for part in splits.values())
         self.digest = hashlib.sha256(content).hexdigest()
 
@@ -95,8 +94,7 @@ def text(name, stream, length):
 
 def images(name, train, test, bits=8, valid=None, flips=False):
     """Data of (N, C, H, W) uint8 arrays. Without valid: the last tenth of train. bits: how many of
-    the 8 are kept, the most significant first. If all values are below 2^bits they are taken as
-    they are, and only 0 and 1 mean K = 2."""
+    the 8 are kept. Values below 2^bits are taken as they are, and 0 and 1 alone mean K = 2."""
     if valid is None:
         train, valid = np.split(train, [len(train) - -(-len(train) // 10)])
     parts = dict(train=train, valid=valid, test=test)
@@ -195,8 +193,8 @@ def load_clips(name, place, length, wanted=r"(?i)(^|/)(?!\._)[^/]*\.wav$|_list\.
     for file, content in members(place, wanted):
         if file.endswith("_list.txt"):
             split = "test" if "testing" in file else "valid"
-            folder = file.rpartition("/")[0] + "/" if "/" in file else ""
-            listed |= {folder + one: split for one in content.decode("latin-1").split()}
+            listed |= {(Path(file).parent / one).as_posix(): split
+                       for one in content.decode("latin-1").split()}
             continue
         found = file_array(content, file)
         if found is None or not found.rate or found.rate != (rate or found.rate):
@@ -238,11 +236,10 @@ def to_bytes(symbols, K):
 
 
 def show(x, K, known=None):
-    """(D,) integers -> one line of text, with `_` where `known` (D,) is False, and a space for each
-    control character."""
+    """(D,) integers -> a line of text: _ where known (D,) is False, spaces for control codes."""
     stream = np.frombuffer(to_bytes(x, K), dtype=np.uint8)
     if known is not None:
-        stream = np.where(known, stream, ord("_")).astype(np.uint8)
+        stream = np.where(known, stream, np.uint8(ord("_")))
     line = stream.tobytes().decode("utf-8", errors="replace")
     return "".join(char if char.isprintable() else " " for char in line)
 
@@ -343,9 +340,8 @@ SOURCES = {                          # file -> where from, md5 or SHA-256 (of a 
 
 
 class FileArray:
-    """The array in a file: images (N, C, H, W) or sound (channels, n). head, tail: the bytes before
-    and behind it. form: what `file_of` needs to write the file anew, [axis of the colours, type] of
-    images, [rate, channels] of sound."""
+    """The array in a file: images (N, C, H, W) or sound (channels, n); the bytes before and behind
+    it; and the form of the file, [axis of the colours, type] or [rate, channels]."""
 
     def __init__(self, form, array, content, begin):
         self.form, self.array = form, array
@@ -545,10 +541,7 @@ def read(path):
     """The bytes of a file."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError(f"{path} is no ordinary file: name a file")
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}")
+    return Path(path).read_bytes()
 
 
 def write(path, content, others=()):
@@ -598,8 +591,7 @@ def unpack(content, name):
 
 
 def members(place, wanted):
-    """Yields (name, bytes) of what matches `wanted` in a folder, or in a tar (its path or content).
-    Nothing is unpacked to the disk."""
+    """Yields (name, bytes) of what matches `wanted` in a folder, or in a tar (path or content)."""
     if isinstance(place, (str, Path)) and os.path.isdir(place):
         seen = set()                                       # a link may lead in a circle
         for folder, below, files in os.walk(place, followlinks=True):

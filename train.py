@@ -252,14 +252,13 @@ def in_digits(stderr):
 
 
 def evaluate(model, data, passes=None):
-    """Prints and returns all that a run reports, in about a minute without passes. L_t, for plans,
-    comes from validation data."""
+    """Prints and returns what a run reports. L_t, for plans, comes from validation data."""
     test, D, unit = data.chunks("test"), model.D, data.unit
-    shape = " x ".join(map(str, data.shape))
     r = bound(model, test, passes)
     print(f"test: {r['bits']:.3f} bits/{unit}, standard error {in_digits(r['stderr'])}, "
-          f"on {data.name}: the bound of Eq. 2,\n  {r['chunks']:,} datapoints of {shape} without "
-          f"context, {r['passes']} random orders and stratified steps t each")
+          f"on {data.name}: the bound of Eq. 2,\n  {r['chunks']:,} datapoints of "
+          f"{' x '.join(map(str, data.shape))} without context, {r['passes']} random orders and "
+          "stratified steps t each")
     others = datasets.references(data.splits["test"].cpu().numpy().reshape(-1), data.K)
     print(f"for comparison, bits/{unit}:",
           ", ".join(f"{name} {bits:.2f}" for name, bits in others.items()))
@@ -278,8 +277,7 @@ def price(model, test, plan, L, r):
     """Prints and returns what a plan is predicted to cost, and what it costs:
 
     prediction = bound on test data + (cost of the plan - cost of the full plan), both costs by L_t.
-    Exact bits/dim is the mean over some chunks, each in one random order. It is left out if three
-    chunks would take more than a few seconds."""
+    Exact bits/dim is the mean over some chunks, each in one random order, if there is time."""
     more = (planner.plan_cost(L, plan) - L.sum()) / model.D
     row, words = dict(calls=len(plan), predicted=r["bits"] + more), "too many calls"
     in_seconds = int(3 * r["speed"]) // (len(plan) * model.D)
@@ -376,8 +374,7 @@ def restore(run, checkpoint):
 
 
 def join():
-    """Joins the processes that torchrun has started, each on a GPU of its own. -> the rank of this
-    one, 0 without torchrun."""
+    """Joins torchrun's processes, each on a GPU of its own. -> the rank of this one, else 0."""
     if not distributed.is_torchelastic_launched():
         return 0
     if torch.cuda.is_available():

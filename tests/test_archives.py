@@ -9,7 +9,7 @@ import sys
 import zlib
 from pathlib import Path
 
-from conftest import HERE, call, child, pictures, wav_bytes
+from conftest import HERE, LIST, call, child, pictures, wav_bytes
 
 import numpy as np
 import pytest
@@ -22,7 +22,6 @@ import sample
 import train
 from test_ardm import blocks_of, pack, unpack
 
-LIST = b"LIST\x05\0\0\0INFOx\0"                           # an odd chunk, and its pad byte
 PROVERB = b"Whatever is worth doing at all, is worth doing well.\r\n\xff\x00"
 
 
@@ -121,8 +120,6 @@ def test_images_are_decoded_in_part_and_where_damaged(gallery, tmp_path, capsys)
     pixels = pictures(9, (6, 5, 3), seed=1)
     np.save(tmp_path / "in.npy", pixels)
     path = there_and_back(gallery, tmp_path / "in.npy", "--calls", 20, "--block", 1)
-    assert call(compress, "decode", *ckpt, "--item", 7, path, tmp_path / "one.npy") == 0
-    assert np.array_equal(np.load(tmp_path / "one.npy"), pixels[7:8])
     archive = bytearray(path.read_bytes())
     (tmp_path / "cut").write_bytes(archive[:blocks_of(archive)[2][0] + 3])
     for item in (7, 2):

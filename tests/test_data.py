@@ -11,16 +11,13 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from conftest import pictures, wav_bytes
+from conftest import LIST, pictures, wav_bytes
 
 import numpy as np
 import pytest
 import torch
 
 import data as datasets
-
-LIST = b"LIST\x05\0\0\0INFOx\0"                           # an odd chunk, and its pad byte
-
 
 def test_symbols_and_bytes_are_inverse():
     text = b"the quick brown fox jumps over the lazy dog"
@@ -262,12 +259,6 @@ def test_clips_are_read_from_folders_and_tars(tmp_path):
     assert set(parts["test"]) == {7, 17} and set(parts["valid"]) == {6, 16}
     assert len(parts["train"]) == 16 * 30 + 2 and data.chunks("test").shape == (6, 10)
     assert data.batch(3).shape == (3, 10) and data.batch(3).dtype == torch.int64
-    (tmp_path / "linked").mkdir()
-    (tmp_path / "linked" / "clips").symlink_to(place)
-    (place / "circle").symlink_to(tmp_path / "linked")
-    assert datasets.load(str(tmp_path / "linked"), 10).digest == data.digest
-    (place / "circle").unlink()
-    (tmp_path / "linked" / "clips").unlink()
     for name in ("clips", "my_batch1"):
         with tarfile.open(tmp_path / "clips.tgz", "w:gz", format=tarfile.GNU_FORMAT) as archive:
             archive.add(place, name)
@@ -277,15 +268,16 @@ def test_clips_are_read_from_folders_and_tars(tmp_path):
     for where in (place, tmp_path):                        # and where it is a folder in a folder
         listed = datasets.load(str(where), 10).splits
         assert set(listed["test"].tolist()) == {32771} and len(listed["valid"]) == 60
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "clips").symlink_to(place)
+    (place / "circle").symlink_to(tmp_path / "linked")
+    linked = datasets.load(str(tmp_path / "linked"), 10).splits
+    assert all(torch.equal(linked[split], listed[split]) for split in listed)
 
 
 def test_of_fewer_than_ten_clips_the_last_tenths_are_for_validation_and_test(tmp_path):
     one = tmp_path / "one"
-    one.write_bytes(gzip.compress(wav_bytes(np.arange(100)[:, None])))
-    parts = datasets.load(str(one), 5).splits
-    assert [len(part) for part in parts.values()] == [80, 10, 10]
-    assert parts["test"].tolist() == list(range(32768 + 90, 32768 + 100))
-    one.write_bytes(wav_bytes(np.arange(100)[:, None] + [0, 500]))       # two channels
+    one.write_bytes(gzip.compress(wav_bytes(np.arange(100)[:, None] + [0, 500])))    # two channels
     parts = datasets.load(str(one), 5).splits
     assert [len(part) for part in parts.values()] == [160, 20, 20]
     assert set(parts["test"].tolist()) == {32768 + i + j for i in range(90, 100) for j in (0, 500)}
@@ -339,17 +331,14 @@ def test_spoken_digits_have_their_published_splits(tmp_path, monkeypatch):
 
 
 def test_glyphs_are_the_same_pixels_everywhere():
-    pixels = datasets.glyphs(200, seed=0).tobytes()
-    assert hashlib.sha256(pixels).hexdigest()[:16] == "104942d90378ef1f"
+    pixels = datasets.glyphs(200, seed=0)
+    assert hashlib.sha256(pixels.tobytes()).hexdigest()[:16] == "104942d90378ef1f"
 
 
 def test_tones_are_sounds_under_noise():
     data = datasets.load("tones")
     assert [len(part) for part in data.splits.values()] == [3072000, 384000, 384000]
-    sound = data.splits["test"].numpy().astype(int) - 32768
-    quiet = min(part.std() for part in sound.reshape(-1, 400))
-    assert 13 < quiet < 16.5 and np.abs(sound).max() < 20000
-    assert len(np.unique(data.chunks("test").numpy(), axis=0)) == len(data.chunks("test"))
+    assert 13 < data.splits["test"].view(-1, 400).float().std(dim=1).min() < 16.5
 
 
 def test_real_data_is_read():
@@ -363,20 +352,16 @@ def test_real_data_is_read():
     assert 33 < mnist.splits["train"].float().mean() < 34  # 0.1307 of 255
     images = datasets.load(str(folder / "cifar10" / "cifar-10-binary.partial.tar.gz"))
     assert [len(part) for part in images.splits.values()] == [18000, 2000, 1017]
-    means = images.splits["train"].view(-1, 3, 1024).float().mean(dim=(0, 2))
-    assert torch.allclose(means, torch.tensor([125.3, 122.9, 113.9]), atol=1.5)
 
 
 @pytest.mark.parametrize("shape", [(7, 5), (6, 4, 3), (1, 1)])
 def test_png_holds_the_pixels(shape):
     frame = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
-    content, at, parts = datasets.png(frame), 8, {}
-    while at < len(content):
-        size, kind = int.from_bytes(content[at:at + 4], "big"), content[at + 4:at + 8]
-        parts[kind] = content[at + 8:at + 8 + size]
-        at += 12 + size
-        assert zlib.crc32(kind + parts[kind]).to_bytes(4, "big") == content[at - 4:at]
-    rows = np.frombuffer(zlib.decompress(parts[b"IDAT"]), np.uint8).reshape(shape[0], -1)
+    content = datasets.png(frame)
+    begin = content.index(b"IDAT")
+    end = begin + 4 + int.from_bytes(content[begin - 4:begin], "big")
+    assert zlib.crc32(content[begin:end]).to_bytes(4, "big") == content[end:end + 4]
+    rows = np.frombuffer(zlib.decompress(content[begin + 4:end]), np.uint8).reshape(shape[0], -1)
     assert not rows[:, 0].any() and np.array_equal(rows[:, 1:].reshape(shape), frame)
 
 

@@ -84,16 +84,15 @@ def test_a_terminal_shows_how_a_text_fills_in(folder, tmp_path, monkeypatch, cap
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     monkeypatch.setenv("COLUMNS", "16")
     flags = ("--ckpt", folder / "ckpt.pt", "--n", 3, "--calls", 4, "--out", tmp_path)
-    for lines, shown in (("6", 4), ("2", 0)):              # no room for one sample
+    for lines in ("2", "6"):                               # of two there is no room for a sample
         monkeypatch.setenv("LINES", lines)
         assert call(sample, *flags) == 0
         printed = capsys.readouterr().out
         states = re.findall("\x1b\\[2A\x1b\\[J([a-z_ ]{24})\n", printed)
-        assert len(states) >= shown
-        if shown:
-            left = [text.count("_") for text in states[:4]]
-            assert 24 > left[0] > left[1] > left[2] > left[3] == 0
-            assert printed.split("\x1b[J")[-1].startswith(states[3])
+        assert lines == "6" or not states
+    left = [text.count("_") for text in states[:4]]
+    assert 24 > left[0] > left[1] > left[2] > left[3] == 0
+    assert printed.split("\x1b[J")[-1].startswith(states[3])
 
 
 def test_a_mask_in_a_file_says_what_is_known(gallery, tmp_path, monkeypatch, refused):
@@ -195,10 +194,7 @@ train --steps 0 -> --steps 0: choose a number above 0
 train --minutes nan -> --minutes nan: choose a number above 0
 train --heads 0 -> --heads 0: take 4 or more
 train --dim 30 --heads 4 -> a multiple of 2 * heads
-train --lr nan -> --lr nan: choose a number above 0
 train --branch 1 -> choose 2 to K = 27
-train --branch -3 -> choose a number from 0
-train --branch 28 -> choose 2 to K = 27
 train --bits 9 -> invalid choice
 train --seed -1 -> --seed -1: choose a number from 0
 train --resume --evaluate x -> --evaluate: not allowed with argument --resume
@@ -245,16 +241,13 @@ sample --ckpt {pictures}/ckpt.pt --prompt a_ -> --prompt is for text
 sample --ckpt {pictures}/ckpt.pt --inpaint bottom -> choose left or top
 sample --ckpt {pictures}/ckpt.pt --length 9 -> --length is for text, and for sound
 compress encode --ckpt {run}/ckpt.pt {bad}/in {out} -> 'H' at position 0
-compress encode --ckpt {run}/ckpt.pt {bad}/none {out} -> none cannot be read: No such file
+compress encode --ckpt {run}/ckpt.pt {bad}/none {out} -> none: No such file
 compress encode --ckpt {run}/ckpt.pt --calls 99 {bad}/in {out} -> 99 network calls: choose 1 to 24
-compress encode --ckpt {run}/ckpt.pt --calls 0 {bad}/in {out} -> --calls 0: choose a number above 0
 compress encode --ckpt {run}/ckpt.pt --order up {bad}/in {out} -> choose forward, backward
-compress encode --ckpt {run}/ckpt.pt --block 0 {bad}/in {out} -> --block 0: choose a number above 0
 compress encode --ckpt {run}/ckpt.pt {bad}/in {bad}/in -> the same file
 compress encode --ckpt {run}/ckpt.pt {bad}/in {bad} -> no ordinary file
 compress encode --ckpt {run}/ckpt.pt {bad}/in /dev/null -> no ordinary file
 compress encode --ckpt {run}/ckpt.pt {bad}/in {run}/ckpt.pt -> the same file
-compress encode --ckpt {bad}/text.pt {bad}/in {out} -> is no checkpoint
 compress encode --ckpt {pictures}/ckpt.pt {bad}/in {out} -> holds something else
 compress decode --ckpt {run}/ckpt.pt {bad}/foreign {out} -> is no archive
 compress decode --ckpt {run}/ckpt.pt {bad}/old {out} -> has format version 08, not 9

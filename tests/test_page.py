@@ -190,11 +190,8 @@ def test_what_is_recorded_of_a_sentence_is_what_the_model_says_of_it(way):
     x = torch.tensor([[10 if letter == "\u21b5" else ord(letter) for letter in run["x"]]])
     sigma, plan = torch.tensor([run["sigma"]]), [(1, t, k) for t, k in run["plan"]]
     assert run["bits"][-1] == pytest.approx(model.nll(x, plan, sigma).item() / math.log(2), abs=0.1)
-    assert len(run["bits"]) == 7 and [len(top) for top in run["top"]] == [
-        5 * (25 - t) for _, t, _ in plan]
-    first = model.log_probs(x, sigma < 1, torch.ones(1).long(), torch.ones(1).long())[0]
-    best = first.argmax(dim=1).tolist()
-    assert run["top"][0][::5] == page.visible(torch.tensor(best))
+    best = model.log_probs(x, sigma < 1, ONE, ONE)[0].argmax(dim=1)
+    assert run["top"][0][::5] == page.visible(best)
 
 
 def test_the_page_plans_as_the_planner_does(browser):
@@ -261,7 +258,7 @@ def test_the_page_is_moved_by_the_keyboard(browser):
 def test_names_in_a_chart_are_no_markup(browser):
     browser.run("window.place = document.createElement('div'); window.bad = '<img src=x>';"
                 "window.axis = {from: 0, to: 1, words: bad};"
-                "chart(place, axis, axis, [{points: [[0, 0], [1, 1]], name: bad, at: 1, key: bad}])")
+                "chart(place, axis, axis, [{points: [[0, 0]], name: bad, at: 0, key: bad}])")
     assert browser.run("place.querySelectorAll('img').length") == 0
     assert browser.run("place.textContent.split(bad).length") == 5
 

@@ -90,20 +90,22 @@ def test_whatever_ends_a_run_it_is_saved(tmp_path, monkeypatch):
     assert torch.load(tmp_path / "ckpt.pt", weights_only=True)["step"] == 5
 
 
-def test_a_run_without_numbers_is_not_saved(tmp_path):
+def test_a_run_without_numbers_is_not_saved_and_one_datapoint_has_no_error(tmp_path):
     data = datasets.load("pydoc", 16)
     run = train.Run(settings(data), data)
     run.model.net.head.bias.data[0] = math.nan
     with pytest.raises(ValueError, match="step 0: the weights are not numbers; take"):
         train.save(run, tmp_path)
+    assert train.in_digits(train.mean_and_error(torch.ones(1), 2)["stderr"]) == "unknown"
 
 
-@pytest.mark.parametrize("error", [RuntimeError("Dynamo is not supported on this Python"),
-                                   type("Failed", (RuntimeError,), dict(
-                                       __module__="torch._dynamo.exc"))("backend")])
-def test_a_compilation_that_fails_names_the_flag(error, tmp_path, monkeypatch, refused):
+@pytest.mark.parametrize("error, flag", [
+    (RuntimeError("Dynamo is not supported on this Python"), "try --no-compile"),
+    (type("Failed", (RuntimeError,), dict(__module__="torch._dynamo.exc"))("x"), "--no-compile"),
+    (torch.OutOfMemoryError("CUDA out of memory"), "in training --parts 4")])
+def test_what_fails_inside_torch_names_a_flag(error, flag, tmp_path, monkeypatch, refused):
     monkeypatch.setattr(train, "complete", mock.Mock(side_effect=error))
-    refused(train, "--compile", "--out", tmp_path / "run", match="try --no-compile")
+    refused(train, "--compile", "--out", tmp_path / "run", match=flag)
 
 
 def test_rates_rise_and_fall_and_every_weight_has_one_optimiser():
@@ -133,12 +135,6 @@ def test_a_batch_in_parts_has_the_same_gradient(monkeypatch):
         found.append([bits, *(p.grad for p in run.model.parameters())])
     for other in found[1:]:
         assert all(torch.allclose(*pair, rtol=1e-4, atol=1e-6) for pair in zip(found[0], other))
-
-
-def test_too_little_memory_names_the_flag(tmp_path, monkeypatch, refused):
-    full = mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory"))
-    monkeypatch.setattr(train, "complete", full)
-    refused(train, "--out", tmp_path / "run", match="in training --parts 4")
 
 
 @pytest.mark.parametrize("kind", ["text", "image", "audio"])
