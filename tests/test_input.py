@@ -32,6 +32,8 @@ def test_sample_takes_the_newest_run(folder, tmp_path, monkeypatch, capsys):
     assert call(sample, "--n", 1) == 0
     assert f"by {Path('out/b/ckpt.pt')}\n" in capsys.readouterr().out
     assert Path("out/b/samples.txt").exists()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert call(sample, "--n", 1, "--out=~/mine") == 0 and Path("mine/samples.txt").exists()
 
 
 def test_in_a_prompt_an_underscore_is_a_blank_an_escaped_one_is_itself():
