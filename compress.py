@@ -150,10 +150,11 @@ def encode_file(path, model, codec, settings):
     """A file -> (its archive, its symbols (n,), -log2 p). Every block has been decoded."""
     symbols, found = datasets.open_symbols(path, settings)
     n, total, form = len(symbols), 0.0, found and found.form
-    beside = found and (found.head, found.tail)
-    if found and datasets.file_of(symbols, settings, form) == datasets.read(path):
-        beside = None                                      # a file written anew is the same
+    content, anew = datasets.read(path), datasets.file_of(symbols, settings, form)
+    beside = (found.head, found.tail) if found and anew != content else None
     head, tail = beside or (b"", b"")
+    if beside and head + anew[len(anew) - symbols.nbytes:] + tail != content:
+        raise ValueError(f"{path}: its bytes would not come back, by these symbols")
     fields = (settings["kind"], n, form, codec.order, codec.block, codec.ks, nets.digest(model),
               len(head) if beside else None)
     header = json.dumps(fields, separators=(",", ":")).encode() + b"\n" + head + tail

@@ -46,8 +46,8 @@ class Data:
     """Integers 0..K-1 in three splits, "train", "valid" and "test".
 
     kind: "text", "image" or "audio". Images are (N, D), colour by colour. Text and audio are one
-    stream (n,), and a datapoint is a piece of it, without what comes before. unit: the word after
-    "bits/". flips, turns: training images are mirrored, turned by quarters."""
+    stream (n,), and a datapoint is a piece of it, without what comes before. flips, turns: training
+    images are mirrored, turned by quarters."""
 
     def __init__(self, kind, name, K, shape, splits, rate=None, flips=False):
         self.kind, self.name, self.K, self.shape, self.rate = kind, name, K, tuple(shape), rate
@@ -186,15 +186,15 @@ def load_file(name, length, bits, chunk):
     return images(name, np.array(train), np.array(test), bits, np.array(valid))
 
 
-def load_clips(name, place, length, wanted=r"(?i)(^|/)(?!\._)[^/]*\.wav$|_list\.txt$", pad=0):
+def load_clips(name, place, length, wanted=r"(?i)(^|/)(?!\._)[^/]*\.wav$", pad=0):
     """Data of the .wav files in a folder or a tar (its path or content), split by testing_list.txt
     and validation_list.txt if they are there. pad: zeros make every clip that long."""
     clips, listed, rate = {}, {}, None
-    for file, content in members(place, wanted):
+    for file, content in members(place, wanted + r"|(^|/)(testing|validation)_list\.txt$"):
         if file.endswith("_list.txt"):
-            split = "test" if "testing" in file else "valid"
-            listed |= {(Path(file).parent / one).as_posix(): split
-                       for one in content.decode("latin-1").split()}
+            split = "test" if file.endswith("testing_list.txt") else "valid"
+            lines = content.decode("utf-8-sig", "replace").splitlines()
+            listed |= {(Path(file).parent / line.strip()).as_posix(): split for line in lines}
             continue
         found = file_array(content, file)
         if found is None or not found.rate or found.rate != (rate or found.rate):
@@ -323,7 +323,7 @@ def test_piece(data):
 # -- Skip on a first reading: a user's files in and out, errors, downloads, data that is made here -
 
 BATCHES = r"(^|/)(data_batch_[1-5]|test_batch)(\.bin)?$"    # of CIFAR-10, both its versions
-DIGITS = r"^(\./)?(zero|one|two|three|four|five|six|seven|eight|nine)/.*\.wav$|_list\.txt$"
+DIGITS = r"^(\./)?(zero|one|two|three|four|five|six|seven|eight|nine)/.*\.wav$"
 MAY_BE_0 = ("branch", "heads", "item", "seed", "temperature")            # flags
 LARGEST = 1 << 31                    # bytes that a file may unpack to
 MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist/"
@@ -382,7 +382,7 @@ def image_array(content, array, begin, name):
     if not array.flags.c_contiguous:
         raise ValueError(f"{name} is in Fortran's order: save numpy.ascontiguousarray(array)")
     planes = array.transpose(0, 3, 1, 2) if axis == 3 else array if axis else array[:, None]
-    return FileArray([axis, array.dtype.str], planes, content, begin)
+    return FileArray([axis, array.dtype.str], planes.view(np.uint8), content, begin)
 
 
 def colour_axis(shape):
@@ -442,7 +442,7 @@ def open_symbols(path, settings):
     if symbols.max() >= K:
         raise ValueError(f"{path} holds the value {symbols.max()}, the model knows 0 to {K - 1}; "
                          f"of 8-bit images it knows array // {256 // K}")
-    return symbols.astype(np.uint8), found
+    return symbols, found
 
 
 def warn_of_zeros(content, name):
@@ -504,7 +504,8 @@ class Parser(argparse.ArgumentParser):
 
 def run(main):
     """Runs a script. What a user can mend becomes one line on stderr, and exit code 2."""
-    sys.stdout = sys.stdout or open(os.devnull, "w")       # if it is closed
+    sys.stdout = sys.stdout or open(os.devnull, "w")       # if they are closed
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")           # a terminal that lacks a character
     old = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))        # files are cleaned up
@@ -531,7 +532,7 @@ def in_words(error):
         return str(error)
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search(
             "out of memory|can't allocate memory", str(error)):
-        return "too little memory; in training --parts 4 or a smaller --batch takes less"
+        return "too little memory; in training --parts 4, a smaller --batch or --dim takes less"
     if re.search("dynamo|inductor|triton|compile", f"{type(error).__module__} {error}", re.I):
         return f"torch.compile failed ({str(error)[:80]!r}): try --no-compile"
     return None
@@ -578,7 +579,7 @@ def unpack(content, name):
             names = [one for one in archive.namelist()
                      if not re.search(r"/$|^__MACOSX/|\.DS_Store$", one)]
             if len(names) != 1:
-                raise ValueError(f"one file is wanted in it, it holds {', '.join(names[:9])}")
+                raise ValueError(f"it holds {', '.join(names[:9]) or 'nothing'}, not one file")
             packed = archive.open(names[0])
         else:
             return content
@@ -606,10 +607,11 @@ def members(place, wanted):
     try:
         with tarfile.open(**where) as archive:
             for member in archive:
-                if member.isfile() and not member.issparse() and re.search(wanted, member.name):
+                there = member.islnk() or member.isfile() and not member.issparse()
+                if there and re.search(wanted, member.name):
                     content = archive.extractfile(member).read(LARGEST)
                     yield member.name.removeprefix("./"), content
-    except (tarfile.TarError, zlib.error, EOFError, OSError, ValueError) as error:
+    except (tarfile.TarError, zlib.error, EOFError, OSError, ValueError, KeyError) as error:
         raise ValueError(f"this tar file is damaged: {str(error)[:80]}")
 
 
@@ -629,8 +631,7 @@ def fetch(name):
     content = read(path)
     if name.endswith(".zip"):                              # known is the md5 of its member
         content = unpack(content, path)
-    digest = hashlib.sha256 if len(known) == 64 else hashlib.md5
-    if digest(content).hexdigest() != known:
+    if hashlib.new("sha256" if len(known) == 64 else "md5", content).hexdigest() != known:
         raise ValueError(f"{path} is not the whole upstream file, by its checksum: remove it")
     return str(path) if name.endswith(".tar.gz") else unpack(content, path)
 
@@ -685,8 +686,7 @@ def glyphs(n, seed, size=16):
     column = ((x + width // 2) * 5 // width).clip(-1, 5)
     ink = font[uniform(0, 9, 1, 1), row + 1, column + 1]   # (n, 2 size, 2 size)
     ink = ink.reshape(n, size, 2, size, 2).sum(axis=(2, 4))
-    noise = uniform(-3, 3, size, size) + uniform(-3, 3, size, size)
-    grey = uniform(0, 50, 1, 1) + uniform(32, 48, 1, 1) * ink + noise
+    grey = uniform(0, 50, 1, 1) + uniform(32, 48, 1, 1) * ink + uniform(-4, 4, size, size)
     return grey.clip(0, 255).astype(np.uint8)[:, None]
 
 

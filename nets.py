@@ -633,6 +633,8 @@ def build(c):
 def load(path, device=None):
     """(model with the averaged weights, checkpoint): only tensors and plain values are read. A file
     whose settings want more weights than it holds is refused before a network is made."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such checkpoint; python train.py writes one")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         settings, weights = checkpoint["settings"], checkpoint["ema"]
@@ -644,8 +646,6 @@ def load(path, device=None):
             raise ValueError("its settings want more weights than it has")
         model = build(settings)
         model.load_state_dict(weights)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such checkpoint; python train.py writes one")
     except Exception as error:                             # whatever a torn or foreign file raises
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
         raise ValueError(f"{path} is no checkpoint of this program, or a damaged one ({reason})")

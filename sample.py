@@ -7,6 +7,7 @@
 
 It writes samples, completions (inpaint) and frames beside the checkpoint: .txt, .png or .wav.
 """
+import io
 import math
 import os
 import re
@@ -59,10 +60,11 @@ def inpaint_mask(rule, kind, shape):
     else:
         rules["ends"] = (at < shape[0] // 4) | (at >= shape[0] - shape[0] // 4)
     try:
-        known = rules[rule] if rule in rules else torch.from_numpy(np.load(rule))
+        known = rules[rule] if rule in rules else torch.from_numpy(
+            np.load(io.BytesIO(datasets.read(rule))))
     except Exception:                                      # whatever a damaged header raises
         raise ValueError(f"--inpaint {rule}: choose {' or '.join(rules)}, which is what is known, "
-                         "or a .npy file of an array")
+                         "or a .npy file of bool")
     if rule not in rules and (known.dtype != torch.bool
                               or list(known.shape) not in (shape, shape[-2:])):
         raise ValueError(f"--inpaint {rule} holds {known.dtype} {[*known.shape]}, bool {shape} or "

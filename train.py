@@ -514,7 +514,7 @@ def prepare_folder(folder, kind, going_on):
     there is no checkpoint, but files of the names that a run writes."""
     ckpt, results = folder / "ckpt.pt", folder / "results.json"
     mine = [results, folder / datasets.PIECES[kind], *folder.glob("samples.*")]
-    if not list(folder.glob("ckpt*.pt")) and any(path.exists() for path in mine):
+    if not [*folder.glob("ckpt.pt"), *folder.glob("ckpt.*.pt")] and any(map(Path.exists, mine)):
         raise ValueError(f"{folder} has files like a run's, but no run: choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     if ckpt.exists() and (results.exists() or not going_on):
@@ -532,16 +532,15 @@ def finish(run, data, folder):
     save(run, folder)
     n, calls, blanks = dict(audio=(4, 64, "--inpaint ends"), image=(16, 100, "--inpaint top"),
                             text=(2, 20, '--prompt "the ____ of"'))[data.kind]
-    L = np.array(results["L_smooth"])
-    calls = min(calls, L.size)
+    L = results["L_smooth"]
+    calls = min(calls, np.size(L))
     generator = run.generator.manual_seed(run.c["seed"])   # whether the run was resumed or not
     x = run.ema.sample(n, planner.plan(L, calls), generator=generator).cpu()
     if data.kind == "text":
         print("samples:", *(datasets.show(row, data.K) for row in x), sep="\n  ")
-    results = run.c | results | dict(
-        steps=run.step, seconds=run.seconds,
-        params=sum(p.numel() for p in run.model.parameters()),
-        versions=[sys.version.split()[0], torch.__version__, np.__version__])
+    results = run.c | results | dict(steps=run.step, seconds=run.seconds,
+                                     params=sum(p.numel() for p in run.model.parameters()),
+                                     versions=[sys.version, torch.__version__, np.__version__])
     files = datasets.test_piece(data) | datasets.exhibit(x.numpy(), run.c) | {
         "results.json": json.dumps(results, indent=1).encode()}
     for name, content in files.items():
@@ -565,8 +564,9 @@ def main():
         model, _, _, data = reopen(path, given, {"data", "device", "passes"})
         evaluate(model, data, given.get("passes"))
         return
-    going_on, name = given.pop("resume", False), Path(given.get("data", DEFAULTS["data"])).name
-    folder = Path(given.pop("out", f"out/{name.split('.')[0]}"))
+    going_on = given.pop("resume", False)
+    name = Path(given.get("data", DEFAULTS["data"])).absolute().stem.partition(".")[0]
+    folder = Path(given.pop("out", f"out/{name or 'data'}"))
     if going_on:
         run, data = go_on(folder, given)
     else:

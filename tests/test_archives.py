@@ -39,9 +39,9 @@ def image_files():
     """{name: bytes} of files of the pictures that `gallery` knows."""
     pixels, files = pictures(7, (6, 5, 3)), {}
     for name, array in (("last", pixels), ("first", pixels.transpose(0, 3, 1, 2).copy()),
-                        ("mask", pixels > 200)):
+                        ("mask", pixels > 200), ("odd", (pixels > 200).view("u1") * 255)):
         file = io.BytesIO()
-        np.save(file, array)
+        np.save(file, array.view(bool) if name == "odd" else array)
         files[name] = file.getvalue()
     file = io.BytesIO()
     np.lib.format.write_array(file, pixels, version=(2, 0))
@@ -68,7 +68,7 @@ def test_image_files_come_back_byte_for_byte(gallery, tmp_path):
         (tmp_path / "a").write_bytes(content)
         archive = there_and_back(gallery, tmp_path / "a", "--calls", 20)
         _, beside, _ = compress.read_header(archive.read_bytes(), "a")
-        assert (beside is None) == (name in ("last", "first", "mask"))
+        assert (beside is None) == (name in ("last", "first", "mask", "odd"))
         if name == "mask":
             assert call(compress, "decode", *ckpt, archive, one, "--item", 1) == 0
             assert np.array_equal(np.load(one), (pictures(7, (6, 5, 3)) > 200)[1:2])
