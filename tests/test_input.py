@@ -15,6 +15,7 @@ import torch
 
 import compress
 import data as datasets
+import nets
 import planner
 import sample
 import train
@@ -129,6 +130,10 @@ def test_images_are_sampled_completed_and_shown(gallery, tmp_path, monkeypatch):
     drawn, frames, completed = shown
     assert frames.shape[1] == 12 * drawn.shape[1] / 3 and (frames[:, :60] == 128).mean() > 0.8
     assert np.array_equal(frames[:78, -78:-13], drawn[:78, :65])
+    settings = torch.load(gallery / "ckpt.pt", weights_only=True)["settings"]
+    assert not settings["branch"] or (frames[:, 312:377] == 128).all(axis=2).mean() < 0.1  # stage 2
+    with pytest.raises(ValueError, match="not of image"):
+        nets.build(settings | dict(shape=[100, 6, 5]))
     rows = completed[::13, ::13]                           # enlarged 13 times, with a gap of one
     for i, original in enumerate(np.load(gallery / "test.npy")[[0, 5, 10]]):
         row = [rows[7 * i:7 * i + 6, 6 * j:6 * j + 5] for j in range(6)]
@@ -171,9 +176,8 @@ def bad(folder, model, tmp_path_factory):
     (place / "cut.pt").write_bytes((folder / "ckpt.pt").read_bytes()[:9000])
     (place / "text.pt").write_text("hello")
     torch.save(Path, place / "code.pt")
-    torch.save({"model": {}}, place / "foreign.pt")
     for name, change in (("second", dict(edition=None)), ("deep", dict(depth=10 ** 6)),
-                         ("long", dict(shape=[20_000_000])), ("dim", dict(dim=64)),
+                         ("long", dict(shape=[20_000_000])),
                          ("axes", dict(shape=[1, 4, 6]))):
         torch.save(whole | dict(settings=whole["settings"] | change), place / f"{name}.pt")
     del whole["settings"]["dim"]
@@ -195,7 +199,6 @@ train --size huge -> invalid choice
 train --steps 0 -> --steps 0: choose a number above 0
 train --minutes nan -> --minutes nan: choose a number above 0
 train --heads 0 -> --heads 0: take 4 or more
-train --dim 30 --heads 4 -> a multiple of 2 * heads
 train --branch 1 -> choose 2 to K = 27
 train --bits 9 -> invalid choice
 train --seed -1 -> --seed -1: choose a number from 0
@@ -214,7 +217,6 @@ train --evaluate {run}/ckpt.pt --data {bad}/bytes -> is not the data that
 train --resume --out {run} --dim 64 -> leave out --dim
 train --resume --out {run} --data {bad}/bytes -> is not the data that
 train --evaluate {bad}/cut.pt -> is no checkpoint
-train --evaluate {bad}/foreign.pt -> is no checkpoint of this program, or a damaged one (KeyError
 train --evaluate {bad}/second.pt -> not of edition 3
 train --evaluate {bad}/missing.pt -> KeyError: 'dim'
 sample --ckpt {bad}/code.pt -> is no checkpoint
@@ -222,7 +224,6 @@ sample --ckpt {bad}/deep.pt -> its settings want more weights
 sample --ckpt {bad}/nan.pt -> its weights are not numbers
 sample --ckpt {bad}/axes.pt -> not of text
 sample --ckpt {bad}/long.pt -> is no checkpoint
-sample --ckpt {bad}/dim.pt -> is no checkpoint
 sample --ckpt {run}/ckpt.pt --calls 0 -> --calls 0: choose a number above 0, 10^9 at most
 sample --ckpt {run}/ckpt.pt --calls 25 -> 25 network calls: choose 1 to 24
 sample --ckpt {run}/ckpt.pt --prompt the____of --calls 12 -> choose 1 to 4
@@ -245,7 +246,6 @@ compress encode --ckpt {run}/ckpt.pt {bad}/none {out} -> none: No such file
 compress encode --ckpt {run}/ckpt.pt --calls 99 {bad}/in {out} -> 99 network calls: choose 1 to 24
 compress encode --ckpt {run}/ckpt.pt --order up {bad}/in {out} -> choose forward, backward
 compress encode --ckpt {run}/ckpt.pt {bad}/in {bad}/in -> the same file
-compress encode --ckpt {run}/ckpt.pt {bad}/in {bad} -> no ordinary file
 compress encode --ckpt {run}/ckpt.pt {bad}/in /dev/null -> no ordinary file
 compress encode --ckpt {run}/ckpt.pt {bad}/in {run}/ckpt.pt -> the same file
 compress encode --ckpt {pictures}/ckpt.pt {bad}/in {out} -> holds something else
