@@ -14,8 +14,8 @@ The symbols are the paper's. Steps and stages count from 1, values count from 0.
     m = sigma < t  (B, D) the mask: True where x is known
     s, S           the stage, 1..S, and the number of stages (order-agnostic model: S = 1)
     x^(s)          x with its s most significant base-b digits: x^(0) is constant, x^(S) = x
-    a, A           the symbol that a stage generates, of an alphabet 0..A-1. An order-agnostic
-                   model generates the value itself (A = K), an upscale model a digit (A = b)
+    a, A           the symbol that a stage generates, 0..A-1: the value itself (A = K), or a digit
+                   of it (A = b). The paper's absorbing state a is in nets.py: `absorbed`
     L_t            loss component of step t: the cost of a variable that is predicted at step t
     plan           [(s, t, k), ...], one entry for each network call: in stage s the network sees
                    x^(s) of the variables with sigma < t, and x^(s-1) of the others. It generates
@@ -102,9 +102,9 @@ class ARDM(nn.Module):
 
         x: (B, D). What the plan does not generate must be in it, the rest is not read.
         sigma: (B, D), or (S, B, D) for an order per stage. Where it is 0, x is known.
-        choose(log_p, where, s) -> (n,) gives the symbols of the n variables in `where` (B, D) from
-        log_p (n, A). It draws them, reads them from data, or takes them from a decoder.
-        It starts at the first call that any row needs. Rows that know more join later."""
+        choose(log_p, where, s) -> (n,): symbols of the n variables in `where` (B, D), drawn from
+        log_p (n, A), or read from data or a decoder. A plan lists its stages in order. The loop
+        starts at the first call that any row needs. Rows that know more join later."""
         B, D = x.shape
         sigma = sigma.expand(self.S, B, D)
         n_known = fewest_known(sigma)
@@ -122,7 +122,7 @@ class ARDM(nn.Module):
                temperature=1.0):
         """Draws (B, D) datapoints. Without a plan: one variable per call, as in Algorithm 1.
 
-        x, known: (B, D) values, and a bool mask of those that stay as they are (infilling).
+        x, known: (B, D) values, and a bool mask of those that stay (infilling); no others are read.
         temperature: draws from p^(1/temperature), renormalised. 0 takes the likeliest symbol.
         ValueError for a plan that leaves something out, and for known values outside 0..K-1."""
         if x is None:
@@ -183,9 +183,9 @@ class ARDM(nn.Module):
 
 class UpscaleARDM(ARDM):
     """The upscale ARDM (Sec. 3.2): S stages, each generates a base-b digit, the highest first.
-    Algorithms 3 and 4 are `generate` and `loss` with these digits for symbols. net gives
-    "data": (B, D, K) logits of values, whose probabilities add up to a digit's (App. A.1);
-    "direct": (B, D, S * b) logits of the digits, those of stage s at [(s-1)b, sb)."""
+    Algorithms 3 and 4 are `generate` and `loss` with these digits for symbols. With "data" the
+    network gives (B, D, K) logits of values, which are summed to digits (App. A.1), with "direct"
+    (B, D, S * b) logits of digits, those of stage s at [(s-1)b, sb)."""
 
     def __init__(self, net, D, K, b, parametrization="data"):
         super().__init__(net, D, K)
@@ -221,7 +221,7 @@ class UpscaleARDM(ARDM):
         logits = self.logits(x, m, t, s)
         if where is None:
             return self.digits(logits, x, s)
-        s = s[where.nonzero()[:, 0]]                       # each variable as a row with D = 1
+        s = s[where.nonzero()[:, 0]]                       # the same of few: a row with D = 1 each
         return self.digits(logits[where][:, None], x[where][:, None], s)[:, 0]
 
     def digits(self, logits, x, s):
@@ -266,8 +266,8 @@ def stratified_steps(B, S, D, device=None, generator=None):
 
 
 def known_first(sigma, known):
-    """sigma ((B, D) or (S, B, D)) with known variables (bool, (B, D)) at step 0. The others
-    keep their order, at n + 1..D: t - 1 is still the number n of known ones."""
+    """sigma ((B, D) or (S, B, D)) with the n known variables (bool, (B, D)) at step 0. The others
+    keep their order, at n + 1..D. So at step t still t - 1 are known."""
     rank = torch.where(known, 0, sigma).argsort(dim=-1, stable=True).argsort(dim=-1) + 1
     return torch.where(known, 0, rank)
 

@@ -19,7 +19,7 @@ IN is text, images (.npy, idx) or sound (.wav). An archive, with big-endian numb
 
 A block has about 2^14 symbols, in whole datapoints; a last, shorter datapoint is its own block. A
 stream starts from the CRC-32 of the block's number and symbols. The decoder must end at this
-number. If it does not, the block is damaged, or in a wrong place.
+CRC. If it does not, the block is damaged, or in a wrong place.
 
 If a log-probability lies within coder.MARGIN of a rounding boundary, the block uses the next shift.
 A machine whose log-probabilities differ by less than MARGIN gets the same integers: CPU or CUDA,
@@ -45,7 +45,7 @@ import planner
 from ardm import bits_per_dim
 
 MAGIC, VERSION = b"ARDM", 9
-BLOCK = 1 << 14                      # symbols in a block, about; at most twice as many
+BLOCK = 1 << 14                      # symbols in a block, about; twice as many, or one datapoint
 RAW = 1 << 31                        # the bit of a length that says: stored raw
 LONGEST = 1 << 26                    # bytes of a header
 CALLS = {"image": 100, "audio": 64}  # by default; of text a quarter of the variables
@@ -56,7 +56,7 @@ class Codec:
     """Blocks of datapoints to bytes and back.
 
     settings: of the checkpoint. order: by name. ks: the k of each call, a list for every stage.
-    block: datapoints in a block. ValueError for what cannot be."""
+    block: datapoints in a block. ValueError if these do not fit the model."""
 
     def __init__(self, model, settings, order, ks, block):
         if isinstance(model, nets.MixtureARDM):
@@ -66,7 +66,7 @@ class Codec:
         self.model = copy.deepcopy(model).to(self.device).double()
         self.shape, self.order, self.ks, self.block = settings["shape"], order, ks, block
         self.dtype = "<u2" if model.K > 256 else "u1"      # of symbols stored raw
-        self.tick = lambda n: None                         # called with the symbols of every call
+        self.tick = lambda n: None                         # told how many symbols are done
         most = max(1, 2 * BLOCK // model.D)
         if type(block) is not int or not 1 <= block <= most:
             raise ValueError(f"--block {block}: choose 1 to {most}")
@@ -85,7 +85,7 @@ class Codec:
 
     def encode(self, x, number):
         """Block `number` of symbols x (rows, D) -> (the bytes of it in an archive, -log2 p)."""
-        raw, calls = x.astype(self.dtype).tobytes(), []    # of each log_p (n, A), symbols (n,)
+        raw, calls = x.astype(self.dtype).tobytes(), []    # pairs of log_p (n, A), symbols (n,)
         x = torch.from_numpy(x.astype(np.int64)).to(self.device)
 
         def read(log_p, where, s):
@@ -255,13 +255,13 @@ def settle(args):
     model, checkpoint = nets.load(args.ckpt, args.device)
     settings = checkpoint["settings"]
     S, D, kind = model.S, model.D, settings["kind"]
-    if args.input is None and args.ckpt == nets.ENGLISH:
+    if args.input is None and Path(args.ckpt).name == nets.ENGLISH.name:
         raise ValueError("name a file, or a checkpoint beside which a piece of test data lies")
     path = Path(args.ckpt).parent / datasets.PIECES[kind] if args.input is None else args.input
     usual = min(S * D, CALLS.get(kind, -(-S * D // 4)))
     calls = usual if args.calls is None else args.calls
     plan = planner.uniform_plan(S, D, calls)
-    # An even plan is the cheapest for these orders. Images take the best plan for a random one.
+    # Text and audio take an even plan, the cheapest for their orders. Random ones take the best.
     order = args.order or {"image": "random:1", "audio": "halves"}.get(
         kind, f"spaced:{-(-S * D // calls)}")
     if order.startswith("random") and checkpoint.get("L") is not None:

@@ -292,7 +292,7 @@ def waveforms(samples, known=None, size=(64, 640)):
 
 def exhibit(x, settings, name="samples", known=None, columns=8):
     """x (N, D) as {name: bytes}: lines of text; a grid of images; sounds one after the other, and
-    their waveforms. known (N, D): the others are _ and grey; of sound (D,): known is light grey."""
+    their waveforms. known (N, D): other text is _, other pixels grey. Known sound (D,) is pale."""
     K, kind, shape = settings["K"], settings["kind"], settings["shape"]
     if kind == "text":
         lines = [to_bytes(row, K) for row in x] if known is None else [
@@ -494,7 +494,7 @@ class Parser(argparse.ArgumentParser):
         args = super().parse_args()
         for name, value in vars(args).items():
             if value == "":
-                raise ValueError(f"--{name} is empty: give it a value")
+                raise ValueError("a flag has an empty value")
             least = 0 if name in MAY_BE_0 else 1e-12
             if type(value) in (int, float) and not least <= value <= 10 ** 9:
                 above = "above" if least else "from"

@@ -61,7 +61,7 @@ class Transformer(Network):
         self.register_buffer("sin", angles.sin().float())
 
     def make_blocks(self, dim, depth, heads):
-        """The blocks. -> channels that tell positions."""
+        """Makes the blocks. -> the number of channels that tell positions."""
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         return dim
 
@@ -82,7 +82,7 @@ class Transformer(Network):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)). Ours put something else in two places."""
+    """x + attention(norm(x)), then x + mlp(norm(x)). Ours replace attention and mix."""
 
     def __init__(self, dim, heads, attention=None, mix=nn.Identity):
         super().__init__()
@@ -134,7 +134,7 @@ def wave_angles(positions, dim):
 
 class UNet(Network):
     """U-Net at one resolution for images (C, H, W) (App. D): `depth` ResBlocks "down", one in the
-    middle (with heads: attention and another one), `depth` "up". Each "up" also gets the output
+    middle (if heads > 0 also attention and one more), `depth` "up". Each "up" also gets the output
     of its twin "down". D = C * H * W variables, colour by colour. stages, b: of upscaling."""
 
     def __init__(self, K, shape, num_outputs=None, dim=32, depth=2, heads=0, stages=1, b=None):
@@ -529,7 +529,7 @@ def local_means(v, seen, windows=WINDOWS, first=0.0):
 
 def logistic(location, width, K):
     """Neighbouring values are similarly likely. So these are logits (..., K) of a logistic density.
-    The network predicts location and width (..., 1) on the scale of value/K - 0.5. The scale of the
+    The network predicts location and width (..., 1) in units of value/K - 0.5. The scale of the
     logistic is the larger one of e^(2 width - 3) and 1/(2K)."""
     values = torch.arange(K, dtype=location.dtype, device=location.device) / K - 0.5
     z = (values - location) * torch.exp(3 - 2 * width).clamp(max=2.0 * K)
@@ -596,7 +596,7 @@ def nearest_to_zero(low, unit):
 ENGLISH = Path(__file__).parent / "results" / "english.pt"  # used where no checkpoint is named
 EDITION = 3                          # of the settings in a checkpoint
 MOST_D = 1 << 18                     # variables in a datapoint
-LOG_PROBS = 1 << 26                  # of one network call, at most: those who call see to it
+LOG_PROBS = 1 << 26                  # log-probabilities of one call, at most; callers obey it
 LOGISTICS = {"ours": 3, "paper": 30}
 
 
@@ -606,7 +606,8 @@ def build(c):
     kind, K, shape, b = c["kind"], c["K"], c["shape"], c["branch"]
     dim, heads = c["dim"], c["heads"]
     if dim < 4 or heads < (kind == "text") or dim % (2 * max(1, heads)):
-        raise ValueError(f"--dim {dim}, --heads {heads}: take 4 or more, a multiple of 2 * heads")
+        raise ValueError(f"--dim {dim}, --heads {heads}: take a width of 4 or more, a multiple of "
+                         "2 * heads; text has one head or more")
     way, ways = c["parametrization"], ("mixture" if kind == "audio" else "data", "direct")
     if b and way not in ways:
         raise ValueError(f"--parametrization {way} is not for {kind}: choose {' or '.join(ways)}")

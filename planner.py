@@ -93,21 +93,24 @@ def one_more_call(E, L):
     return E_n, start
 
 
+def best_path(L, n):
+    """[(t, k)] of the cheapest n calls of one stage: n times the dynamic programme (in `paths`, by
+    a faster twin), then the best path back from D to 0."""
+    starts = [start for _, (_, start) in zip(range(n), paths(L))]
+    calls, j = [], len(L)
+    for start in reversed(starts):
+        i = int(start[j])
+        calls.append((i + 1, j - i))
+        j = i
+    return calls[::-1]
+
+
 def plan(L, budget):
     """The cheapest plan with exactly `budget` network calls, S..S*D, split over the stages. L must
-    not increase: see `smooth`. The calls come from `one_more_call`, or from its faster twin."""
-    S, D = np.atleast_2d(L).shape
-    starts = [[] for _ in range(S)]                        # (D+1,) for each call of each stage
-    for s, _, start in hand_out(L, [budget]):
-        starts[s].append(start)
-    calls = []
-    for s in reversed(range(S)):                           # the best path, back from D to 0
-        j = D
-        for start in reversed(starts[s]):
-            i = int(start[j])
-            calls.append((s + 1, i + 1, j - i))
-            j = i
-    return calls[::-1]
+    not increase: see `smooth`."""
+    stages = [s for s, _ in hand_out(L, [budget])]
+    return [(s, t, k) for s, row in enumerate(np.atleast_2d(L), start=1)
+            for t, k in best_path(row, stages.count(s))]
 
 
 def plan_cost(L, plan):
@@ -118,7 +121,7 @@ def plan_cost(L, plan):
 def costs(L, budgets=None):
     """{budget: cost of the cheapest plan}, for the given budgets or all from S to S*D."""
     budgets = range(len(np.atleast_2d(L)), np.size(L) + 1) if budgets is None else list(budgets)
-    curve = [cost for _, cost, _ in hand_out(L, budgets)]
+    curve = [cost for _, cost in hand_out(L, budgets)]
     return {budget: curve[budget - 1] for budget in budgets}
 
 
@@ -191,31 +194,31 @@ def one_more_call_fast(E, L):
     return E_n, start[:D + 1]
 
 
-def best_paths(L):
-    """Yields (E_n[D], starts of the n-th call) for n = 1..D, one stage."""
-    E = np.append(0.0, np.full(len(L), np.inf))
+def paths(L):
+    """Yields E_n and start of one stage for n = 1, 2, .."""
+    E = np.append(0.0, np.full(len(L), np.inf))            # nothing is known without a call
     for _ in L:
         E, start = one_more_call_fast(E, L)
-        yield E[-1], start
+        yield E, start
 
 
 def hand_out(L, budgets):
     """Gives calls to stages one by one, up to the largest budget. Each stage gets one call. Every
     other call goes to the stage whose cost it lowers most. The cost of a stage is convex in its
-    calls, so this split is the best. Yields (stage, total cost, start) for each call."""
+    calls, so this split is the best. Yields (stage, total cost) for each call."""
     L = np.atleast_2d(np.asarray(L, dtype=np.float64))
     if not (np.diff(L, axis=1) <= 0).all() or not np.isfinite(L).all():
         raise ValueError("L must be finite and must not increase: see planner.smooth")
     for budget in budgets:
         check_budget(budget, *L.shape)
-    stages = [best_paths(row) for row in L]
+    stages = [(E[-1] for E, _ in paths(row)) for row in L]
     now = np.full(len(L), np.inf)                          # what each stage costs with its calls
-    offers = [next(stage) for stage in stages]             # and with one more
+    offers = np.array([next(stage) for stage in stages])   # and with one more
     for _ in range(max(budgets)):
-        s = int(np.argmin([cost for cost, _ in offers] - now))
-        now[s], start = offers[s]
-        yield s, float(now.sum()), start
-        offers[s] = next(stages[s], (np.inf, None))
+        s = int(np.argmin(offers - now))
+        now[s] = offers[s]
+        yield s + 1, float(now.sum())
+        offers[s] = next(stages[s], np.inf)
 
 
 def by_curve(S, D, budget, curve):

@@ -87,7 +87,7 @@ def read_pieces(args, settings):
 
 
 def read_known(args, model, settings):
-    """x (n, T) to begin with, and what of it is known, (T,) bool."""
+    """x (rows, T) to start from, T variables long, and which of them are known, (T,) bool."""
     kind, D = settings["kind"], model.D
     if kind != "text" and args.prompt is not None:
         raise ValueError("--prompt is for text")
@@ -122,7 +122,7 @@ def windows(model, checkpoint, known, args):
             calls = min(calls, most)
         plan = planner.uniform_plan(S, last - first, calls)
         if L is not None and args.order == "random" and calls < most:
-            share = np.arange(first, last) * D // last     # of D, as much as is known of this
+            share = np.arange(first, last) * D // last     # steps of D at which as much is known
             plan = planner.plan(L[:, share], calls)
         plan = [(s, t + first, k) for s, t, k in plan]
         result.append((window, known[window].clone(), plan))
@@ -208,7 +208,7 @@ def parse():
     """The command line."""
     parser = datasets.Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--ckpt", help="of train.py (default: the newest in out/*/, or results/english.pt)")
+    add("--ckpt", help="a checkpoint (default: the newest in out/*/, or results/english.pt)")
     add("--n", type=int, default=8, help="how many samples (default 8)")
     add("--length", type=int, help="of text or audio; longer ones are drawn window by window")
     add("--calls", type=int, help="network calls for each window (default: one for each unknown "
@@ -218,7 +218,8 @@ def parse():
     add("--prompt", help="text to keep, with _ for each blank (or byte), \\_ for an underscore")
     add("--inpaint", metavar="top|left|ends|FILE.npy", help="keep this part of n test images (top, "
         f"left) or sounds (left, ends), or what is True in a file; {COMPLETIONS} completions each")
-    add("--from", metavar="FILE", dest="source", help="of --inpaint (default: the test piece)")
+    add("--from", metavar="FILE", dest="source", help="what --inpaint completes (default: the test "
+        "piece beside the checkpoint)")
     add("--temperature", type=float, default=1.0, help="below 1: likelier, less varied (default 1)")
     add("--frames", action="store_true", help=f"also show what is known at {FRAMES} points")
     add("--seed", type=int, default=0, help="seed of every draw (default 0)")

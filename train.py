@@ -118,7 +118,7 @@ def train(run, data, folder):
             if run.progress >= 1 or stopping:
                 break
             train_step(run, run.draw(data))
-            if i == 0:                                     # it compiles: no time of the run
+            if i == 0:                                     # compiling is not counted
                 begin = time.perf_counter() - run.seconds
             if run.rank == 0:                              # the first process tells and saves
                 report(run, data, folder, bar)
@@ -140,7 +140,7 @@ def train_step(run, x):
     rate = learning_rate(run.c, run.hyper, run.step, run.progress)
     for group in itertools.chain(*(optimizer.param_groups for optimizer in run.optimizers)):
         group["lr"] = rate * group["full_lr"]
-    draw = dict(device=x.device, generator=run.generator)  # a compiled loss cannot draw itself
+    draw = dict(device=x.device, generator=run.generator)  # a compiled loss cannot draw these
     t, s = stratified_steps(B, run.model.S, D, **draw)
     sigma = sample_sigma(B, D, **draw)
     loss = torch.zeros((), device=x.device)
@@ -164,13 +164,13 @@ def train_step(run, x):
 
 def learning_rate(c, hyper, step, progress):
     """The factor on the full rate: a warm-up of hyper["warmup"] steps or a tenth of the run,
-    whichever is less. Then it is constant in the paper, and falls to 0 in ours."""
+    whichever is less. Then it is 1 in the paper. Ours is never above 1 - progress."""
     up = min(1.0, max((step + 1) / hyper["warmup"], 10 * progress))
     return up if c["recipe"] == "paper" else min(up, max(1 - progress, 0.0))
 
 
 def make_optimizers(net, c, hyper):
-    """Adam for everything. In our recipe Muon for the matrices of the blocks."""
+    """Adam. In our recipe Muon for the matrices of the blocks, and Adam for the rest."""
     matrices = {p: None for name, p in net.named_parameters() if p.ndim > 1 and p.shape[1] > 1
                 and c["recipe"] == "ours" and re.match("blocks|down|middle|up", name)}
     rest = [p for p in net.parameters() if p not in matrices]
@@ -220,9 +220,9 @@ def bound(model, chunks, passes=None):
 
 @torch.no_grad()
 def components(model, chunks, seconds=10):
-    """L_t of chunks (N, D), for plans: (S, D) bits. And counts (S, D): the variables averaged in
-    each. The loss varies more between chunks than between steps. So all steps of a grid use the
-    same chunks, one order each: 1,024, or as many as the seconds allow."""
+    """L_t of chunks (N, D), for plans: (S, D) bits. And counts (S, D): over how many variables each
+    is a mean, 0 beside a grid of steps. The loss varies more between chunks than between steps. So
+    all steps see the same chunks, an order for each: 1,024, or as many as the seconds allow."""
     S, D, end = model.S, model.D, time.perf_counter() + seconds
     generator = torch.Generator(chunks.device).manual_seed(2)
     x = chunks[torch.rand(len(chunks), device=chunks.device, generator=generator).argsort()[:1024]]
@@ -337,7 +337,7 @@ def orthogonal(X):
 
 
 def report(run, data, folder, bar):
-    """Shows progress: the bar only every 10 steps, as to read a loss waits for a GPU; log.csv
+    """Shows progress: the bar every 10 steps, since reading a loss waits for a GPU; log.csv
     every REPORT steps, with the bound on 64 validation chunks."""
     if run.step % 10 and run.step % REPORT:
         return
@@ -410,7 +410,7 @@ def parse():
     add = parser.add_argument
     add("--data", type=os.path.expanduser,
         help=f"{', '.join(datasets.NAMES)}, a file or a folder (default pydoc)")
-    add("--size", choices=SIZES["text"], help="of network and run (default small on CUDA, or tiny)")
+    add("--size", choices=SIZES["text"], help="network and run (default small on CUDA, else tiny)")
     add("--recipe", choices=["paper", "ours"], help="ours learns more in minutes (default ours)")
     add("--branch", type=int, help="b of an upscale model; 0: none (default 0, of audio 16)")
     add("--parametrization", choices=["data", "direct", "mixture"], help="of an upscale model")
@@ -420,12 +420,11 @@ def parse():
     add("--depth", type=int, help="blocks of the network; of images: on each side")
     add("--heads", type=int, help="attention heads; of images: in the middle, 0: no attention")
     add("--batch", type=int, help="datapoints in a training step")
-    add("--parts", type=int, help="splits each batch, to save memory (default 1)")
+    add("--parts", type=int, help="of each batch, one after the other, to save memory (default 1)")
     add("--lr", type=float, help="learning rate of Adam; Muon's is the recipe's own")
     end.add_argument("--steps", type=int, help="length of the run in training steps")
-    end.add_argument("--minutes", type=float, help=f"length of the run; default: {EPOCHS} passes "
-                     "over the data, or the size's own if that is less")
-    add("--passes", type=int, help="passes over each split in the evaluation")
+    end.add_argument("--minutes", type=float, help=f"(default the size's, or {EPOCHS} passes)")
+    add("--passes", type=int, help="passes over the test split in the evaluation")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default on CUDA)")
     add("--device", help="cuda, mps or cpu (default: the first that is there)")
     add("--seed", type=int, help="seed of the weights and of every draw (default 0)")
@@ -446,10 +445,6 @@ def complete(given, data=None):
     cuda = c["device"].startswith("cuda")
     c["size"] = c["size"] or ("small" if cuda else "tiny")
     data = data or load_data(c)
-    for name, fits in (("bits", data.kind == "image"), ("length", data.kind != "image"),
-                       ("parametrization", c["branch"] or data.kind == "audio")):
-        if name in given and not fits:
-            raise ValueError(f"--{name} is not for {data.kind}, or wants --branch")
     compiles = cuda and shutil.which(os.environ.get("CC", "cc")) and find_spec("triton")
     preset = SIZES[data.kind][c["size"]] | dict(compile=bool(compiles),
                                                 parametrization=WAYS[c["recipe"]][data.kind])
@@ -457,12 +452,17 @@ def complete(given, data=None):
         preset["batch"] *= 4                               # of small images more
     if given.keys() & {"steps", "minutes"}:
         preset |= dict(steps=None, minutes=None)
-    elif "minutes" in preset:                              # little data are not learnt by heart
+    elif "minutes" in preset:                              # few passes over little data
         values, batch = data.splits["train"].numel(), given.get("batch", preset["batch"])
         preset["steps"] = max(100, EPOCHS * values // (data.D * batch))
-    return c | preset | given | dict(
-        kind=data.kind, K=data.K, shape=list(data.shape), length=data.D, rate=data.rate,
-        sha256=data.digest), data
+    c |= preset | given
+    for name, fits, words in (("bits", data.kind == "image", "images"),
+                              ("length", data.kind != "image", "text and audio"),
+                              ("parametrization", c["branch"], "upscale models (--branch)")):
+        if name in given and not fits:
+            raise ValueError(f"--{name} is for {words}")
+    return c | dict(kind=data.kind, K=data.K, shape=list(data.shape), length=data.D,
+                    rate=data.rate, sha256=data.digest), data
 
 
 def load_data(c):
@@ -485,11 +485,11 @@ def reopen(path, given, changeable):
     if given.keys() & {"steps", "minutes"}:                # replaces both old ones
         c |= dict(steps=given.get("steps"), minutes=given.get("minutes"))
     data = load_data(c)
-    words = f"{data.name} is not the data that {path} was trained on, {old['data']}"
+    words = f"{data.name} is not the data that {path} was trained on ({old['data']})"
     fits = (data.kind, data.K, list(data.shape)) == (old["kind"], old["K"], old["shape"])
     if data.digest != old["sha256"]:
         if not fits or "data" not in given or "steps" in changeable:
-            raise ValueError(f"{words}: name that by --data")
+            raise ValueError(f"{words}: name the old data by --data")
         print(words)
     return model, checkpoint, c, data
 

@@ -21,7 +21,7 @@ EXERCISES = {                        # number -> file, and the functions that a 
     2: ("ardm.py", "ARDM.loss"),
     3: ("ardm.py", "ARDM.generate", "ARDM.nll"),
     4: ("planner.py", "plan_cost", "isotonic", "smooth"),
-    5: ("planner.py", "one_more_call", "one_more_call_fast", "plan"),
+    5: ("planner.py", "one_more_call", "one_more_call_fast", "best_path"),
     6: ("ardm.py", "UpscaleARDM.coarsen", "UpscaleARDM.symbol", "UpscaleARDM.refine"),
     7: ("ardm.py", "UpscaleARDM.sum_values"),
     8: ("coder.py", "quantize", "encode", "Decoder.pop"),

@@ -198,15 +198,15 @@ train --data {bad}/packed.gz -> is packed and cannot be read
 train --size huge -> invalid choice
 train --steps 0 -> --steps 0: choose a number above 0
 train --minutes nan -> --minutes nan: choose a number above 0
-train --heads 0 -> --heads 0: take 4 or more
+train --heads 0 -> --heads 0: take a width of 4 or more
 train --branch 1 -> choose 2 to K = 27
 train --bits 9 -> invalid choice
 train --seed -1 -> --seed -1: choose a number from 0
 train --resume --evaluate x -> --evaluate: not allowed with argument --resume
 train --steps 3 --minutes 1 -> --minutes: not allowed with argument --steps
-train --bits 5 -> --bits is not for text
-train --data glyphs --length 5 -> --length is not for image
-train --parametrization data -> or wants --branch
+train --bits 5 -> --bits is for images
+train --data glyphs --length 5 -> --length is for text and audio
+train --parametrization data -> is for upscale models
 train --data tones --parametrization data -> data is not for audio
 train --device abacus -> --device abacus
 train --stepz 3 -> unrecognized
@@ -256,7 +256,7 @@ compress decode --ckpt {run}/ckpt.pt --item 1 {bad}/a {out} -> --item 1:
 compress decode --ckpt {bad}/other.pt {bad}/a {out} -> written with another checkpoint
 compress bench --ckpt {run}/ckpt.pt {bad}/empty -> is empty
 compress bench -> name a file, or a checkpoint
-train --out= -> --out is empty: give it a value
+train --out= -> a flag has an empty value
 train --depth 99999999 -> too much, or not of text
 compress -> required
 """

@@ -266,7 +266,7 @@ def test_torchrun_trains_and_one_that_fails_ends_all(tmp_path, monkeypatch):
     begin = time.monotonic()
     done = torchrun(HERE / "train.py", *flags, "--heads", 0)
     assert done.returncode != 0 and time.monotonic() - begin < 60
-    assert "--heads 0: take 4 or more" in done.stderr
+    assert "--heads 0: take a width of 4 or more" in done.stderr
     monkeypatch.setenv("WORLD_SIZE", "2")                  # left over, and nobody else is there
     monkeypatch.setenv("RANK", "1")
     assert train.join() == 0
