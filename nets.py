@@ -385,8 +385,7 @@ def log_mass(mixture, low, high, K):
     the weights; n centres; n log(scale)s. low and high (...) are integers. The first value owns all
     numbers below it, the last one all above it, so the K masses sum to 1.
     With a and b = (boundary - centre) / scale, and w = b - a, the mass between a and b is
-    sigmoid(b) - sigmoid(a) = sigmoid(b) sigmoid(-a) (1 - e^-w). The product stays exact, however
-    far out the interval lies."""
+    sigmoid(b) - sigmoid(a) = sigmoid(b) sigmoid(-a) (1 - e^-w), which is exact far out, too."""
     anchor, (weight, centre, log_scale) = mixture[..., :1], mixture[..., 1:].chunk(3, dim=-1)
     low, high = low[..., None], high[..., None]
     a = (low - anchor - 0.5 - centre) * torch.exp(-log_scale)
@@ -421,11 +420,8 @@ class OurTransformer(Transformer):
         return h
 
 
-class NoAttention(nn.Module):
+class NoAttention(nn.Identity):
     """The attention of a block that has none."""
-
-    def __init__(self, dim, heads):
-        super().__init__()
 
     def forward(self, x, turned):
         return 0
@@ -598,6 +594,8 @@ EDITION = 3                          # of the settings in a checkpoint
 MOST_D = 1 << 18                     # variables in a datapoint
 LOG_PROBS = 1 << 26                  # log-probabilities of one call, at most; callers obey it
 LOGISTICS = {"ours": 3, "paper": 30}
+WORDS = "data size recipe kind parametrization".split()     # of the settings
+COUNTS = "K length rate bits batch parts branch dim depth heads seed".split()
 
 
 def build(c):
@@ -632,8 +630,7 @@ def build(c):
 
 
 def load(path, device=None):
-    """(model with the averaged weights, checkpoint): only tensors and plain values are read. A file
-    whose settings want more weights than it holds is refused before a network is made."""
+    """(model with the averaged weights, checkpoint). Only tensors and plain values are read."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such checkpoint; python train.py writes one")
     try:
@@ -641,6 +638,9 @@ def load(path, device=None):
         settings, weights = checkpoint["settings"], checkpoint["ema"]
         if settings.get("edition") != EDITION:
             raise ValueError(f"not of edition {EDITION}")
+        if not all(type(settings[name]) is str for name in WORDS) or not all(
+                type(settings[name] or 0) is int and (settings[name] or 0) >= 0 for name in COUNTS):
+            raise ValueError("a setting is no word, or no number, where one is wanted")
         if not all(each.isfinite().all() for each in weights.values()):
             raise ValueError("its weights are not numbers")
         if settings["depth"] * settings["dim"] ** 2 > sum(map(torch.numel, weights.values())):

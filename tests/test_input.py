@@ -177,7 +177,7 @@ def bad(folder, model, tmp_path_factory):
     (place / "text.pt").write_text("hello")
     torch.save(Path, place / "code.pt")
     for name, change in (("second", dict(edition=None)), ("deep", dict(depth=10 ** 6)),
-                         ("long", dict(shape=[20_000_000])),
+                         ("long", dict(shape=[20_000_000])), ("odd", dict(data=None)),
                          ("axes", dict(shape=[1, 4, 6]))):
         torch.save(whole | dict(settings=whole["settings"] | change), place / f"{name}.pt")
     del whole["settings"]["dim"]
@@ -200,7 +200,6 @@ train --steps 0 -> --steps 0: choose a number above 0
 train --minutes nan -> --minutes nan: choose a number above 0
 train --heads 0 -> --heads 0: take a width of 4 or more
 train --branch 1 -> choose 2 to K = 27
-train --bits 9 -> invalid choice
 train --seed -1 -> --seed -1: choose a number from 0
 train --resume --evaluate x -> --evaluate: not allowed with argument --resume
 train --steps 3 --minutes 1 -> --minutes: not allowed with argument --steps
@@ -223,6 +222,7 @@ sample --ckpt {bad}/code.pt -> is no checkpoint
 sample --ckpt {bad}/deep.pt -> its settings want more weights
 sample --ckpt {bad}/nan.pt -> its weights are not numbers
 sample --ckpt {bad}/axes.pt -> not of text
+train --evaluate {bad}/odd.pt -> a setting is no word
 sample --ckpt {bad}/long.pt -> is no checkpoint
 sample --ckpt {run}/ckpt.pt --calls 0 -> --calls 0: choose a number above 0, 10^9 at most
 sample --ckpt {run}/ckpt.pt --calls 25 -> 25 network calls: choose 1 to 24
