@@ -13,7 +13,7 @@ IN is text, images (.npy, idx) or sound (.wav). An archive, with big-endian numb
     4       length of the header
     header  a zlib stream: JSON, then the bytes before and behind an array if they are unusual
     then for every block of datapoints, in the order of the file:
-    4       length of the stream; its top bit says that the symbols are stored raw
+    4       length of the stream; its top bit: the symbols are stored raw, 16-bit ones little-endian
     1       shift: the grid of coder.py is moved by shift/256 of a step
             the stream: what each call of the plan generates in this block, call by call
 

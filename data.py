@@ -350,8 +350,7 @@ class FileArray:
 
 
 def file_array(content, name):
-    """The FileArray in the bytes of a .npy, idx or .wav file; None for others. ValueError if it
-    is damaged, or of a kind that is not read."""
+    """The FileArray in the bytes of a .npy, idx or .wav file; None for others."""
     if content[:4] == b"RIFF" and content[8:12] == b"WAVE":
         return wav_array(content, name)
     if content[:4] == b"\0\0\x08\x03" and len(content) >= 16:
@@ -482,7 +481,7 @@ def references(symbols, K):
 
 class Parser(argparse.ArgumentParser):
     """argparse that reports an error in one line. No flag may be empty. Numbers are at most 10^9
-    and more than 0, but for those that MAY_BE_0."""
+    and more than 0, but for those that MAY_BE_0. ~ is the home folder, but in a prompt."""
 
     def error(self, message):
         flag = re.match(r"argument (--\w+): expected one argument", message)
@@ -495,6 +494,8 @@ class Parser(argparse.ArgumentParser):
         for name, value in vars(args).items():
             if value == "":
                 raise ValueError("a flag has an empty value")
+            if type(value) is str and name != "prompt":
+                setattr(args, name, os.path.expanduser(value))
             least = 0 if name in MAY_BE_0 else 1e-12
             if type(value) in (int, float) and not least <= value <= 10 ** 9:
                 above = "above" if least else "from"
@@ -637,8 +638,7 @@ def fetch(name):
 
 
 def cifar10(place, name):
-    """CIFAR-10's binary version, or a part of it: train and test, (N, 3, 32, 32) each. A record is
-    a byte for the label and 3,072 for the pixels."""
+    """(train, test) of CIFAR-10's binary version, (N, 3, 32, 32): records of 1 + 3,072 bytes."""
     try:
         parts = {Path(file).name: np.frombuffer(records, np.uint8).reshape(-1, 3073)[:, 1:]
                  for file, records in members(place, BATCHES)}

@@ -78,7 +78,8 @@ def read_pieces(args, settings):
     """args.n datapoints of --from, or of the test piece, each COMPLETIONS times: (N, D)."""
     D = math.prod(settings["shape"])
     path = args.source or Path(args.ckpt).parent / datasets.PIECES[settings["kind"]]
-    symbols, _ = datasets.open_symbols(path, settings)
+    symbols, found = datasets.open_symbols(path, settings)
+    settings["rate"] = found.rate                          # what is written has it, too
     if len(symbols) < D:
         raise ValueError(f"{path} holds less than the model's {D} symbols")
     pieces = symbols[:len(symbols) // D * D].reshape(-1, D)
@@ -224,8 +225,7 @@ def parse():
     add("--frames", action="store_true", help=f"also show what is known at {FRAMES} points")
     add("--seed", type=int, default=0, help="seed of every draw (default 0)")
     add("--device", help="cuda, mps or cpu")
-    add("--out", type=os.path.expanduser,
-        help="folder for the files (default: the checkpoint's; of English out/english)")
+    add("--out", help="folder for the files (default: the checkpoint's; of English out/english)")
     return parser.parse_args()
 
 

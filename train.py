@@ -408,8 +408,7 @@ def parse():
     begin.add_argument("--resume", action="store_true", help="go on with the run in --out")
     begin.add_argument("--evaluate", metavar="CKPT", help="only evaluate this checkpoint")
     add = parser.add_argument
-    add("--data", type=os.path.expanduser,
-        help=f"{', '.join(datasets.NAMES)}, a file or a folder (default pydoc)")
+    add("--data", help=f"{', '.join(datasets.NAMES)}, a file or a folder (default pydoc)")
     add("--size", choices=SIZES["text"], help="network and run (default small on CUDA, else tiny)")
     add("--recipe", choices=["paper", "ours"], help="ours learns more in minutes (default ours)")
     add("--branch", type=int, help="b of an upscale model; 0: none (default 0, of audio 16)")
@@ -428,7 +427,7 @@ def parse():
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default on CUDA)")
     add("--device", help="cuda, mps or cpu (default: the first that is there)")
     add("--seed", type=int, help="seed of the weights and of every draw (default 0)")
-    add("--out", type=os.path.expanduser, help="folder for the results (default out/<data>)")
+    add("--out", help="folder for the results (default out/<data>)")
     return vars(parser.parse_args())
 
 
@@ -485,7 +484,7 @@ def reopen(path, given, changeable):
     if given.keys() & {"steps", "minutes"}:                # replaces both old ones
         c |= dict(steps=given.get("steps"), minutes=given.get("minutes"))
     data = load_data(c)
-    words = f"{data.name} is not the data that {path} was trained on ({old['data']})"
+    words = f"{data.name} is not the data that {path} was trained on ({old['data']!r})"
     fits = (data.kind, data.K, list(data.shape)) == (old["kind"], old["K"], old["shape"])
     if data.digest != old["sha256"]:
         if not fits or "data" not in given or "steps" in changeable:
