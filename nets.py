@@ -19,9 +19,8 @@ from torch.nn import functional as F
 
 from ardm import ARDM, UpscaleARDM, num_stages
 
-# On a CPU, MKL chooses the kernel of a function when it is first called. If two threads make that
-# call at once, one of them now and then gets a coarse kernel, wrong by 1e-4, for that call: enough
-# to make an archive undecodable. So one thread calls each function first, here.
+# MKL chooses a function's kernel at its first call. If two threads make that call at once, one may
+# get a coarse kernel, wrong by 1e-4: no archive could be decoded. So one thread calls them first.
 for function in (torch.exp, torch.log, torch.log1p, torch.sin, torch.cos, torch.tanh, torch.erf):
     function(torch.ones(1))
     function(torch.ones(1).double())
@@ -612,7 +611,7 @@ def build(c):
     D, S, ours = math.prod(shape), num_stages(K, b) if b else 1, c["recipe"] == "ours"
     axes, most = (3, 4) if kind == "image" else (1, MOST_D)
     fits = len(shape) == axes and min(shape) > 0 and shape[0] <= most
-    if not fits or D > MOST_D or K > 1 << 16 or c["depth"] > 1000:
+    if not fits or D > MOST_D or K > 1 << 16 or not 0 < c["depth"] <= 1000:
         raise ValueError(f"K {K}, shape {shape}, depth {c['depth']}: too much, or not of {kind}")
     values = not b or way != "direct"                      # the network speaks of values
     sizes = dict(num_outputs=K if values else S * b, dim=dim, depth=c["depth"], stages=S)
@@ -635,17 +634,18 @@ def load(path, device=None):
         raise ValueError(f"{path}: no such checkpoint; python train.py writes one")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        settings, weights = checkpoint["settings"], checkpoint["ema"]
-        if settings.get("edition") != EDITION:
+        c, weights = checkpoint["settings"], checkpoint["ema"]
+        if c.get("edition") != EDITION:
             raise ValueError(f"not of edition {EDITION}")
-        if not all(type(settings[name]) is str for name in WORDS) or not all(
-                type(settings[name] or 0) is int and (settings[name] or 0) >= 0 for name in COUNTS):
+        if not all(type(c[name]) is str for name in WORDS) or not all(
+                type(c[name] or 0) is int and (c[name] or 0) >= 0 for name in COUNTS):
             raise ValueError("a setting is no word, or no number, where one is wanted")
         if not all(each.isfinite().all() for each in weights.values()):
             raise ValueError("its weights are not numbers")
-        if settings["depth"] * settings["dim"] ** 2 > sum(map(torch.numel, weights.values())):
+        there, D = sum(map(torch.numel, weights.values())), math.prod(c["shape"])
+        if c["depth"] * c["dim"] ** 2 > there or c["kind"] == "text" and D > there:
             raise ValueError("its settings want more weights than it has")
-        model = build(settings)
+        model = build(c)
         model.load_state_dict(weights)
     except Exception as error:                             # whatever a torn or foreign file raises
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
@@ -655,8 +655,8 @@ def load(path, device=None):
 
 def digest(model):
     """A hash of the weights, by which an archive knows its checkpoint."""
-    state = sorted(model.state_dict().items())
-    content = b"".join(name.encode() + value.cpu().numpy().tobytes() for name, value in state)
+    content = b"".join(name.encode() + value.cpu().numpy().tobytes()
+                       for name, value in sorted(model.state_dict().items()))
     return hashlib.sha256(content).hexdigest()[:16]
 
 
