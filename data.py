@@ -194,7 +194,7 @@ def load_clips(name, place, length, wanted=r"(?i)(^|/)(?!\._)[^/]*\.wav$", pad=0
         if file.endswith("_list.txt"):
             split = "test" if file.endswith("testing_list.txt") else "valid"
             lines = content.decode("utf-8-sig", "replace").splitlines()
-            listed |= {(Path(file).parent / line.strip()).as_posix(): split for line in lines}
+            listed |= {(Path(file).parent / line).as_posix(): split for line in lines}
             continue
         found = file_array(content, file)
         if found is None or not found.rate or found.rate != (rate or found.rate):
@@ -202,6 +202,8 @@ def load_clips(name, place, length, wanted=r"(?i)(^|/)(?!\._)[^/]*\.wav$", pad=0
                              f"samples a second, others {rate}: make them alike")
         rate = found.rate
         clips[file] = np.pad(found.array, ((0, 0), (0, max(0, pad - found.array.shape[1]))))
+    if listed.keys() - clips.keys() and not pad:
+        print(f"{name}: its lists name clips that are not there", file=sys.stderr)
     if not clips:
         raise ValueError(f"{name} is a folder or tar without a .wav file: name a file")
     return audio(name, clips, rate, length or WINDOW, listed)
@@ -270,9 +272,8 @@ def png(pixels):
 
     H, W = pixels.shape[:2]
     rows = np.pad(pixels.reshape(H, -1), ((0, 0), (1, 0)))               # filter 0: as they are
-    colour = 2 if pixels.ndim == 3 else 0
     return (b"\x89PNG\r\n\x1a\n"
-            + chunk(b"IHDR", struct.pack(">IIBBBBB", W, H, 8, colour, 0, 0, 0))
+            + chunk(b"IHDR", struct.pack(">IIBBBBB", W, H, 8, 2 * (pixels.ndim == 3), 0, 0, 0))
             + chunk(b"IDAT", zlib.compress(rows.tobytes(), 9)) + chunk(b"IEND", b""))
 
 
@@ -446,7 +447,7 @@ def open_symbols(path, settings):
 
 def warn_of_zeros(content, name):
     if b"\0" in content[:1 << 13]:
-        print(f"{name} is no text: its bytes are taken as they are", file=sys.stderr)
+        print(f"{name!r} is no text: its bytes are taken as they are", file=sys.stderr)
 
 
 def file_of(symbols, settings, form):
@@ -536,7 +537,6 @@ def in_words(error):
         return "too little memory; in training --parts 4, a smaller --batch or --dim takes less"
     if re.search("dynamo|inductor|triton|compile", f"{type(error).__module__} {error}", re.I):
         return f"torch.compile failed ({str(error)[:80]!r}): try --no-compile"
-    return None
 
 
 def read(path):

@@ -266,8 +266,9 @@ def main():
     if args.frames:
         sigma = torch.cat(sigmas, dim=1)[:, :FRAMED]
         files |= show_frames(model, *frames(model, drawn[:FRAMED], sigma, todo[0][2]), settings)
-    for name, content in files.items():
-        datasets.write(folder / name, content)
+    for name, content in files.items():                    # not over what was read
+        read = filter(None, (args.ckpt, args.source, args.inpaint))
+        datasets.write(folder / name, content, read)
     print(f"{len(x)} samples, {sum(len(plan) for _, _, plan in todo)} network calls; "
           f"{', '.join(files)} written to {folder}")
 

@@ -543,7 +543,7 @@ def finish(run, data, folder):
     files = datasets.test_piece(data) | datasets.exhibit(x.numpy(), run.c) | {
         "results.json": json.dumps(results, indent=1).encode()}
     for name, content in files.items():
-        datasets.write(folder / name, content)
+        datasets.write(folder / name, content, (run.c["data"],))
     ckpt, packed = (shlex.quote((folder / name).as_posix()) for name in ("ckpt.pt", "test.ardm"))
     piece = shlex.quote((folder / datasets.PIECES[data.kind]).as_posix())
     print(f"{', '.join(files)} written to {folder}; what to run next:",

@@ -245,7 +245,7 @@ def clip(i, n=30):
     return np.full((n, 1), i)
 
 
-def test_clips_are_read_from_folders_and_tars(tmp_path):
+def test_clips_are_read_from_folders_and_tars(tmp_path, capsys):
     place = tmp_path / "clips"
     place.mkdir()
     for i in range(20):
@@ -268,10 +268,11 @@ def test_clips_are_read_from_folders_and_tars(tmp_path):
     (place / "00b.WAV").rename(place / "é b.wav")
     (place / "train_list.txt").write_text("06.wav\n")
     (place / "testing_list.txt").write_text("\ufeff03.wav\r\n", "utf-8")
-    (place / "validation_list.txt").write_text("04.wav\n05.wav\né b.wav\n", "utf-8")
+    (place / "validation_list.txt").write_text("04.wav\n05.wav\né b.wav\n77.wav\n", "utf-8")
     for where in (place, tmp_path):                        # and where it is a folder in a folder
         listed = datasets.load(str(where), 10).splits
         assert set(listed["test"].tolist()) == {32771} and len(listed["valid"]) == 62
+    assert "name clips that are not there" in capsys.readouterr().err    # there is no 77.wav
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / "clips").symlink_to(place)
     (place / "circle").symlink_to(tmp_path / "linked")
