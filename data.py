@@ -601,7 +601,7 @@ def members(place, wanted):
             seen.add(os.path.realpath(folder))
             below[:] = sorted(below) if new else []
             for path in (Path(folder, file) for file in sorted(files) if new):
-                if path.is_file() and re.search(wanted, path.as_posix()):
+                if re.search(wanted, path.as_posix()):
                     yield path.relative_to(place).as_posix(), read(path)
         return
     where = dict(fileobj=io.BytesIO(place)) if isinstance(place, bytes) else dict(name=place)
