@@ -154,7 +154,7 @@ def encode_file(path, model, codec, settings):
     beside = (found.head, found.tail) if found and anew != content else None
     head, tail = beside or (b"", b"")
     if beside and head + anew[len(anew) - symbols.nbytes:] + tail != content:
-        raise ValueError(f"{path}: its bytes would not come back, by these symbols")
+        raise ValueError(f"{path} would not come back byte for byte: no archive")
     fields = (settings["kind"], n, form, codec.order, codec.block, codec.ks, nets.digest(model),
               len(head) if beside else None)
     header = json.dumps(fields, separators=(",", ":")).encode() + b"\n" + head + tail

@@ -681,9 +681,9 @@ def glyphs(n, seed, size=16):
 
     y, x = np.indices((2 * size, 2 * size), dtype=np.int32) - size
     height, width, slope = uniform(20, 27, 1, 1), uniform(12, 19, 1, 1), uniform(-12, 12, 1, 1)
-    y, x = y + uniform(-3, 3, 1, 1), x + (y * slope >> 5) + uniform(-6, 6, 1, 1)
-    row = ((y + height // 2) * 7 // height).clip(-1, 7)
-    column = ((x + width // 2) * 5 // width).clip(-1, 5)
+    down, right = uniform(-3, 3, 1, 1), uniform(-6, 6, 1, 1)
+    row = ((y + down + height // 2) * 7 // height).clip(-1, 7)
+    column = ((x + (y * slope >> 5) + right + width // 2) * 5 // width).clip(-1, 5)
     ink = font[uniform(0, 9, 1, 1), row + 1, column + 1]   # (n, 2 size, 2 size)
     ink = ink.reshape(n, size, 2, size, 2).sum(axis=(2, 4))
     grey = uniform(0, 50, 1, 1) + uniform(32, 48, 1, 1) * ink + uniform(-4, 4, size, size)

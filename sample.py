@@ -244,6 +244,8 @@ def main():
     english = Path(args.ckpt).name == nets.ENGLISH.name
     folder = Path(args.out or ("out/english" if english else Path(args.ckpt).parent))
     folder.mkdir(parents=True, exist_ok=True)
+    if args.source:                                        # what is read is not written over
+        datasets.write(folder / "inpaint.wav", None, [args.source])
     generator = torch.Generator(device).manual_seed(args.seed)
     most = max(k for _, _, plan in todo for _, _, k in plan)
     most = max(1, min(256, nets.LOG_PROBS // (most * model.A)))
@@ -266,9 +268,8 @@ def main():
     if args.frames:
         sigma = torch.cat(sigmas, dim=1)[:, :FRAMED]
         files |= show_frames(model, *frames(model, drawn[:FRAMED], sigma, todo[0][2]), settings)
-    for name, content in files.items():                    # not over what was read
-        read = filter(None, (args.ckpt, args.source, args.inpaint))
-        datasets.write(folder / name, content, read)
+    for name, content in files.items():
+        datasets.write(folder / name, content)
     print(f"{len(x)} samples, {sum(len(plan) for _, _, plan in todo)} network calls; "
           f"{', '.join(files)} written to {folder}")
 

@@ -221,7 +221,7 @@ def bound(model, chunks, passes=None):
 @torch.no_grad()
 def components(model, chunks, seconds=10):
     """L_t of chunks (N, D), for plans: (S, D) bits. And counts (S, D): over how many variables each
-    is a mean, 0 beside a grid of steps. The loss varies more between chunks than between steps. So
+    is a mean, 0 if it was not measured. The loss varies more between chunks than between steps. So
     all steps see the same chunks, an order for each: 1,024, or as many as the seconds allow."""
     S, D, end = model.S, model.D, time.perf_counter() + seconds
     generator = torch.Generator(chunks.device).manual_seed(2)
@@ -419,10 +419,10 @@ def parse():
     add("--depth", type=int, help="blocks of the network; of images: on each side")
     add("--heads", type=int, help="attention heads; of images: in the middle, 0: no attention")
     add("--batch", type=int, help="datapoints in a training step")
-    add("--parts", type=int, help="of each batch, one after the other, to save memory (default 1)")
+    add("--parts", type=int, help="parts that a batch is split into, to save memory (default 1)")
     add("--lr", type=float, help="learning rate of Adam; Muon's is the recipe's own")
     end.add_argument("--steps", type=int, help="length of the run in training steps")
-    end.add_argument("--minutes", type=float, help=f"(default the size's, or {EPOCHS} passes)")
+    end.add_argument("--minutes", type=float, help="length in minutes (default: the size's own)")
     add("--passes", type=int, help="passes over the test split in the evaluation")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default on CUDA)")
     add("--device", help="cuda, mps or cpu (default: the first that is there)")
@@ -543,7 +543,7 @@ def finish(run, data, folder):
     files = datasets.test_piece(data) | datasets.exhibit(x.numpy(), run.c) | {
         "results.json": json.dumps(results, indent=1).encode()}
     for name, content in files.items():
-        datasets.write(folder / name, content, (run.c["data"],))
+        datasets.write(folder / name, content)
     ckpt, packed = (shlex.quote((folder / name).as_posix()) for name in ("ckpt.pt", "test.ardm"))
     piece = shlex.quote((folder / datasets.PIECES[data.kind]).as_posix())
     print(f"{', '.join(files)} written to {folder}; what to run next:",
@@ -574,6 +574,7 @@ def main():
     synced(torch.zeros(1))                                # all have read the checkpoint
     if rank == 0:
         prepare_folder(folder, data.kind, going_on)
+        datasets.write(folder / datasets.PIECES[data.kind], None, (run.c["data"],))
     print(f"{data.name}: {data.kind} {' x '.join(map(str, data.shape))}, K = {data.K}; "
           f"{', '.join(f'{name} {len(part):,}' for name, part in data.splits.items())}; "
           f"{sum(p.numel() for p in run.model.parameters()):,} weights on {run.c['device']}; "
