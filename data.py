@@ -36,6 +36,7 @@ import torch
 NAMES = ("pydoc", "glyphs", "tones", "text8", "enwik8", "mnist", "cifar10", "sc09")
 PIECES = {"text": "test.txt", "image": "test.npy", "audio": "test.wav"}     # of test data
 SPLITS = ("train", "valid", "test")
+OTHER = re.compile(rb"[^a-z ]")      # what has no symbol if K = 27
 AUDIO_K = 1 << 16                    # values of a 16-bit sample; x = sample + 32,768
 WINDOW = 2048                        # samples in a datapoint of audio, if nothing else is said
 
@@ -111,8 +112,8 @@ def images(name, train, test, bits=8, valid=None, flips=False):
 
 def audio(name, clips, rate, length, listed=None):
     """Data of clips {file: (channels, n) int16}. The channels of all clips follow one another.
-    listed: {file: "test" or "valid"}. Without it: every tenth clip is for the test, and of the rest
-    every ninth for validation; of fewer than ten clips, each is cut 8:1:1 by time."""
+    listed: {file: "test" or "valid"}. Without it `tenths` split them; of fewer than ten clips, each
+    is cut 8:1:1 by time."""
     names = sorted(clips)
     if listed:
         parts = [[clips[file] for file in names if listed.get(file, "train") == split]
@@ -169,8 +170,9 @@ def load_file(name, length, bits, chunk):
         raise ValueError(f"--data {name}: no such file, and none of the names {', '.join(NAMES)}")
     if re.search(BATCHES, name):
         raise ValueError(f"{name} is one batch of CIFAR-10: name their folder or tar")
-    content = name if os.path.isdir(name) else unpack(read(name), name)
-    if content is name or content[257:262] == b"ustar":
+    folder = os.path.isdir(name)
+    content = name if folder else unpack(read(name), name)
+    if folder or content[257:262] == b"ustar":
         if any(members(content, BATCHES)):
             return images(f"a part of cifar10, {name}", *cifar10(content, name), bits, flips=True)
         return load_clips(name, content, length)
@@ -210,9 +212,6 @@ def load_clips(name, place, length, wanted=r"(?i)(^|/)(?!\._)[^/]*\.wav$", pad=0
 
 
 # -- Symbols, characters and pictures --------------------------------------------------------------
-
-OTHER = re.compile(rb"[^a-z ]")      # what has no symbol if K = 27
-
 
 def to_symbols(stream, K):
     """bytes -> (n,) uint8: the bytes themselves, or for K = 27 space 0 and a-z 1..26. For audio
@@ -317,7 +316,7 @@ def test_piece(data):
         C, H, _ = data.shape
         x, form = x[:16].reshape(-1), [1 if H in (1, 3) and C > 1 else 3, "|u1"]
     elif data.kind == "audio":
-        x, form = x[:2 * data.rate], [data.rate, 1]
+        x, form = x[:max(2 * data.rate, data.D)], [data.rate, 1]
     return {PIECES[data.kind]: file_of(x if form else x[:20000], vars(data), form)}
 
 
@@ -325,6 +324,7 @@ def test_piece(data):
 
 BATCHES = r"(^|/)(data_batch_[1-5]|test_batch)(\.bin)?$"    # of CIFAR-10, both its versions
 DIGITS = r"^(\./)?(zero|one|two|three|four|five|six|seven|eight|nine)/.*\.wav$"
+TONES_RATE = 8000                    # samples a second of `tones`
 MAY_BE_0 = ("branch", "heads", "item", "seed", "temperature")            # flags
 LARGEST = 1 << 31                    # bytes that a file may unpack to
 MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist/"
@@ -338,6 +338,15 @@ SOURCES = {                          # file -> where from, md5 or SHA-256 (of a 
                                "c32a1d4ab5d03f1284b67883e8d87530"),
     "train-images-idx3-ubyte.gz": (MNIST, "f68b3c2dcbeaaa9fbdd348bbdeb94873"),
     "t10k-images-idx3-ubyte.gz": (MNIST, "9fb629c4189551a2d022fa330f9573f3")}
+FONT = """
+.###. ..#.. .###. .###. ...#. ##### .###. ##### .###. .###.
+#...# .##.. #...# #...# ..##. #.... #.... ....# #...# #...#
+#...# ..#.. ....# ....# .#.#. ####. #.... ...#. #...# #...#
+#...# ..#.. ...#. ..##. #..#. ....# ####. ..#.. .###. .####
+#...# ..#.. ..#.. ....# ##### ....# #...# ..#.. #...# ....#
+#...# ..#.. .#... #...# ...#. #...# #...# ..#.. #...# ....#
+.###. .###. ##### .###. ...#. .###. .###. ..#.. .###. .###.
+"""
 
 
 class FileArray:
@@ -432,10 +441,10 @@ def open_symbols(path, settings):
             warn_of_zeros(content, path)
         return to_symbols(content, K), None
     found = file_array(content, path)
-    if not found or (found.rate is None) != (len(shape) == 3) or (
-            len(shape) == 3 and found.array.shape[1:] != shape):
+    image = settings["kind"] == "image"
+    if not found or (found.array.shape[1:] != shape if image else not found.rate):
         raise ValueError(f"{path} holds {found.array.shape if found else 'something else'}, the "
-                         f"model codes {f'(C, H, W) = {shape}' if len(shape) == 3 else 'a .wav'}")
+                         f"model codes {f'(C, H, W) = {shape}' if image else 'a .wav'}")
     symbols = found.array.reshape(-1)
     if found.rate:
         return to_symbols(symbols.tobytes(), K), found
@@ -595,25 +604,31 @@ def unpack(content, name):
 def members(place, wanted):
     """Yields (name, bytes) of what matches `wanted` in a folder, or in a tar (path or content)."""
     if isinstance(place, (str, Path)) and os.path.isdir(place):
-        seen = set()                                       # a link may lead in a circle
-        for folder, below, files in os.walk(place, followlinks=True):
-            new = os.path.realpath(folder) not in seen
-            seen.add(os.path.realpath(folder))
-            below[:] = sorted(below) if new else []
-            for path in (Path(folder, file) for file in sorted(files) if new):
-                if re.search(wanted, path.as_posix()):
-                    yield path.relative_to(place).as_posix(), read(path)
+        for path in files_below(Path(place), set()):
+            if re.search(wanted, path.as_posix()):
+                yield path.relative_to(place).as_posix(), read(path)
         return
     where = dict(fileobj=io.BytesIO(place)) if isinstance(place, bytes) else dict(name=place)
     try:
         with tarfile.open(**where) as archive:
             for member in archive:
-                there = member.islnk() or member.isfile() and not member.issparse()
-                if there and re.search(wanted, member.name):
-                    content = archive.extractfile(member).read(LARGEST)
-                    yield member.name.removeprefix("./"), content
+                if member.isdir() or not re.search(wanted, member.name):
+                    continue
+                if member.issparse() or not (member.isfile() or member.islnk()):
+                    raise ValueError(f"{member.name} is a link, or has holes: pack whole files")
+                yield member.name.removeprefix("./"), archive.extractfile(member).read(LARGEST)
     except (tarfile.TarError, zlib.error, EOFError, OSError, ValueError, KeyError) as error:
-        raise ValueError(f"this tar file is damaged: {str(error)[:80]}")
+        raise ValueError(f"this tar file cannot be read: {str(error)[:80]}")
+
+
+def files_below(folder, seen):
+    """Yields the paths of all files in a folder. Links are followed, each folder once."""
+    seen.add(folder.resolve())                             # a link may lead in a circle
+    for path in sorted(folder.iterdir()):
+        if not path.is_dir():
+            yield path
+        elif path.resolve() not in seen:
+            yield from files_below(path, seen)
 
 
 def fetch(name):
@@ -629,9 +644,8 @@ def fetch(name):
             torch.hub.download_url_to_file(url + name, str(path))
     except Exception as error:                             # whatever a network raises
         raise ValueError(f"cannot download {url}{name} ({error}): put it into {folder}/ yourself")
-    content = read(path)
-    if name.endswith(".zip"):                              # known is the md5 of its member
-        content = unpack(content, path)
+    packed = name.endswith(".zip")                         # known is the md5 of its member
+    content = unpack(read(path), path) if packed else read(path)
     if hashlib.new("sha256" if len(known) == 64 else "md5", content).hexdigest() != known:
         raise ValueError(f"{path} is not the whole upstream file, by its checksum: remove it")
     return str(path) if name.endswith(".tar.gz") else unpack(content, path)
@@ -640,12 +654,12 @@ def fetch(name):
 def cifar10(place, name):
     """(train, test) of CIFAR-10's binary version, (N, 3, 32, 32): records of 1 + 3,072 bytes."""
     try:
-        parts = {Path(file).name: np.frombuffer(records, np.uint8).reshape(-1, 3073)[:, 1:]
-                 for file, records in members(place, BATCHES)}
-        test = parts.pop("test_batch.bin")
-        train = np.concatenate([parts[part] for part in sorted(parts)])
+        parts = sorted(dict(members(place, BATCHES)).items())
+        train, test = (np.concatenate([
+            np.frombuffer(records, np.uint8).reshape(-1, 3073)[:, 1:] for file, records in parts
+            if re.search(part + r"[^/]*\.bin$", file)]) for part in ("data_batch", "test_batch"))
         return train.reshape(-1, 3, 32, 32), test.reshape(-1, 3, 32, 32)
-    except (ValueError, KeyError) as error:
+    except ValueError as error:
         raise ValueError(f"{name} is not CIFAR-10's binary version with a data_batch and the "
                          f"test_batch ({error}): fetch cifar-10-binary.tar.gz")
 
@@ -655,17 +669,6 @@ def pydoc():
     from pydoc_data.topics import topics
     text = re.sub("[^a-z]+", " ", " ".join(topics.values()).lower()).strip()
     return np.frombuffer(bytearray(text.encode()), np.uint8)
-
-
-FONT = """
-.###. ..#.. .###. .###. ...#. ##### .###. ##### .###. .###.
-#...# .##.. #...# #...# ..##. #.... #.... ....# #...# #...#
-#...# ..#.. ....# ....# .#.#. ####. #.... ...#. #...# #...#
-#...# ..#.. ...#. ..##. #..#. ....# ####. ..#.. .###. .####
-#...# ..#.. ..#.. ....# ##### ....# #...# ..#.. #...# ....#
-#...# ..#.. .#... #...# ...#. #...# #...# ..#.. #...# ....#
-.###. .###. ##### .###. ...#. .###. .###. ..#.. .###. .###.
-"""
 
 
 def glyphs(n, seed, size=16):
@@ -688,9 +691,6 @@ def glyphs(n, seed, size=16):
     ink = ink.reshape(n, size, 2, size, 2).sum(axis=(2, 4))
     grey = uniform(0, 50, 1, 1) + uniform(32, 48, 1, 1) * ink + uniform(-4, 4, size, size)
     return grey.clip(0, 255).astype(np.uint8)[:, None]
-
-
-TONES_RATE = 8000                    # samples a second of `tones`
 
 
 def tones(n, seed=0):

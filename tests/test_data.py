@@ -187,11 +187,11 @@ def test_batches_are_training_images_mirrored_and_turned_where_asked(tmp_path):
         assert batch <= made and len(batch) > len(made) / 2
 
 
-def tar(path, files):
+def tar(path, files, kind=tarfile.REGTYPE):
     with tarfile.open(path, "w:gz") as archive:
         for name, content in files.items():
             member = tarfile.TarInfo(name)
-            member.size = len(content)
+            member.size, member.type = len(content), kind
             archive.addfile(member, io.BytesIO(content))
 
 
@@ -206,13 +206,15 @@ def test_cifar_is_read_from_a_partial_tar_and_damaged_ones_are_refused(tmp_path)
     for name, content in parts.items():
         (place / name).write_bytes(content)
     assert datasets.load(str(place)).digest == data.digest
+    (tmp_path / "twice" / "again").mkdir(parents=True)
+    (tmp_path / "twice" / "again" / "test_batch.bin").write_bytes(records[:5].tobytes())
+    (tmp_path / "twice" / "once").symlink_to(place)
+    assert len(datasets.load(str(tmp_path / "twice")).splits["test"]) == 15
     with pytest.raises(ValueError, match="is one batch of CIFAR-10: name their folder"):
         datasets.load(str(place / "data_batch_1.bin"))
     whole = torch.cat([data.splits[part] for part in ("train", "valid", "test")])
     assert np.array_equal(whole.numpy(), records[:, 1:]) and data.shape == (3, 32, 32)
     assert "part of cifar10" in data.name and data.flips
-    (tmp_path / "code.py").write_bytes(b"PK, or def cifar_batch(x): return x\n" * 50)
-    assert datasets.load(str(tmp_path / "code.py")).K == 256
     content = path.read_bytes()
     for bad in (parts | {"data_batch_1.bin": b"x" * 100}, {"test_batch.bin": records.tobytes()},
                 {"data_batch_1.bin": records.tobytes()}, content[:len(content) // 2],
@@ -245,7 +247,7 @@ def clip(i, n=30):
     return np.full((n, 1), i)
 
 
-def test_clips_are_read_from_folders_and_tars(tmp_path, capsys):
+def test_clips_are_read_from_folders_and_tars(tmp_path, capsys, monkeypatch):
     place = tmp_path / "clips"
     place.mkdir()
     for i in range(20):
@@ -278,6 +280,10 @@ def test_clips_are_read_from_folders_and_tars(tmp_path, capsys):
     (place / "circle").symlink_to(tmp_path / "linked")
     linked = datasets.load(str(tmp_path / "linked"), 10).splits
     assert all(torch.equal(linked[split], listed[split]) for split in listed)
+    old = Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", lambda path: old(path / ("x" * (path.name == "clips"))))
+    with pytest.raises(OSError):                           # a folder in it that cannot be read
+        datasets.load(str(tmp_path / "linked"), 10)
 
 
 def test_of_fewer_than_ten_clips_the_last_tenths_are_for_validation_and_test(tmp_path):
@@ -294,29 +300,28 @@ def test_sound_that_is_not_read_is_refused_in_words(tmp_path):
     (place / "00.wav").write_bytes(wav_bytes(clip(0, 9000)))
     with tarfile.open(tmp_path / "clips.tar", "w") as archive:
         archive.add(place, "clips")
+    tar(tmp_path / "linked", {"a.wav": b"", "b.wav": b""}, tarfile.SYMTYPE)
+    linked = (tmp_path / "linked").read_bytes()
     torn = (tmp_path / "clips.tar").read_bytes()[:9000]
     for content, words in (
             (wav_bytes(clip(1), rate=0), "0 samples a second"),
-            (wav_bytes(clip(1), rate=(1 << 30) - 1), "1073741823 samples a second"),
             (wav_bytes(np.zeros((1, 3000))), "3000 channels"),
             (wav_bytes(clip(1), bits=8), "8 bits a sample, format 1, 1 channels"),
             (wav_bytes(clip(1), code=3, bits=32), "32 bits a sample, format 3"),
             (wav_bytes(clip(1))[:30], "with a whole fmt chunk"),
-            (b"RIFF\0\0\0\0WAVE" + bytes(9_000_000), "with a whole fmt chunk"),
             (wav_bytes(clip(1), before=b"junk\0\0\0\0" * 2000), "with a whole fmt chunk"),
-            (wav_bytes(clip(1)), "fewer than"), (torn, "this tar file is damaged")):
+            (wav_bytes(clip(1)), "fewer than"), (torn, "tar file cannot be read"),
+            (linked, "a.wav is a link, or has holes")):
         (tmp_path / "x").write_bytes(content)
         with pytest.raises(ValueError, match=words):
             datasets.load(str(tmp_path / "x"), 20)
-    (place / "22.wav").write_bytes(b"RF64" + wav_bytes(clip(0))[4:])
-    with pytest.raises(ValueError, match="22.wav is no RIFF WAV file"):
-        datasets.load(str(place), 10)
-    (place / "22.wav").write_bytes(b"\0\0\x08\x03" + bytes([0, 0, 0, 1] * 3) + b"x")   # a picture
-    with pytest.raises(ValueError, match="22.wav is no RIFF WAV file"):
-        datasets.load(str(place), 10)
-    (place / "22.wav").write_bytes(wav_bytes(clip(0), rate=16000))
-    with pytest.raises(ValueError, match="22.wav .* has 16000 samples a second, others 8000"):
-        datasets.load(str(place), 10)
+    picture = b"\0\0\x08\x03" + bytes([0, 0, 0, 1] * 3) + b"x"
+    for content, words in ((b"RF64" + wav_bytes(clip(0))[4:], "22.wav is no RIFF WAV file"),
+                           (picture, "22.wav is no RIFF WAV file"),
+                           (wav_bytes(clip(0), rate=16000), "has 16000 samples a second, others")):
+        (place / "22.wav").write_bytes(content)
+        with pytest.raises(ValueError, match=words):
+            datasets.load(str(place), 10)
 
 
 def test_spoken_digits_have_their_published_splits(tmp_path, monkeypatch):

@@ -174,16 +174,15 @@ def test_sounds_are_drawn_completed_and_shown(studio, tmp_path, capsys):
 def bad(folder, model, tmp_path_factory):
     """A folder of files that are wrong, each in its way."""
     place = tmp_path_factory.mktemp("bad")
-    for name, content in (("empty", b""), ("short", b"too short " * 20), ("in", b"Hello"),
+    for name, content in (("empty", b""), ("in", b"Hello"),
                           ("bytes", bytes(range(1, 256)) * 10), ("foreign", os.urandom(300))):
         (place / name).write_bytes(content)
     archive, _ = pack(place, model, b"some text")
-    for name, content in (("a", archive), ("cut", archive[:-1]), ("packed.gz", b"\x1f\x8bsome"),
-                          ("old", archive[:4] + b"\x08" + archive[5:])):
+    old = archive[:4] + b"\x08" + archive[5:]
+    for name, content in (("a", archive), ("cut", archive[:-1]), ("old", old)):
         (place / name).write_bytes(content)
     whole = torch.load(folder / "ckpt.pt", weights_only=True)
     (place / "cut.pt").write_bytes((folder / "ckpt.pt").read_bytes()[:9000])
-    (place / "text.pt").write_text("hello")
     torch.save(Path, place / "code.pt")
     for name, change in (("second", dict(edition=None)), ("deep", dict(depth=10 ** 6)),
                          ("long", dict(shape=[20_000_000])), ("odd", dict(data=None)),
@@ -202,7 +201,6 @@ def bad(folder, model, tmp_path_factory):
 REFUSALS = """
 train --data tex8 -> no such file, and none of the names pydoc, glyphs
 train --data {bad}/empty -> 0 values for train, fewer than 64
-train --data {bad}/packed.gz -> is packed and cannot be read
 train --steps 0 -> --steps 0: choose a number above 0
 train --minutes nan -> --minutes nan: choose a number above 0
 train --branch 1 -> choose 2 to K = 27
@@ -213,11 +211,9 @@ train --bits 5 -> --bits is for images
 train --data glyphs --length 5 -> --length is for text and audio
 train --parametrization data -> is for upscale models
 train --data tones --parametrization data -> data is not for audio
-train --device abacus -> --device abacus
-train --stepz 3 -> unrecognized
 train --resume -> no such checkpoint
 train --steps 1 --out {bad}/empty -> File exists
-train --evaluate {run}/ckpt.pt --data {bad}/bytes -> is not the data that
+train --evaluate {run}/ckpt.pt --data {bad}/bytes -> was trained on ('
 train --resume --out {run} --dim 64 -> leave out --dim
 train --resume --out {run} --data {bad}/bytes -> is not the data that
 train --evaluate {bad}/cut.pt -> is no checkpoint
@@ -244,7 +240,6 @@ sample --ckpt {pictures}/ckpt.pt --prompt a_ -> --prompt is for text
 sample --ckpt {pictures}/ckpt.pt --inpaint bottom -> choose left or top
 compress encode --ckpt {run}/ckpt.pt {bad}/in {out} -> 'H' at position 0
 compress encode --ckpt {run}/ckpt.pt {bad}/none {out} -> none: No such file
-compress encode --ckpt {run}/ckpt.pt --calls 99 {bad}/in {out} -> 99 network calls: choose 1 to 24
 compress encode --ckpt {run}/ckpt.pt {bad}/in {bad}/in -> the same file
 compress encode --ckpt {run}/ckpt.pt {bad}/in /dev/null -> no ordinary file
 compress encode --ckpt {run}/ckpt.pt {bad}/in {run}/ckpt.pt -> the same file
