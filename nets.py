@@ -136,10 +136,18 @@ class UNet(Network):
     middle (if heads > 0 also attention and one more), `depth` "up". Each "up" also gets the output
     of its twin "down". D = C * H * W variables, colour by colour. stages, b: of upscaling."""
 
+    planes_each = 2                      # planes of the first convolution for each colour
+    timed = True                         # told how far the generation is
+
     def __init__(self, K, shape, num_outputs=None, dim=32, depth=2, heads=0, stages=1, b=None):
         super().__init__()
         self.K, self.shape, self.stages, self.b = K, tuple(shape), stages, b
-        time, C = self.make_inputs(dim, 4 * dim), shape[0]
+        C, time = shape[0], 4 * dim if self.timed else 0   # channels of the time
+        inputs = self.planes_each * C + (stages if stages > 1 else 0)
+        self.first = nn.Conv2d(inputs, dim - dim // 4, 3, padding=1)
+        self.embed = Embedding(K, dim // 4)
+        self.mix = nn.Conv2d(C * (dim // 4), dim // 4, 1)
+        self.time = Time(dim, time, math.prod(shape), stages) if time else (lambda t, s: None)
         self.down = nn.ModuleList(ResBlock(dim, dim, time) for _ in range(depth))
         self.middle = nn.ModuleList([ResBlock(dim, dim, time)])
         if heads:
@@ -151,17 +159,6 @@ class UNet(Network):
         self.norm = nn.GroupNorm(groups(dim), dim)
         self.head = nn.Parameter(torch.randn(C, dim, num_outputs or K) * dim ** -0.5)
         self.bias = nn.Parameter(torch.zeros(C, 1, num_outputs or K))
-
-    def make_inputs(self, dim, time, planes=2):
-        """The first layers. planes: inputs for each colour. time: channels of the time, 0: none."""
-        C = self.shape[0]
-        inputs = planes * C + (self.stages if self.stages > 1 else 0)
-        self.first = nn.Conv2d(inputs, dim - dim // 4, 3, padding=1)
-        self.embed = Embedding(self.K, dim // 4)
-        self.mix = nn.Conv2d(C * (dim // 4), dim // 4, 1)
-        self.time = Time(dim, time, math.prod(self.shape), self.stages) if time else (
-            lambda t, s: None)                             # not told how far the generation is
-        return time
 
     def forward(self, x, m, t, s):
         """(B, D) values and mask, (B,) step and stage -> (B, D, num_outputs) logits."""
@@ -468,6 +465,8 @@ class OurUNet(UNet):
     """Not in the paper: means of the known values around each variable are inputs, the time is not.
     If the outputs are values, not digits, a logistic distribution is added to the softmax."""
 
+    planes_each, timed = 2 + 2 * len(WINDOWS), False
+
     def __init__(self, K, shape, num_outputs=None, dim=32, values=True, **sizes):
         super().__init__(K, shape, num_outputs, dim, **sizes)
         nn.init.zeros_(self.head)                          # the softmax begins as uniform
@@ -475,9 +474,6 @@ class OurUNet(UNet):
         if values:
             nn.init.zeros_(self.place.weight)
             nn.init.zeros_(self.place.bias)
-
-    def make_inputs(self, dim, time):
-        return super().make_inputs(dim, 0, planes=2 + 2 * len(WINDOWS))
 
     def logits(self, h, planes):
         logits = super().logits(h, planes)
@@ -552,7 +548,7 @@ class OurWaveNet(WaveNet):
     def inputs(self, x, m, s):
         """(B, 1, D) values and mask -> (B, dim, D), and for `spread`: anchor, centre, reach.
         The known digits leave an interval of values. The network is shown the one nearest to zero:
-        the middle would make a quiet place look loud."""
+        the middle would make a quiet place look loud. Without any digit this value v is 0."""
         dtype = self.head.weight.dtype
         left = self.stages - s[:, None, None] + 1 - m.long()
         unit = self.b ** left                              # how many values the known digits leave
@@ -564,12 +560,11 @@ class OurWaveNet(WaveNet):
         loud = (powers + FLOOR ** 2).sqrt()                # (windows, B, 1, D)
         means, counts = local_means(v, weight)
         amplitude, near = loud[-1], means[-1]
-        planes = [(v - near) / amplitude * seen, v / amplitude * seen, near / amplitude,
+        planes = [(v - near) / amplitude * seen, v / amplitude, near / amplitude,
                   m.to(dtype), (unit / amplitude).log() / 5, amplitude.log() / 5,
                   *(means[:-1] - near) / amplitude, *(loud[:-1] / amplitude).log(), *counts,
                   *amounts]
-        anchor = self.K // 2 + torch.where(seen > 0, v, 0.0)
-        return (self.first(with_stage(planes, s, self.stages)), anchor,
+        return (self.first(with_stage(planes, s, self.stages)), self.K // 2 + v,
                 torch.where(seen > 0, 0.0, near), torch.minimum(amplitude, unit))
 
     def spread(self, out, anchor, centre, reach):

@@ -10,6 +10,7 @@ L is (S, D), or (D,) for one stage, in any unit. L[s-1, t-1] belongs to step t o
 needs NumPy alone.
 """
 import hashlib
+import itertools
 
 import numpy as np
 
@@ -96,7 +97,7 @@ def one_more_call(E, L):
 def best_path(L, n):
     """[(t, k)] of the cheapest n calls of one stage: n times the dynamic programme (in `paths`, by
     a faster twin), then the best path back from D to 0."""
-    starts = [start for _, (_, start) in zip(range(n), paths(L))]
+    starts = [start for _, start in itertools.islice(paths(L), n)]
     calls, j = [], len(L)
     for start in reversed(starts):
         i = int(start[j])
@@ -188,8 +189,8 @@ def one_more_call_fast(E, L):
         i = np.arange(width.sum()) + np.repeat(low - first, width)
         value = E[i] + (np.repeat(j, width) - i) * L[i]    # L[i] is L_{i+1}
         E_n[j] = np.minimum.reduceat(value, first)
-        best = np.flatnonzero(value == np.repeat(E_n[j], width))
-        start[j] = i[best[np.searchsorted(best, first)]]   # the first best i of each j
+        best = np.flatnonzero(value == np.repeat(E_n[j], width))[::-1]
+        start[np.repeat(j, width)[best]] = i[best]         # of equal ones the first is written last
         h >>= 1
     return E_n, start[:D + 1]
 

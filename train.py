@@ -484,10 +484,10 @@ def reopen(path, given, changeable):
     if given.keys() & {"steps", "minutes"}:                # replaces both old ones
         c |= dict(steps=given.get("steps"), minutes=given.get("minutes"))
     data = load_data(c)
-    words = f"{data.name} is not the data that {path} was trained on ({old['data']!r})"
-    fits = (data.kind, data.K, list(data.shape)) == (old["kind"], old["K"], old["shape"])
     if data.digest != old["sha256"]:
-        if not fits or "data" not in given or "steps" in changeable:
+        words = f"{data.name} is not the data that {path} was trained on ({old['data']!r})"
+        fits = (data.kind, data.K, list(data.shape)) == (old["kind"], old["K"], old["shape"])
+        if not fits or "data" not in given or "steps" in changeable:     # or the run goes on
             raise ValueError(f"{words}: name the old data by --data")
         print(words)
     return model, checkpoint, c, data
@@ -513,7 +513,7 @@ def prepare_folder(folder, kind, going_on):
     there is no checkpoint, but files of the names that a run writes."""
     ckpt, results = folder / "ckpt.pt", folder / "results.json"
     mine = [results, folder / datasets.PIECES[kind], *folder.glob("samples.*")]
-    if not [*folder.glob("ckpt.pt"), *folder.glob("ckpt.*.pt")] and any(map(Path.exists, mine)):
+    if not any(folder.glob("ckpt.*pt")) and any(map(Path.exists, mine)):
         raise ValueError(f"{folder} has files like a run's, but no run: choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     if ckpt.exists() and (results.exists() or not going_on):
