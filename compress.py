@@ -197,7 +197,7 @@ def read_header(archive, name):
         end = 9 + struct.unpack(">I", archive[5:9])[0]
         inflate = zlib.decompressobj()
         text, _, beside = inflate.decompress(archive[9:end], LONGEST).partition(b"\n")
-        if not inflate.eof or inflate.unused_data:
+        if not inflate.eof or inflate.unused_data or len(text) > LONGEST >> 3:
             raise ValueError
         header = dict(zip(FIELDS, json.loads(text), strict=True))
         cut = header["head"]

@@ -6,8 +6,7 @@
     text8, enwik8, mnist, cifar10, sc09
                    in the folder ARDM_DATA, or data/; downloaded if missing
     a file         what its first bytes say, also in gzip or in a zip with one member: images (.npy,
-                   idx), sound (.wav), a tar of .wav files or of CIFAR-10's binary version; all else
-                   is text, with 27 symbols if it holds nothing but a-z and space, else 256
+                   idx), sound (.wav), a tar of .wav files or of binary CIFAR-10; else text
     a folder       its .wav files
 """
 import argparse
@@ -153,14 +152,13 @@ def load_name(name, length, bits, chunk):
     if name == "tones":
         return audio(name, dict(enumerate(tones(240))), TONES_RATE, length or WINDOW)
     if name == "mnist":
-        train, test = (file_array(fetch(f"{part}-images-idx3-ubyte.gz"), name).array
-                       for part in ("train", "t10k"))
-        return images(name, train, test, bits)
+        return images(name, *(file_array(fetch(f"{part}-images-idx3-ubyte.gz"), name).array
+                              for part in ("train", "t10k")), bits)
     if name == "cifar10":
         return images(name, *cifar10(fetch("cifar-10-binary.tar.gz"), name), bits, flips=True)
     if name == "sc09":
-        place = fetch("speech_commands_v0.02.tar.gz")
-        return load_clips(name, place, length or 16000, DIGITS, pad=16000)
+        return load_clips(name, fetch("speech_commands_v0.02.tar.gz"), length or 16000, DIGITS,
+                          pad=16000)
     return text(name, np.frombuffer(fetch(f"{name}.zip"), np.uint8), length or chunk)
 
 
@@ -199,13 +197,12 @@ def load_clips(name, place, length, wanted=r"(?i)(^|/)(?!\._)[^/]*\.wav$", pad=0
             listed |= {(Path(file).parent / line).as_posix(): split for line in lines}
             continue
         found = file_array(content, file)
-        if found is None or not found.rate or found.rate != (rate or found.rate):
-            raise ValueError(f"{name}: {file} is no RIFF WAV file, or has {found and found.rate} "
-                             f"samples a second, others {rate}: make them alike")
-        rate = found.rate
+        if found is None or not found.rate or file in clips:
+            raise ValueError(f"{name}: {file} is no RIFF WAV file, or there are two of this name")
+        rate = rate or found.rate
+        if found.rate != rate:
+            raise ValueError(f"{name}: {file} has {found.rate} samples a second, others {rate}")
         clips[file] = np.pad(found.array, ((0, 0), (0, max(0, pad - found.array.shape[1]))))
-    if listed.keys() - clips.keys() and not pad:
-        print(f"{name}: its lists name clips that are not there", file=sys.stderr)
     if not clips:
         raise ValueError(f"{name} is a folder or tar without a .wav file: name a file")
     return audio(name, clips, rate, length or WINDOW, listed)
@@ -387,7 +384,7 @@ def image_array(content, array, begin, name):
                          "0..1 by (255 * array).round().astype('u1'), 0..255 by astype('u1')")
     if axis is None or array.size == 0:
         raise ValueError(f"{name} holds an array of shape {shape}: images are (N, H, W, C), (N, C, "
-                         "H, W) or (N, H, W), this is none or two; for grey take (N, H, W, 1)")
+                         "H, W) or (N, H, W), this is none, two or empty; grey is (N, H, W, 1)")
     if not array.flags.c_contiguous:
         raise ValueError(f"{name} is in Fortran's order: save numpy.ascontiguousarray(array)")
     planes = array.transpose(0, 3, 1, 2) if axis == 3 else array if axis else array[:, None]
@@ -564,11 +561,11 @@ def write(path, content, others=()):
             raise ValueError(f"{other} and {path} are the same file: choose another name")
     if path.is_symlink() or path.exists() and not path.is_file() or not path.parent.is_dir():
         raise ValueError(f"cannot write {path}: it is no ordinary file in a folder that exists")
-    if content is None:
-        return
-    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+    part = path.with_name(f"{path.name[:48]}.{secrets.token_hex(4)}.part")    # no name too long
     try:
         with open(part, "wb") as file:
+            if content is None:
+                return
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -595,7 +592,7 @@ def unpack(content, name):
             return content
         content = packed.read(LARGEST)
     except Exception as error:                             # whatever a torn file raises
-        raise ValueError(f"{name} is packed and cannot be read, get it anew: {error}")
+        raise ValueError(f"{name} is packed and cannot be read ({error}): unpack it yourself")
     if len(content) == LARGEST:
         raise ValueError(f"{name} unpacks to more than {LARGEST:,} bytes")
     return content
@@ -604,7 +601,7 @@ def unpack(content, name):
 def members(place, wanted):
     """Yields (name, bytes) of what matches `wanted` in a folder, or in a tar (path or content)."""
     if isinstance(place, (str, Path)) and os.path.isdir(place):
-        for path in files_below(Path(place), set()):
+        for path in files_below(Path(place)):
             if re.search(wanted, path.as_posix()):
                 yield path.relative_to(place).as_posix(), read(path)
         return
@@ -614,21 +611,26 @@ def members(place, wanted):
             for member in archive:
                 if member.isdir() or not re.search(wanted, member.name):
                     continue
-                if member.issparse() or not (member.isfile() or member.islnk()):
+                if member.issparse() or not member.isfile():
                     raise ValueError(f"{member.name} is a link, or has holes: pack whole files")
                 yield member.name.removeprefix("./"), archive.extractfile(member).read(LARGEST)
+            # A damaged header looks like the end.
+            if isinstance(place, bytes) and not re.fullmatch(rb"\0{512,}", place[archive.offset:]):
+                raise ValueError("it is cut off or changed, or another tar follows it")
     except (tarfile.TarError, zlib.error, EOFError, OSError, ValueError, KeyError) as error:
         raise ValueError(f"this tar file cannot be read: {str(error)[:80]}")
 
 
-def files_below(folder, seen):
+def files_below(folder):
     """Yields the paths of all files in a folder. Links are followed, each folder once."""
-    seen.add(folder.resolve())                             # a link may lead in a circle
-    for path in sorted(folder.iterdir()):
+    todo, seen = [folder], set()                           # a link may lead in a circle
+    while todo:
+        path = todo.pop()
         if not path.is_dir():
             yield path
         elif path.resolve() not in seen:
-            yield from files_below(path, seen)
+            seen.add(path.resolve())
+            todo += sorted(path.iterdir(), reverse=True)
 
 
 def fetch(name):
@@ -644,8 +646,7 @@ def fetch(name):
             torch.hub.download_url_to_file(url + name, str(path))
     except Exception as error:                             # whatever a network raises
         raise ValueError(f"cannot download {url}{name} ({error}): put it into {folder}/ yourself")
-    packed = name.endswith(".zip")                         # known is the md5 of its member
-    content = unpack(read(path), path) if packed else read(path)
+    content = read(path) if name.endswith(".gz") else unpack(read(path), path)
     if hashlib.new("sha256" if len(known) == 64 else "md5", content).hexdigest() != known:
         raise ValueError(f"{path} is not the whole upstream file, by its checksum: remove it")
     return str(path) if name.endswith(".tar.gz") else unpack(content, path)
@@ -660,8 +661,7 @@ def cifar10(place, name):
             if re.search(part + r"[^/]*\.bin$", file)]) for part in ("data_batch", "test_batch"))
         return train.reshape(-1, 3, 32, 32), test.reshape(-1, 3, 32, 32)
     except ValueError as error:
-        raise ValueError(f"{name} is not CIFAR-10's binary version with a data_batch and the "
-                         f"test_batch ({error}): fetch cifar-10-binary.tar.gz")
+        raise ValueError(f"{name} is no binary CIFAR-10 ({error}): fetch cifar-10-binary.tar.gz")
 
 
 def pydoc():

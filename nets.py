@@ -11,6 +11,7 @@ import ctypes
 import hashlib
 import math
 import platform
+import zipfile
 from pathlib import Path
 
 import torch
@@ -136,8 +137,7 @@ class UNet(Network):
     middle (if heads > 0 also attention and one more), `depth` "up". Each "up" also gets the output
     of its twin "down". D = C * H * W variables, colour by colour. stages, b: of upscaling."""
 
-    planes_each = 2                      # planes of the first convolution for each colour
-    timed = True                         # told how far the generation is
+    planes_each, timed = 2, True         # inputs for each colour; told how far the generation is
 
     def __init__(self, K, shape, num_outputs=None, dim=32, depth=2, heads=0, stages=1, b=None):
         super().__init__()
@@ -628,22 +628,27 @@ def load(path, device=None):
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such checkpoint; python train.py writes one")
     try:
+        if any(part.compress_type for part in zipfile.ZipFile(path).infolist()):
+            raise ValueError("torch does not pack")        # a small file could fill the memory
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        c, weights = checkpoint["settings"], checkpoint["ema"]
+        c, weights, L = checkpoint["settings"], checkpoint["ema"], checkpoint.get("L")
         if c.get("edition") != EDITION:
             raise ValueError(f"not of edition {EDITION}")
-        if not all(type(c[name]) is str for name in WORDS) or not all(
-                type(c[name] or 0) is int and (c[name] or 0) >= 0 for name in COUNTS):
+        words, numbers = {type(c[name]) for name in WORDS}, [c[name] or 0 for name in COUNTS]
+        if words != {str} or not all(type(n) is int and n >= 0 for n in numbers + c["shape"]):
             raise ValueError("a setting is no word, or no number, where one is wanted")
+        there, size = sum(map(torch.numel, weights.values())), Path(path).stat().st_size
+        positions = math.prod(c["shape"]) if c["kind"] == "text" else 0
+        if not max(c["depth"] * c["dim"] ** 2, positions) <= there <= size:
+            raise ValueError("its settings want more weights than it has, or fewer")
         if not all(each.isfinite().all() for each in weights.values()):
             raise ValueError("its weights are not numbers")
-        there, D = sum(map(torch.numel, weights.values())), math.prod(c["shape"])
-        if c["depth"] * c["dim"] ** 2 > there or c["kind"] == "text" and D > there:
-            raise ValueError("its settings want more weights than it has")
         model = build(c)
         model.load_state_dict(weights)
+        if L is not None and L.shape != (model.S, model.D):
+            raise ValueError("its L is not of this model")
     except Exception as error:                             # whatever a torn or foreign file raises
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+        reason = " ".join(f"{type(error).__name__}: {error}".partition(". ")[0].split())[:120]
         raise ValueError(f"{path} is no checkpoint of this program, or a damaged one ({reason})")
     return model.eval().to(pick_device(device)), checkpoint
 

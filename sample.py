@@ -225,7 +225,8 @@ def parse():
     add("--frames", action="store_true", help=f"also show what is known at {FRAMES} points")
     add("--seed", type=int, default=0, help="seed of every draw (default 0)")
     add("--device", help="cuda, mps or cpu")
-    add("--out", help="folder for the files (default: the checkpoint's; of English out/english)")
+    add("--out", help="folder for the files; older ones are replaced (default: the checkpoint's; "
+        "of English out/english)")
     return parser.parse_args()
 
 
@@ -244,8 +245,7 @@ def main():
     english = Path(args.ckpt).name == nets.ENGLISH.name
     folder = Path(args.out or ("out/english" if english else Path(args.ckpt).parent))
     folder.mkdir(parents=True, exist_ok=True)
-    if args.source:                                        # what is read is not written over
-        datasets.write(folder / "inpaint.wav", None, [args.source])
+    datasets.write(folder / "inpaint.wav", None, [args.source or args.ckpt])     # before all work
     generator = torch.Generator(device).manual_seed(args.seed)
     most = max(k for _, _, plan in todo for _, _, k in plan)
     most = max(1, min(256, nets.LOG_PROBS // (most * model.A)))

@@ -488,7 +488,7 @@ def reopen(path, given, changeable):
         words = f"{data.name} is not the data that {path} was trained on ({old['data']!r})"
         fits = (data.kind, data.K, list(data.shape)) == (old["kind"], old["K"], old["shape"])
         if not fits or "data" not in given or "steps" in changeable:     # or the run goes on
-            raise ValueError(f"{words}: name the old data by --data")
+            raise ValueError(f"{words}: name the old data, unchanged, by --data")
         print(words)
     return model, checkpoint, c, data
 
@@ -508,20 +508,23 @@ def go_on(folder, given):
     return run, data
 
 
-def prepare_folder(folder, kind, going_on):
-    """Makes the folder of a run, and sets the checkpoint of an earlier run aside. ValueError if
-    there is no checkpoint, but files of the names that a run writes."""
-    ckpt, results = folder / "ckpt.pt", folder / "results.json"
-    mine = [results, folder / datasets.PIECES[kind], *folder.glob("samples.*")]
+def prepare_folder(folder, c, going_on):
+    """Makes the folder of a run, and sets an earlier run aside. ValueError for files of the names
+    that a run writes, if there is no checkpoint beside them, or if one of them is the data."""
+    ckpt, log, results = (folder / name for name in ("ckpt.pt", "log.csv", "results.json"))
+    mine = [results, folder / datasets.PIECES[c["kind"]], *folder.glob("samples.*")]
+    if os.path.realpath(c["data"]) in map(os.path.realpath, (ckpt, log, *mine)):
+        raise ValueError(f"a run in {folder} would replace its data: choose another --out")
     if not any(folder.glob("ckpt.*pt")) and any(map(Path.exists, mine)):
         raise ValueError(f"{folder} has files like a run's, but no run: choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     if ckpt.exists() and (results.exists() or not going_on):
         number = next(n for n in itertools.count(1) if not (folder / f"ckpt.{n}.pt").exists())
-        for path in (ckpt, folder / "log.csv", results):
+        for path in (ckpt, log, results):
             if path.exists():
                 os.replace(path, path.with_suffix(f".{number}{path.suffix}"))
         print(f"the run that was in {folder} is kept as ckpt.{number}.pt")
+    datasets.write(results, None)                          # before all work
 
 
 def finish(run, data, folder):
@@ -529,12 +532,11 @@ def finish(run, data, folder):
     results = evaluate(run.ema, data, run.c["passes"])
     run.L, run.counts = results.pop("L"), results.pop("counts")
     save(run, folder)
-    n, calls, blanks = dict(audio=(4, 64, "--inpaint ends"), image=(16, 100, "--inpaint top"),
-                            text=(2, 20, '--prompt "the ____ of"'))[data.kind]
-    L = results["L_smooth"]
-    calls = min(calls, np.size(L))
+    n, most, blanks = dict(audio=(4, 64, "--inpaint ends"), image=(16, 100, "--inpaint top"),
+                           text=(2, 20, '--prompt "the ____ of"'))[data.kind]
+    calls = min(most, np.size(results["L_smooth"]))
     generator = run.generator.manual_seed(run.c["seed"])   # whether the run was resumed or not
-    x = run.ema.sample(n, planner.plan(L, calls), generator=generator).cpu()
+    x = run.ema.sample(n, planner.plan(results["L_smooth"], calls), generator=generator).cpu()
     if data.kind == "text":
         print("samples:", *(datasets.show(row, data.K) for row in x), sep="\n  ")
     results = run.c | results | dict(steps=run.step, seconds=run.seconds,
@@ -544,8 +546,8 @@ def finish(run, data, folder):
         "results.json": json.dumps(results, indent=1).encode()}
     for name, content in files.items():
         datasets.write(folder / name, content)
-    ckpt, packed = (shlex.quote((folder / name).as_posix()) for name in ("ckpt.pt", "test.ardm"))
-    piece = shlex.quote((folder / datasets.PIECES[data.kind]).as_posix())
+    ckpt, piece, packed = (shlex.quote((folder / name).as_posix())
+                           for name in ("ckpt.pt", datasets.PIECES[data.kind], "test.ardm"))
     print(f"{', '.join(files)} written to {folder}; what to run next:",
           f"python sample.py --ckpt {ckpt} --calls {calls} --frames",
           f"python sample.py --ckpt {ckpt} {blanks}",
@@ -559,8 +561,7 @@ def main():
     if rank:                                               # one process talks
         sys.stdout = open(os.devnull, "w")
     if "evaluate" in given:                                # nothing is written
-        path = given.pop("evaluate")
-        model, _, _, data = reopen(path, given, {"data", "device", "passes"})
+        model, _, _, data = reopen(given.pop("evaluate"), given, {"data", "device", "passes"})
         evaluate(model, data, given.get("passes"))
         return
     going_on = given.pop("resume", False)
@@ -573,8 +574,7 @@ def main():
         run = Run(c, data)
     synced(torch.zeros(1))                                # all have read the checkpoint
     if rank == 0:
-        prepare_folder(folder, data.kind, going_on)
-        datasets.write(folder / datasets.PIECES[data.kind], None, (run.c["data"],))
+        prepare_folder(folder, run.c, going_on)
     print(f"{data.name}: {data.kind} {' x '.join(map(str, data.shape))}, K = {data.K}; "
           f"{', '.join(f'{name} {len(part):,}' for name, part in data.splits.items())}; "
           f"{sum(p.numel() for p in run.model.parameters()):,} weights on {run.c['device']}; "

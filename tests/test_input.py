@@ -174,12 +174,10 @@ def test_sounds_are_drawn_completed_and_shown(studio, tmp_path, capsys):
 def bad(folder, model, tmp_path_factory):
     """A folder of files that are wrong, each in its way."""
     place = tmp_path_factory.mktemp("bad")
-    for name, content in (("empty", b""), ("in", b"Hello"),
-                          ("bytes", bytes(range(1, 256)) * 10), ("foreign", os.urandom(300))):
-        (place / name).write_bytes(content)
     archive, _ = pack(place, model, b"some text")
-    old = archive[:4] + b"\x08" + archive[5:]
-    for name, content in (("a", archive), ("cut", archive[:-1]), ("old", old)):
+    for name, content in (("empty", b""), ("in", b"Hello"), ("foreign", os.urandom(300)),
+                          ("bytes", bytes(range(1, 256)) * 10), ("a", archive),
+                          ("cut", archive[:-1]), ("old", archive[:4] + b"\x08" + archive[5:])):
         (place / name).write_bytes(content)
     whole = torch.load(folder / "ckpt.pt", weights_only=True)
     (place / "cut.pt").write_bytes((folder / "ckpt.pt").read_bytes()[:9000])
@@ -188,8 +186,10 @@ def bad(folder, model, tmp_path_factory):
                          ("long", dict(shape=[20_000_000])), ("odd", dict(data=None)),
                          ("axes", dict(shape=[1, 4, 6]))):
         torch.save(whole | dict(settings=whole["settings"] | change), place / f"{name}.pt")
-    del whole["settings"]["dim"]
-    torch.save(whole, place / "missing.pt")
+    torch.save(whole | dict(L=torch.zeros(4, 24)), place / "rows.pt")
+    wide = whole["ema"] | dict(more=torch.zeros(1).expand(1 << 40))
+    torch.save(whole | dict(ema=wide), place / "wide.pt")
+    shutil.make_archive(place / "packed", "zip", folder)
     other = torch.load(folder / "ckpt.pt", weights_only=True)
     other["ema"]["net.head.bias"] += 1
     torch.save(other, place / "other.pt")
@@ -203,12 +203,10 @@ train --data tex8 -> no such file, and none of the names pydoc, glyphs
 train --data {bad}/empty -> 0 values for train, fewer than 64
 train --steps 0 -> --steps 0: choose a number above 0
 train --minutes nan -> --minutes nan: choose a number above 0
-train --branch 1 -> choose 2 to K = 27
 train --seed -1 -> --seed -1: choose a number from 0
 train --resume --evaluate x -> --evaluate: not allowed with argument --resume
 train --steps 3 --minutes 1 -> --minutes: not allowed with argument --steps
 train --bits 5 -> --bits is for images
-train --data glyphs --length 5 -> --length is for text and audio
 train --parametrization data -> is for upscale models
 train --data tones --parametrization data -> data is not for audio
 train --resume -> no such checkpoint
@@ -218,18 +216,18 @@ train --resume --out {run} --dim 64 -> leave out --dim
 train --resume --out {run} --data {bad}/bytes -> is not the data that
 train --evaluate {bad}/cut.pt -> is no checkpoint
 train --evaluate {bad}/second.pt -> not of edition 3
-train --evaluate {bad}/missing.pt -> KeyError: 'dim'
 sample --ckpt {bad}/code.pt -> is no checkpoint
 sample --ckpt {bad}/deep.pt -> its settings want more weights
 sample --ckpt {bad}/nan.pt -> its weights are not numbers
 sample --ckpt {bad}/axes.pt -> not of text
+sample --ckpt {bad}/rows.pt -> its L is not of this model
+sample --ckpt {bad}/wide.pt -> more weights than it has, or fewer
+sample --ckpt {bad}/packed.zip -> torch does not pack
 train --evaluate {bad}/odd.pt -> a setting is no word
 sample --ckpt {bad}/long.pt -> is no checkpoint
 sample --ckpt {run}/ckpt.pt --calls 25 -> 25 network calls: choose 1 to 24
-sample --ckpt {run}/ckpt.pt --prompt the____of --calls 12 -> choose 1 to 4
 sample --ckpt {run}/ckpt.pt --prompt the____of --length 5 -> --length 5: the prompt alone has 9
 sample --ckpt {run}/ckpt.pt --n 10000000000 -> --n 10000000000: choose a number above 0, 10^9
-sample --ckpt {run}/ckpt.pt --prompt The____ -> 'T' at position 0
 sample --ckpt {run}/ckpt.pt --prompt nothing -> no blank
 sample --ckpt {run}/ckpt.pt --prompt -5____ -> try --prompt=-5____
 sample --ckpt {run}/ckpt.pt --length 30 --frames -> one window
@@ -243,7 +241,6 @@ compress encode --ckpt {run}/ckpt.pt {bad}/none {out} -> none: No such file
 compress encode --ckpt {run}/ckpt.pt {bad}/in {bad}/in -> the same file
 compress encode --ckpt {run}/ckpt.pt {bad}/in /dev/null -> no ordinary file
 compress encode --ckpt {run}/ckpt.pt {bad}/in {run}/ckpt.pt -> the same file
-compress encode --ckpt {pictures}/ckpt.pt {bad}/in {out} -> holds something else
 compress decode --ckpt {run}/ckpt.pt {bad}/foreign {out} -> is no archive
 compress decode --ckpt {run}/ckpt.pt {bad}/old {out} -> has format version 08, not 9
 compress decode --ckpt {run}/ckpt.pt {bad}/cut {out} -> is damaged: block 0

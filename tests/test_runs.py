@@ -57,10 +57,11 @@ def test_a_resumed_run_ends_with_the_samples_of_the_whole_one(tmp_path):
     assert found[0] == found[1]
 
 
-def test_a_signal_saves_and_the_run_can_be_resumed(folder, tmp_path):
+def test_a_signal_saves_and_the_run_can_be_resumed(folder, tmp_path, request):
     flags = [*map(str, QUICK), "--steps", "100000", "--out", str(tmp_path), "--device", "cpu"]
     process = subprocess.Popen([sys.executable, HERE / "train.py", *flags], text=True,
                                stdout=open(tmp_path / "words", "w"), stderr=subprocess.PIPE)
+    request.addfinalizer(process.kill)
     process.stderr.close()                                 # nobody reads the bar any more
     deadline = time.monotonic() + 60
     while not (tmp_path / "log.csv").exists():
@@ -308,4 +309,7 @@ def test_nothing_of_the_users_is_written_over(folder, refused, tmp_path):
     refused(train, *QUICK, "--out", tmp_path / "mine", match="choose another --out")
     refused(train, "--resume", "--out", folder, "--steps", 10, match="give it more --steps")
     (tmp_path / "mine" / "test.txt").rename(tmp_path / "mine" / "log.csv")
-    train.prepare_folder(tmp_path / "mine", "text", False)
+    train.prepare_folder(tmp_path / "mine", dict(kind="text", data="pydoc"), False)
+    log = dict(kind="text", data=str(tmp_path / "mine" / "log.csv"))
+    with pytest.raises(ValueError, match="would replace its data"):
+        train.prepare_folder(tmp_path / "mine", log, False)
