@@ -628,8 +628,8 @@ def files_below(folder):
         path = todo.pop()
         if not path.is_dir():
             yield path
-        elif path.resolve() not in seen:
-            seen.add(path.resolve())
+        elif path.stat()[1:3] not in seen:                 # inode and device
+            seen.add(path.stat()[1:3])
             todo += sorted(path.iterdir(), reverse=True)
 
 
