@@ -111,8 +111,7 @@ def images(name, train, test, bits=8, valid=None, flips=False):
 
 def audio(name, clips, rate, length, listed=None):
     """Data of clips {file: (channels, n) int16}. The channels of all clips follow one another.
-    listed: {file: "test" or "valid"}. Without it `tenths` split them; of fewer than ten clips, each
-    is cut 8:1:1 by time."""
+    listed: {file: "test" or "valid"}; else `tenths`, or of fewer than ten clips 8:1:1 by time."""
     names = sorted(clips)
     if listed:
         parts = [[clips[file] for file in names if listed.get(file, "train") == split]
@@ -323,7 +322,7 @@ BATCHES = r"(^|/)(data_batch_[1-5]|test_batch)(\.bin)?$"    # of CIFAR-10, both 
 DIGITS = r"^(\./)?(zero|one|two|three|four|five|six|seven|eight|nine)/.*\.wav$"
 TONES_RATE = 8000                    # samples a second of `tones`
 MAY_BE_0 = ("branch", "heads", "item", "seed", "temperature")            # flags
-LARGEST = 1 << 31                    # bytes that a file may unpack to
+PACKED = 100                         # times its size, or 64 MB, a file may unpack to
 MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 SOURCES = {                          # file -> where from, md5 or SHA-256 (of a zip: of its member)
     "speech_commands_v0.02.tar.gz": (
@@ -590,11 +589,12 @@ def unpack(content, name):
             packed = archive.open(names[0])
         else:
             return content
-        content = packed.read(LARGEST)
+        most = max(1 << 26, PACKED * len(content))
+        content = packed.read(most)
     except Exception as error:                             # whatever a torn file raises
         raise ValueError(f"{name} is packed and cannot be read ({error}): unpack it yourself")
-    if len(content) == LARGEST:
-        raise ValueError(f"{name} unpacks to more than {LARGEST:,} bytes")
+    if len(content) == most:
+        raise ValueError(f"{name} unpacks to {most:,} bytes or more: unpack it yourself")
     return content
 
 
@@ -613,7 +613,7 @@ def members(place, wanted):
                     continue
                 if member.issparse() or not member.isfile():
                     raise ValueError(f"{member.name} is a link, or has holes: pack whole files")
-                yield member.name.removeprefix("./"), archive.extractfile(member).read(LARGEST)
+                yield member.name.removeprefix("./"), archive.extractfile(member).read()
             # A damaged header looks like the end.
             if isinstance(place, bytes) and not re.fullmatch(rb"\0{512,}", place[archive.offset:]):
                 raise ValueError("it is cut off or changed, or another tar follows it")

@@ -57,9 +57,11 @@ def test_packed_text_is_read_through_whatever_its_name(tmp_path, pack):
                 archive.writestr(name, content)
     data = datasets.load(str(path), 20)
     assert data.kind == "text" and sum(map(len, data.splits.values())) == 1000
-    path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(ValueError, match="is packed and cannot be read"):
-        datasets.load(str(path), 20)
+    for content, words in ((path.read_bytes()[:-9], "is packed and cannot be read"),
+                           (gzip.compress(bytes(1 << 26)), "unpacks to 67,108,864 bytes or more")):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=words):
+            datasets.load(str(path), 20)
 
 
 def test_what_is_no_array_sound_or_tar_is_text_and_zeros_are_named(tmp_path, capsys):

@@ -202,12 +202,10 @@ REFUSALS = """
 train --data tex8 -> no such file, and none of the names pydoc, glyphs
 train --data {bad}/empty -> 0 values for train, fewer than 64
 train --steps 0 -> --steps 0: choose a number above 0
-train --minutes nan -> --minutes nan: choose a number above 0
 train --seed -1 -> --seed -1: choose a number from 0
 train --resume --evaluate x -> --evaluate: not allowed with argument --resume
 train --steps 3 --minutes 1 -> --minutes: not allowed with argument --steps
 train --bits 5 -> --bits is for images
-train --parametrization data -> is for upscale models
 train --data tones --parametrization data -> data is not for audio
 train --resume -> no such checkpoint
 train --steps 1 --out {bad}/empty -> File exists
