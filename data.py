@@ -383,7 +383,7 @@ def image_array(content, array, begin, name):
                          "0..1 by (255 * array).round().astype('u1'), 0..255 by astype('u1')")
     if axis is None or array.size == 0:
         raise ValueError(f"{name} holds an array of shape {shape}: images are (N, H, W, C), (N, C, "
-                         "H, W) or (N, H, W), this is none, two or empty; grey is (N, H, W, 1)")
+                         "H, W) or (N, H, W): it fits none or two, or is empty; grey: (N, H, W, 1)")
     if not array.flags.c_contiguous:
         raise ValueError(f"{name} is in Fortran's order: save numpy.ascontiguousarray(array)")
     planes = array.transpose(0, 3, 1, 2) if axis == 3 else array if axis else array[:, None]
@@ -439,8 +439,8 @@ def open_symbols(path, settings):
     found = file_array(content, path)
     image = settings["kind"] == "image"
     if not found or (found.array.shape[1:] != shape if image else not found.rate):
-        raise ValueError(f"{path} holds {found.array.shape if found else 'something else'}, the "
-                         f"model codes {f'(C, H, W) = {shape}' if image else 'a .wav'}")
+        raise ValueError(f"{path} holds {found.array.shape if found else 'no array or sound'}, the "
+                         f"model takes {f'a .npy of (C, H, W) = {shape}' if image else 'a .wav'}")
     symbols = found.array.reshape(-1)
     if found.rate:
         return to_symbols(symbols.tobytes(), K), found
@@ -479,7 +479,7 @@ def file_of(symbols, settings, form):
 def references(symbols, K):
     """What others need for symbols (n,), taken as one file: {name: bits per dimension}."""
     p, n, stream = np.bincount(symbols) / len(symbols), len(symbols), to_bytes(symbols, K)
-    entropy = -float(np.sum(p[p > 0] * np.log2(p[p > 0])))
+    entropy = float(np.sum(p[p > 0] * np.log2(1 / p[p > 0])))
     return {"uniform": float(np.log2(K)), "single symbols": entropy} | {
         name: 8 * len(packer.compress(stream)) / n
         for name, packer in (("bz2", bz2), ("xz", lzma), ("zlib", zlib))}

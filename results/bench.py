@@ -64,7 +64,7 @@ def write(kept):
     """results/README.md from results/bench.json and results/head.md."""
     parts = [(HERE / "head.md").read_text("utf-8")]
     for name in SECTIONS:
-        if name in kept:
+        if "rows" in kept.get(name, ()):
             words = " ".join(section(name).__doc__.split())
             first = f"**{CONCLUSIONS[name]}**\n\n" if name in CONCLUSIONS else ""
             rows, where, day = (kept[name][key] for key in ("rows", "machine", "day"))
@@ -90,10 +90,14 @@ def main():
             write(kept)
             continue
         print(name)
-        rows = []
+        rows, old = [], kept.get(name, {})
+        args.kept = old.get("rows", []) + old.get("begun", [])
         for row in section(name)(args):
             print(" ", row, flush=True)
             rows.append(row)
+            kept[name] = old | dict(begun=rows)            # each row is safe at once
+            if not args.quick:
+                datasets.write(path, json.dumps(kept, indent=1).encode())
         print(markdown(rows))
         kept[name] = dict(rows=rows, machine=machine(), day=str(datetime.date.today()))
         if not args.quick:

@@ -265,8 +265,8 @@ def test_files_that_a_model_of_images_does_not_know_are_refused(gallery, refused
     ckpt, out = ("--ckpt", gallery / "ckpt.pt"), tmp_path / "out"
     np.save(tmp_path / "objects.npy", np.array([Path("x")]), allow_pickle=True)
     (tmp_path / "cut.npy").write_bytes((gallery / "test.npy").read_bytes()[:300])
-    bad = {"shape": (pictures(30, (5, 6, 3)), "the model codes (C, H, W) = (3, 6, 5)"),
-           "grey": (pictures(30, (6, 5)), "the model codes"),
+    bad = {"shape": (pictures(30, (5, 6, 3)), "the model takes a .npy of (C, H, W) = (3, 6, 5)"),
+           "grey": (pictures(30, (6, 5)), "the model takes"),
            "float": (np.zeros((30, 6, 5, 3)), "float64"),
            "flat": (np.zeros(90, np.uint8), "array of shape (90,)"),
            "objects": (None, "cannot be read as .npy"), "cut": (None, "cannot be read as .npy")}
