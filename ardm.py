@@ -7,9 +7,9 @@ step of it, and asks the network to predict what is unknown at that step.
 The symbols are the paper's. Steps and stages count from 1, values count from 0.
 
     B, D, K        datapoints in a batch, variables in a datapoint, values of a variable
-    x              (B, D) integers 0..K-1. Only the network and data.py know a shape
-    sigma          (B, D) each row a permutation of 1..D. sigma[:, i] is the step at which variable
-                   i is generated (the inverse of the paper's sigma(t)). 0: known beforehand
+    x              (B, D) integers 0..K-1. This file never needs the shape of an image
+    sigma          (B, D) each row a permutation of 1..D: sigma[:, i] is the step of variable i (the
+                   inverse of the paper's sigma(t)). If n variables are known: n zeros, n + 1..D
     t              (B,) the step, 1..D: t - 1 variables are known, D - t + 1 are not
     m = sigma < t  (B, D) the mask: True where x is known
     s, S           the stage, 1..S, and the number of stages (order-agnostic model: S = 1)
@@ -100,7 +100,7 @@ class ARDM(nn.Module):
     def generate(self, x, plan, sigma, choose):
         """Algorithm 1 (with stages Algorithm 3) under any plan: one network call for each entry.
 
-        x: (B, D). What the plan does not generate must be in it, the rest is not read.
+        x: (B, D). It must hold what the plan does not generate. Nothing else in x is read.
         sigma: (B, D), or (S, B, D) for an order per stage. Where it is 0, x is known.
         choose(log_p, where, s) -> (n,): symbols of the n variables in `where` (B, D), drawn from
         log_p (n, A), or read from data or a decoder. A plan lists its stages in order. The loop
@@ -182,10 +182,10 @@ class ARDM(nn.Module):
 
 
 class UpscaleARDM(ARDM):
-    """The upscale ARDM (Sec. 3.2): S stages, each generates a base-b digit, the highest first.
-    Algorithms 3 and 4 are `generate` and `loss` with these digits for symbols. With "data" the
-    network gives (B, D, K) logits of values, which are summed to digits (App. A.1), with "direct"
-    (B, D, S * b) logits of digits, those of stage s at [(s-1)b, sb)."""
+    """The upscale ARDM (Sec. 3.2): S stages. Each generates one base-b digit, the highest first.
+    `generate` and `loss` with these digits are Algorithms 3 and 4. With "data" the network gives
+    (B, D, K) logits of values, and `sum_values` turns them into those of digits (App. A.1). With
+    "direct" it gives (B, D, S * b) logits of digits: stage s owns [(s-1)b, sb)."""
 
     def __init__(self, net, D, K, b, parametrization="data"):
         super().__init__(net, D, K)
@@ -221,7 +221,7 @@ class UpscaleARDM(ARDM):
         logits = self.logits(x, m, t, s)
         if where is None:
             return self.digits(logits, x, s)
-        s = s[where.nonzero()[:, 0]]                       # the same of few: a row with D = 1 each
+        s = s[where.nonzero()[:, 0]]                       # each of the n becomes a row with D = 1
         return self.digits(logits[where][:, None], x[where][:, None], s)[:, 0]
 
     def digits(self, logits, x, s):
@@ -238,8 +238,8 @@ class UpscaleARDM(ARDM):
     def sum_values(self, logits, x, s):
         """App. A.1: logits of the values (B, D, K) -> of the digits of stage s (B, D, b).
 
-        P^(s) adds up the values that share x^(s). The loop goes from the last stage to the first.
-        At stage s it reads the b branches below x^(s-1). Then it adds up each group of b branches.
+        The values that share x^(s) add up their p. The loop goes from the last stage to the first.
+        At stage s it reads the b sums below x^(s-1). Then it adds up each group of b sums.
         Example: K = 4, b = 2, p = (0.1, 0.2, 0.3, 0.4). Stage 1 gives log 0.3 and log 0.7. Stage 2
         gives log 0.3 and log 0.4 where x^(1) = 2."""
         none = -1e30                                       # not -inf, whose gradient is NaN

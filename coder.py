@@ -1,6 +1,6 @@
 """rANS: integers to bytes and back, as short as the model's probabilities promise (Sec. 5).
 
-A message is one integer, the state x. A symbol with frequency f out of 2^P owns the interval
+The coder keeps one integer, the state x. A symbol with frequency f out of 2^P owns the interval
 [start, start + f) of every 2^P numbers:
 
         0          start       start + f                    2^P
@@ -8,26 +8,26 @@ A message is one integer, the state x. A symbol with frequency f out of 2^P owns
         :    cdf[a] _|   cdf[a+1] _|                          :
 
     push:  x  ->  (x // f) * 2^P + start + x % f         x grows by log2(2^P / f) bits
-    pop:   slot = x % 2^P lies in the interval of the symbol, which tells the symbol, and
+    pop:   slot = x % 2^P                                its interval tells the symbol
            x  ->  f * (x // 2^P) + slot - start          undoes the push exactly
 
 The symbol that is pushed last is popped first. So the encoder begins with the last symbol, and the
 decoder reads forward. Callers give everything in reading order.
 
-The state stays below 2^64. Before a push would pass that, the low 32 bits move out to a list
-of words; a pop that leaves x < 2^32 takes a word back. Both sides decide by x alone, so they agree:
+The state stays below 2^64. If a push would give more, the low 32 bits of x first move to a list
+of words. If a pop leaves x < 2^32, a word comes back. Both sides decide by x alone, so they agree:
 
     push:  x >= f * 2^(64-P)  <=>  the push would give x >= 2^64          (before the push)
     pop:   x <  2^32          <=>  the push had moved a word out          (while words are left)
 
 The encoder's first state is 0 or a checksum, below 2^32. The decoder must end at the same number.
-A message is the state (big-endian, as short as it can be), then the words in reading order. If
+A stream is the state (big-endian, as short as it can be), then the words in reading order. If
 there are words, the state has 5 bytes or more, so the length shows where the words begin.
 
 Both sides need the same integers, but networks differ in their last bits from machine to machine.
 So log-probabilities (float64) are rounded to a grid of 1/64 nat, and integer arithmetic follows.
-Two machines that differ by less than MARGIN round alike, unless a boundary lies between them. The
-encoder looks for that (`safe`), and moves the grid if need be. This file needs NumPy alone.
+Values that differ by less than MARGIN round alike, unless a boundary lies between them. So the
+encoder moves the grid until no value is near a boundary (`safe`). This file needs NumPy alone.
 """
 from bisect import bisect_right
 from decimal import Decimal
@@ -58,7 +58,7 @@ def quantize(log_p, shift=0):
 
     The frequency is f = floor(w (2^P - A) / sum of w) + 1 with w = WEIGHTS[level]. It is never 0,
     so every symbol can be coded. The last symbol gets the numbers that are left.
-    ValueError if log_p has another type or shape, or if a row does not sum to 1 within 1e-6."""
+    ValueError for another type or shape, or if the p of a row do not sum to 1 within 1e-6."""
     if log_p.dtype != np.float64 or log_p.ndim != 2:
         raise ValueError(f"log_p must be (N, A) float64, not {log_p.shape} {log_p.dtype}")
     N, A = log_p.shape

@@ -13,7 +13,8 @@ IN is text, images (.npy, idx) or sound (.wav). An archive, with big-endian numb
     4       length of the header
     header  a zlib stream: JSON, then the bytes before and behind an array if they are unusual
     then for every block of datapoints, in the order of the file:
-    4       length of the stream; its top bit: the symbols are stored raw, 16-bit ones little-endian
+    4       length of the stream. If its top bit is set, the stream is the CRC, then the symbols as
+            they are, 16-bit ones little-endian
     1       shift: the grid of coder.py is moved by shift/256 of a step
             the stream: what each call of the plan generates in this block, call by call
 
@@ -45,7 +46,7 @@ import planner
 from ardm import bits_per_dim
 
 MAGIC, VERSION = b"ARDM", 9
-BLOCK = 1 << 14                      # symbols in a block, about; twice as many, or one datapoint
+BLOCK = 1 << 14                      # symbols in a block, about (at most twice, or one datapoint)
 RAW = 1 << 31                        # the bit of a length that says: stored raw
 LONGEST = 1 << 26                    # bytes of a header
 CALLS = {"image": 100, "audio": 64}  # by default; of text a quarter of the variables
@@ -78,7 +79,7 @@ class Codec:
                      for k, end in zip(stage, itertools.accumulate(stage))]
 
     def generate(self, x, choose):
-        """ARDM.generate in one order for all rows of x (B, D). Text may be shorter than D."""
+        """ARDM.generate in one order for all rows of x (B, T). Text and sound may have T < D."""
         shape = self.shape if len(self.shape) == 3 else x.shape[1:]
         sigma = torch.from_numpy(planner.order(self.order, shape)).to(self.device)
         return self.model.generate(x, self.plan, sigma.expand(x.shape), choose)
@@ -226,7 +227,7 @@ def decode_file(archive, at, codec, n, item=None):
     `at`. n: symbols in the file. With item: only that datapoint."""
     D = codec.model.D
     if item is not None and not 0 <= item < -(-n // D):
-        raise ValueError(f"--item {item}: there are {-(-n // D)}, counted from 0")
+        raise ValueError(f"--item {item}: there are {-(-n // D)} datapoints, from 0 on")
     with tqdm(desc="decoding", unit="symbol", unit_scale=True, leave=False, disable=None,
               total=n * codec.model.S) as bar:
         codec.tick = bar.update
@@ -261,7 +262,7 @@ def settle(args):
     usual = min(S * D, CALLS.get(kind, -(-S * D // 4)))
     calls = usual if args.calls is None else args.calls
     plan = planner.uniform_plan(S, D, calls)
-    # Text and audio take an even plan, the cheapest for their orders. Random ones take the best.
+    # A random order takes the cheapest plan by L_t. The other orders take an even plan.
     order = args.order or {"image": "random:1", "audio": "halves"}.get(
         kind, f"spaced:{-(-S * D // calls)}")
     if order.startswith("random") and checkpoint.get("L") is not None:

@@ -94,7 +94,7 @@ def text(name, stream, length):
 
 def images(name, train, test, bits=8, valid=None, flips=False):
     """Data of (N, C, H, W) uint8 arrays. Without valid: the last tenth of train. bits: how many of
-    the 8 are kept. Values below 2^bits are taken as they are, and 0 and 1 alone mean K = 2."""
+    the 8 are kept; none is dropped if all values are below 2^bits. At 8 bits, all 0 or 1: K = 2."""
     if valid is None:
         train, valid = np.split(train, [len(train) - -(-len(train) // 10)])
     parts = dict(train=train, valid=valid, test=test)
@@ -110,8 +110,8 @@ def images(name, train, test, bits=8, valid=None, flips=False):
 
 
 def audio(name, clips, rate, length, listed=None):
-    """Data of clips {file: (channels, n) int16}. The channels of all clips follow one another.
-    listed: {file: "test" or "valid"}; else `tenths`, or of fewer than ten clips 8:1:1 by time."""
+    """Data of clips {file: (channels, n) int16}, channel after channel. listed names the clips of
+    "test" and "valid". Without it `tenths` does, or fewer than ten clips are each cut 8:1:1."""
     names = sorted(clips)
     if listed:
         parts = [[clips[file] for file in names if listed.get(file, "train") == split]
@@ -382,8 +382,8 @@ def image_array(content, array, begin, name):
         raise ValueError(f"{name} holds {array.dtype} of shape {shape}, images are uint8: convert "
                          "0..1 by (255 * array).round().astype('u1'), 0..255 by astype('u1')")
     if axis is None or array.size == 0:
-        raise ValueError(f"{name} holds an array of shape {shape}: images are (N, H, W, C), (N, C, "
-                         "H, W) or (N, H, W): it fits none or two, or is empty; grey: (N, H, W, 1)")
+        raise ValueError(f"{name} has the shape {shape}: it must fit one of (N, H, W), (N, H, W, C)"
+                         " and (N, C, H, W), and not be empty; (N, H, W, 1) is always grey")
     if not array.flags.c_contiguous:
         raise ValueError(f"{name} is in Fortran's order: save numpy.ascontiguousarray(array)")
     planes = array.transpose(0, 3, 1, 2) if axis == 3 else array if axis else array[:, None]
@@ -392,7 +392,7 @@ def image_array(content, array, begin, name):
 
 def colour_axis(shape):
     """Where the colours of images of that shape are: 3, 1, 0 if there are none, None if unclear."""
-    if len(shape) == 3:                                    # one picture has an odd last axis
+    if len(shape) == 3:                                    # (H, W, C) of one image is no (N, H, W)
         return 0 if shape[2] not in (1, 3, 4) or shape[1] == shape[2] else None
     if len(shape) != 4 or shape[3] == 1:
         return 3 if len(shape) == 4 else None
@@ -446,7 +446,7 @@ def open_symbols(path, settings):
         return to_symbols(symbols.tobytes(), K), found
     if symbols.max() >= K:
         raise ValueError(f"{path} holds the value {symbols.max()}, the model knows 0 to {K - 1}; "
-                         f"of 8-bit images it knows array // {256 // K}")
+                         f"make 8-bit images fit by array // {256 // K}")
     return symbols, found
 
 

@@ -1,7 +1,7 @@
 """Networks net(x, m, t, s) -> (B, D, num_outputs) logits (App. D), and how one is built or loaded.
 
 x (B, D) int64 holds x^(s) where m (B, D) bool is True, and x^(s-1) elsewhere. t and s are (B,)
-int64. Nothing is causal: the mask alone hides what is unknown.
+int64. Nothing is causal: an output may depend on every known variable.
 
 Transformer, UNet and WaveNet are the paper's. Our own networks learn more in minutes. They leave
 out the time (images, audio), attention in half of the blocks (text), and the embedding of values
@@ -445,8 +445,8 @@ def rotate(x, cos, sin):
 
 
 class Embedding(nn.Embedding):
-    """A lookup, but in training on a GPU a product with one-hot rows: a lookup adds up gradients
-    of a value one after the other, which took a fifth of a step of images."""
+    """A lookup. In training on a GPU it is a product with one-hot rows: the gradient of a lookup
+    adds row after row, and that took a fifth of a training step of images."""
 
     def forward(self, x):
         return self.product(x) if self.training and x.is_cuda else super().forward(x)
@@ -463,7 +463,7 @@ NEAR, MEAN = 16, 8                   # factors that bring differences and means 
 
 class OurUNet(UNet):
     """Not in the paper: means of the known values around each variable are inputs, the time is not.
-    If the outputs are values, not digits, a logistic distribution is added to the softmax."""
+    If the outputs are values, not digits, log-densities of a logistic are added to the logits."""
 
     planes_each, timed = 2 + 2 * len(WINDOWS), False
 
@@ -485,8 +485,8 @@ class OurUNet(UNet):
         return logits
 
     def planes(self, v, m, s):
-        """Values and mask (B, C, H, W) as differences from the mean of the nearest known values, so
-        that a darker image looks the same. The third plane is this mean itself."""
+        """(B, C, H, W) each: values minus the mean of the nearest known ones, so that a darker
+        image looks the same; the mask; this mean; the wider means minus this mean; counts."""
         known, seen = m.to(v.dtype), m.to(v.dtype)
         if self.stages > 1:
             # From stage 2 on, x^(s-1) leaves an interval. Its middle stands for the value.
@@ -501,10 +501,10 @@ class OurUNet(UNet):
 
 
 def local_means(v, seen, windows=WINDOWS, first=0.0):
-    """Means of the seen values near each variable: v and seen (0 to 1) (B, C, H, W), or (B, 1, D).
-    The mean of all of x comes first, then one for each window, wide to narrow. Each counts the
-    wider mean before it as PRIOR extra values, so a window that sees nothing takes the wider mean.
-    first: the mean of nothing. -> means, and log(1 + counts) / 3: (windows, B, C, H, W) each."""
+    """Means of the seen values near each variable. v, seen (0 to 1): (B, C, H, W) or (B, 1, D).
+    The windows go from wide to narrow. Each counts the mean before it as PRIOR extra values: before
+    the widest window that is the mean of all of v, and before this mean it is `first`.
+    -> means, and log(1 + counts) / 3: (windows, B, C, H, W) each."""
     v, places = v * seen, tuple(range(2, v.ndim))
     pool = F.avg_pool2d if v.ndim == 4 else F.avg_pool1d
     mean = (v.sum(places, keepdim=True) + PRIOR * first) / (seen.sum(places, keepdim=True) + PRIOR)
@@ -519,7 +519,7 @@ def local_means(v, seen, windows=WINDOWS, first=0.0):
 
 
 def logistic(location, width, K):
-    """Neighbouring values are similarly likely. So these are logits (..., K) of a logistic density.
+    """Logits (..., K) of a logistic density. They make neighbouring values similarly likely.
     The network predicts location and width (..., 1) in units of value/K - 0.5. The scale of the
     logistic is the larger one of e^(2 width - 3) and 1/(2K)."""
     values = torch.arange(K, dtype=location.dtype, device=location.device) / K - 0.5

@@ -1,8 +1,8 @@
 """Plans: which variables in which network call, for a budget of calls. And orders by name.
 
 If one call at step t generates k variables together, each of them costs L_t (Eq. 3). So a call that
-leads from i known variables to j costs (j - i) L_{i+1}. The cheapest plan of n calls is the
-cheapest path of n such calls from 0 to D (Sec. 3.1, App. A.2):
+leads from i known variables to j costs (j - i) L_{i+1}. E_n[j] is the least cost of n calls that
+lead from 0 to j. The best plan of n calls is the path behind E_n[D] (Sec. 3.1, App. A.2):
 
     E_n[j] = min over i < j of  E_{n-1}[i] + (j - i) L_{i+1}
 
@@ -95,8 +95,8 @@ def one_more_call(E, L):
 
 
 def best_path(L, n):
-    """[(t, k)] of the cheapest n calls of one stage: n times the dynamic programme (in `paths`, by
-    a faster twin), then the best path back from D to 0."""
+    """[(t, k)] of the cheapest n calls of one stage. `paths` runs the dynamic programme n times, in
+    its faster form. Then we follow `start` back from D to 0."""
     starts = [start for _, start in itertools.islice(paths(L), n)]
     calls, j = [], len(L)
     for start in reversed(starts):
@@ -204,9 +204,9 @@ def paths(L):
 
 
 def hand_out(L, budgets):
-    """Gives calls to stages one by one, up to the largest budget. Each stage gets one call. Every
-    other call goes to the stage whose cost it lowers most. The cost of a stage is convex in its
-    calls, so this split is the best. Yields (stage, total cost) for each call."""
+    """Gives calls to stages one by one, up to the largest budget. First each stage gets one call.
+    Each further call goes to the stage whose cost it lowers most. The cost of a stage is convex in
+    its calls, so this split is the best. Yields (stage, total cost) for each call."""
     L = np.atleast_2d(np.asarray(L, dtype=np.float64))
     if not (np.diff(L, axis=1) <= 0).all() or not np.isfinite(L).all():
         raise ValueError("L must be finite and must not increase: see planner.smooth")
@@ -260,10 +260,10 @@ def check_budget(budget, S, D):
 def absorbing_bound(L, T, q):
     """The bound of absorbing diffusion in T steps (App. C) per variable, by L (D,) of our network.
 
-    q(u) is the part that is absorbed at time u, from q(0) = 0 to q(1) = 1. At step i each variable
-    is absorbed with probability q_i = q(i / T), so their number n is binomial. The reverse step
-    reveals each of them with probability r_i = (q_i - q_{i-1}) / q_i. It costs L_{D-n+1}, which is
-    L[::-1][n-1]. The bound is the sum over i and n of r_i P(n) n L_{D-n+1}."""
+    q(u) is the part of the variables that is absorbed at time u: q(0) = 0, q(1) = 1. At step i the
+    number n of absorbed variables is binomial, with probability q_i = q(i / T). The reverse step
+    reveals each of the n with probability r_i = (q_i - q_{i-1}) / q_i. A revealed variable costs
+    L_{D-n+1}, which is L[::-1][n-1]. The bound is the sum over i and n of r_i P(n) n L_{D-n+1}."""
     L, D, total = np.asarray(L), len(L), 0.0
     n = np.arange(1, D + 1)
     log_choose = np.log((D - n + 1) / n).cumsum()          # log of D choose n

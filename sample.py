@@ -63,14 +63,14 @@ def inpaint_mask(rule, kind, shape):
         known = rules[rule] if rule in rules else torch.from_numpy(
             np.load(io.BytesIO(datasets.read(rule))))
     except Exception:                                      # whatever a damaged header raises
-        raise ValueError(f"--inpaint {rule}: choose {' or '.join(rules)}, which is what is known, "
-                         "or a .npy file of bool")
+        raise ValueError(f"--inpaint {rule}: choose {' or '.join(rules)}, the part to keep, or a "
+                         ".npy file of bool, True where to keep")
     if rule not in rules and (known.dtype != torch.bool
                               or list(known.shape) not in (shape, shape[-2:])):
         raise ValueError(f"--inpaint {rule} holds {known.dtype} {[*known.shape]}, bool {shape} or "
                          f"{shape[-2:]} is wanted")
     if known.all() or not known.any():
-        raise ValueError(f"--inpaint {rule}: of {shape}, something must be known, something not")
+        raise ValueError(f"--inpaint {rule}: of {shape}, some must be known and some unknown")
     return known.expand(*shape).flatten()
 
 
@@ -93,7 +93,7 @@ def read_known(args, model, settings):
     if kind != "text" and args.prompt is not None:
         raise ValueError("--prompt is for text")
     if kind == "text" and (args.inpaint or args.source) or args.source and not args.inpaint:
-        raise ValueError("--inpaint and --from are for images and audio, --from with --inpaint")
+        raise ValueError("--inpaint and --from are for images and audio; --from needs --inpaint")
     if args.length and (args.inpaint or kind == "image"):
         raise ValueError("--length is for text, and for sound without --inpaint")
     if args.inpaint:
@@ -123,7 +123,7 @@ def windows(model, checkpoint, known, args):
             calls = min(calls, most)
         plan = planner.uniform_plan(S, last - first, calls)
         if L is not None and args.order == "random" and calls < most:
-            share = np.arange(first, last) * D // last     # steps of D at which as much is known
+            share = np.arange(first, last) * D // last     # t - 1 where the same part of D is known
             plan = planner.plan(L[:, share], calls)
         plan = [(s, t + first, k) for s, t, k in plan]
         result.append((window, known[window].clone(), plan))

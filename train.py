@@ -103,7 +103,7 @@ class Run:
 
 
 def train(run, data, folder):
-    """Steps until the run is over, or it is told to stop. True if it was completed."""
+    """Trains until the run is over, or is told to stop. True if the run is completed."""
     stop, ends = [], (signal.SIGINT, signal.SIGTERM)
     old = {end: signal.signal(end, lambda *_: stop.append(1)) for end in ends}
     saved = time.perf_counter()
@@ -220,9 +220,9 @@ def bound(model, chunks, passes=None):
 
 @torch.no_grad()
 def components(model, chunks, seconds=10):
-    """L_t of chunks (N, D), for plans: (S, D) bits. And counts (S, D): over how many variables each
-    is a mean, 0 if it was not measured. The loss varies more between chunks than between steps. So
-    all steps see the same chunks, an order for each: 1,024, or as many as the seconds allow."""
+    """L_t of chunks (N, D), for plans: (S, D) bits. counts (S, D): the number of variables in each
+    mean, 0 where nothing was measured. Some chunks are harder than others. So all measured steps
+    see the same chunks in the same orders: 1,024 chunks, or as many as the seconds allow."""
     S, D, end = model.S, model.D, time.perf_counter() + seconds
     generator = torch.Generator(chunks.device).manual_seed(2)
     x = chunks[torch.rand(len(chunks), device=chunks.device, generator=generator).argsort()[:1024]]
@@ -241,7 +241,7 @@ def components(model, chunks, seconds=10):
 
 
 def mean_and_error(nats, D):
-    """(N,) nats per datapoint -> dict: bits, their mean per dim, and stderr, None of one alone."""
+    """(N,) nats per datapoint -> dict: bits, their mean per dim; stderr of it, None if N = 1."""
     bits = bits_per_dim(nats.cpu().double(), D)
     stderr = bits.std().item() / len(bits) ** 0.5 if len(bits) > 1 else None
     return dict(bits=bits.mean().item(), stderr=stderr)
@@ -364,7 +364,7 @@ def save(run, folder):
 
 
 def restore(run, checkpoint):
-    """Goes on where the run of this checkpoint was saved."""
+    """Sets the run to the state that was saved in this checkpoint."""
     run.model.load_state_dict(checkpoint["model"])
     run.ema.load_state_dict(checkpoint["ema"])
     for optimizer, state in zip(run.optimizers, checkpoint["optimizer"], strict=True):
@@ -411,13 +411,13 @@ def parse():
     add("--data", help=f"{', '.join(datasets.NAMES)}, a file or a folder (default pydoc)")
     add("--size", choices=SIZES["text"], help="network and run (default small on CUDA, else tiny)")
     add("--recipe", choices=["paper", "ours"], help="ours learns more in minutes (default ours)")
-    add("--branch", type=int, help="b of an upscale model; 0: none (default 0, of audio 16)")
+    add("--branch", type=int, help="b of an upscale model, 0 for none (default: audio 16, else 0)")
     add("--parametrization", choices=["data", "direct", "mixture"], help="of an upscale model")
-    add("--bits", type=int, choices=range(1, 9), help="kept of 8 in an image (default 8)")
+    add("--bits", type=int, choices=range(1, 9), help="bits kept of 8 in a pixel (default 8)")
     add("--length", type=int, help="D of text or audio: characters or samples in a datapoint")
     add("--dim", type=int, help="width of the network")
-    add("--depth", type=int, help="blocks of the network; of images: on each side")
-    add("--heads", type=int, help="attention heads; of images: in the middle, 0: no attention")
+    add("--depth", type=int, help="blocks of the network (images: on each side of the U-Net)")
+    add("--heads", type=int, help="attention heads (images: in the middle; 0: no attention)")
     add("--batch", type=int, help="datapoints in a training step")
     add("--parts", type=int, help="parts that a batch is split into, to save memory (default 1)")
     add("--lr", type=float, help="learning rate of Adam; Muon's is the recipe's own")
@@ -438,7 +438,7 @@ WAYS = {"ours": dict(text="data", image="direct", audio="mixture"),      # of up
 
 
 def complete(given, data=None):
-    """(settings of a run, its data): DEFAULTS, over them the size's values, and what is given."""
+    """(settings of a run, its data). The size's values replace DEFAULTS, `given` replaces both."""
     given = given | dict(device=str(nets.pick_device(given.get("device"))))
     c = DEFAULTS | given
     cuda = c["device"].startswith("cuda")
@@ -473,8 +473,8 @@ def load_data(c):
 
 
 def reopen(path, given, changeable):
-    """(model, checkpoint, settings with what is given, data) of a run. ValueError for a flag that
-    may not change, and for other data; an evaluation may name others."""
+    """(model, checkpoint, settings updated by `given`, data) of a run. ValueError for a flag that
+    may not change. Only an evaluation may take data that the run was not trained on."""
     foreign = given.keys() - changeable
     if foreign:
         raise ValueError(f"the settings come from the checkpoint: leave out --{foreign.pop()}")
@@ -509,8 +509,8 @@ def go_on(folder, given):
 
 
 def prepare_folder(folder, c, going_on):
-    """Makes the folder of a run, and sets an earlier run aside. ValueError for files of the names
-    that a run writes, if there is no checkpoint beside them, or if one of them is the data."""
+    """Makes the folder of a run, and sets an earlier run aside. ValueError if the run would replace
+    its own data. ValueError if the folder has files with a run's names, but no checkpoint."""
     ckpt, log, results = (folder / name for name in ("ckpt.pt", "log.csv", "results.json"))
     mine = [results, folder / datasets.PIECES[c["kind"]], *folder.glob("samples.*")]
     if os.path.realpath(c["data"]) in map(os.path.realpath, (ckpt, log, *mine)):

@@ -11,7 +11,8 @@ Sections, by the file they stand in:
 
 and `page`, which records what index.html shows. Each keeps its rows in results/bench.json, with the
 machine and the day, and results/README.md is written anew. Real data is looked for in the folder
-ARDM_DATA. Run it alone on the machine.
+ARDM_DATA. Run it alone on the machine. `readme` only writes results/README.md, and `check` compares
+the figures of README.md with the rows.
 """
 import datetime
 import importlib
@@ -19,6 +20,7 @@ import itertools
 import json
 
 import data as datasets
+from results.check import check
 from results.common import HERE, machine
 
 # In the order of results/README.md: first what a reader wants.
@@ -75,7 +77,8 @@ def write(kept):
 
 def main():
     parser = datasets.Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("sections", nargs="+", choices=[*SECTIONS, "readme"], metavar="SECTION")
+    parser.add_argument("sections", nargs="+", metavar="SECTION",
+                        choices=[*SECTIONS, "readme", "check"])
     parser.add_argument("--minutes", type=float, help="of training, where it is not the default")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="seconds only, and nothing is kept")
@@ -88,6 +91,9 @@ def main():
         kept = json.loads(path.read_text()) if path.exists() else {}
         if name == "readme":                               # only writes it anew
             write(kept)
+            continue
+        if name == "check":
+            check(kept, " ".join(CONCLUSIONS.values()))
             continue
         print(name)
         rows, old = [], kept.get(name, {})

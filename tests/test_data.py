@@ -148,7 +148,7 @@ def test_layouts_of_images_are_read_or_refused(tmp_path, shape, found):
     if found:
         assert datasets.load(str(tmp_path / "a.npy")).shape == found
     else:
-        with pytest.raises(ValueError, match="grey: \\(N, H, W, 1\\)"):
+        with pytest.raises(ValueError, match="\\(N, H, W, 1\\) is always grey"):
             datasets.load(str(tmp_path / "a.npy"))
 
 

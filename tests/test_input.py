@@ -116,10 +116,10 @@ def test_a_mask_in_a_file_says_what_is_known(gallery, tmp_path, monkeypatch, ref
     for j in range(2, 6):
         part = rows[:6, 6 * j:6 * j + 5]
         assert np.array_equal(part[known], original[known]) and not np.array_equal(part, original)
-    for wrong, match in ((np.ones((6, 5), bool), "something must be known"),
+    for wrong, match in ((np.ones((6, 5), bool), "some must be known"),
                          (known * 1, "holds torch.int"),
                          (known[0], "bool [3, 6, 5] or [6, 5] is wanted"),
-                         (known & False, "something must be known"),
+                         (known & False, "some must be known"),
                          (np.array([{}]), "or a .npy file of bool")):
         np.save(mask, wrong)
         refused(sample, *flags, "--inpaint", mask, match=match)
@@ -268,7 +268,7 @@ def test_files_that_a_model_of_images_does_not_know_are_refused(gallery, refused
     bad = {"shape": (pictures(30, (5, 6, 3)), "the model takes a .npy of (C, H, W) = (3, 6, 5)"),
            "grey": (pictures(30, (6, 5)), "the model takes"),
            "float": (np.zeros((30, 6, 5, 3)), "float64"),
-           "flat": (np.zeros(90, np.uint8), "array of shape (90,)"),
+           "flat": (np.zeros(90, np.uint8), "has the shape (90,)"),
            "objects": (None, "cannot be read as .npy"), "cut": (None, "cannot be read as .npy")}
     for name, (pixels, match) in bad.items():
         if pixels is not None:

@@ -24,7 +24,7 @@ import planner
 import train
 from ardm import UpscaleARDM, draw
 from exercises import make
-from results import bench, common, orders, page, plot, recipes
+from results import bench, check, common, orders, page, plot, recipes
 from test_ardm import ONE, Table, all_x
 
 ASSIGNMENT = (HERE / "exercises" / "assignment").exists()  # a copy without the solutions
@@ -78,6 +78,18 @@ def test_every_section_exists_and_the_log_is_written_from_its_rows(tmp_path, mon
     monkeypatch.setattr(datasets, "write", lambda path, content: written.append(content))
     bench.write(kept)
     assert written == [(page.HERE / "README.md").read_bytes()], "python -m results.bench readme"
+
+
+def test_every_figure_of_the_readme_follows_from_a_row(monkeypatch):
+    kept = json.loads((page.HERE / "bench.json").read_text())
+    words = " ".join(bench.CONCLUSIONS.values())
+    check.check(kept, words)
+    kept["mnist"]["rows"][0]["bits"] += 0.001
+    with pytest.raises(ValueError, match="0.916 ± 0.004"):
+        check.check(kept, words)
+    monkeypatch.setattr(check, "OTHERS", {"1.35", "2.69", "2.64"})
+    with pytest.raises(ValueError, match="in no claim: 1.43"):
+        check.check(json.loads((page.HERE / "bench.json").read_text()), words)
 
 
 def test_a_run_is_drawn_in_one_picture(folder, tmp_path, monkeypatch):
