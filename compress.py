@@ -49,7 +49,7 @@ MAGIC, VERSION = b"ARDM", 9
 BLOCK = 1 << 14                      # symbols in a block, about (at most twice, or one datapoint)
 RAW = 1 << 31                        # the bit of a length that says: stored raw
 LONGEST = 1 << 26                    # bytes of a header
-CALLS = {"image": 100, "audio": 64}  # by default; of text a quarter of the variables
+CALLS = {"image": 100, "audio": 64}  # by default; of text an eighth of the variables
 FIELDS = ("kind", "length", "form", "order", "block", "plan", "weights", "head")
 
 
@@ -259,7 +259,7 @@ def settle(args):
     if args.input is None and Path(args.ckpt).name == nets.ENGLISH.name:
         raise ValueError("name a file, or a checkpoint beside which a piece of test data lies")
     path = Path(args.ckpt).parent / datasets.PIECES[kind] if args.input is None else args.input
-    usual = min(S * D, CALLS.get(kind, -(-S * D // 4)))
+    usual = min(S * D, CALLS.get(kind, -(-S * D // 8)))
     calls = usual if args.calls is None else args.calls
     plan = planner.uniform_plan(S, D, calls)
     # A random order takes the cheapest plan by L_t. The other orders take an even plan.
@@ -362,7 +362,7 @@ def main():
         if name in ("encode", "decode"):
             add("output", metavar="OUT")
         if name in ("encode", "bench"):
-            add("--calls", type=int, help="network calls for a block (default: a quarter of the "
+            add("--calls", type=int, help="network calls for a block (default: an eighth of the "
                 f"variables of a text, {CALLS['image']} for images, {CALLS['audio']} for audio)")
             add("--order", help="forward, backward, random:SEED, spaced:G or halves (default: the "
                 "best measured for each kind)")

@@ -1350,7 +1350,7 @@ def test_compress_on_the_command_line(folder, tmp_path, capsys):
     (tmp_path / "in").write_bytes((folder / "test.txt").read_bytes()[:2000])
     ckpt = ("--ckpt", folder / "ckpt.pt", "--device", "cpu")
     assert call(compress, "encode", *ckpt, tmp_path / "in", tmp_path / "a") == 0
-    assert "spaced:4" in capsys.readouterr().out
+    assert "spaced:8" in capsys.readouterr().out
     assert call(compress, "decode", *ckpt, tmp_path / "a", tmp_path / "back") == 0
     assert (tmp_path / "back").read_bytes() == (tmp_path / "in").read_bytes()
     assert call(compress, "info", tmp_path / "a") == 0

@@ -264,7 +264,7 @@ def evaluate(model, data, passes=None):
           ", ".join(f"{name} {bits:.2f}" for name, bits in others.items()))
     L_t, counts = components(model, data.chunks("valid"))
     L = planner.smooth(L_t, counts)
-    print_components(L)
+    print_components(L, int(counts[0, 0]) // D)            # at t = 1 all D are unknown
     budgets = (5, 10, 20, 50) if data.kind == "text" else (20, 50, 100, 200)
     plans = [planner.plan(L, n) for n in budgets if model.S <= n < L.size]
     print(f"network calls   bits/{unit} predicted from L_t   measured (exact)")
@@ -339,7 +339,7 @@ def orthogonal(X):
 def report(run, data, folder, bar):
     """Shows progress: the bar every 10 steps, since reading a loss waits for a GPU; log.csv
     every REPORT steps, with the bound on 64 validation chunks."""
-    if run.step % 10 and run.step % REPORT:
+    if run.step % 10:
         return
     loss = torch.stack([*run.losses]).mean().item()
     bar.set_postfix_str(f"step {run.step}, {loss:.3f} bits/{data.unit}", refresh=False)
@@ -391,13 +391,13 @@ def synced(numbers):
     return numbers
 
 
-def print_components(L):
-    """A bar chart of each stage's L_t (S, D), in one line."""
-    print(f"loss components L_t in bits, t = 1..{L.shape[1]}:")
+def print_components(L, n):
+    """A bar chart of each stage's L_t (S, D), in one line. n: datapoints that it was measured on."""
+    rough = ", which is few: plans will be rough" * (n < 64)
+    print(f"loss components L_t in bits, t = 1..{L.shape[1]}, of {n} datapoints{rough}:")
     for row in L:
         steps = np.array_split(row / max(row[0], 1e-9), min(48, len(row)))
-        heights = [round(8 * min(max(part.mean(), 0), 1)) for part in steps]
-        bars = "".join(" ▁▂▃▄▅▆▇█"[height] for height in heights)
+        bars = "".join(" ▁▂▃▄▅▆▇█"[round(8 * part.mean())] for part in steps)
         print(f"  {row[0]:.2f} {bars} {row[-1]:.2f}")
 
 

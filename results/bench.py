@@ -6,7 +6,7 @@ Sections, by the file they stand in:
     runs       text8 mnist cifar10 glyphs tones english: as a reader would run them
     orders     plans orders absorbing samples prices upscaling: what an order and a plan cost
     audio      fsdd clips branches calls: spoken digits, beside FLAC and WavPack
-    coding     compress single packers portable: archives, beside others; other machines
+    coding     compress kilobyte single packers portable: archives, beside others; other machines
     speed      planner coder speed gpu: seconds
 
 and `page`, which records what index.html shows. Each keeps its rows in results/bench.json, with the
@@ -27,7 +27,7 @@ from results.common import HERE, machine
 SECTIONS = {name: module for module, names in (
     ("orders", "plans orders"), ("audio", "calls"), ("orders", "absorbing prices samples"),
     ("runs", "text8 mnist cifar10 glyphs tones english"), ("audio", "fsdd clips branches"),
-    ("orders", "upscaling"), ("coding", "compress single packers portable"),
+    ("orders", "upscaling"), ("coding", "compress kilobyte single packers portable"),
     ("recipes", "text images weights"), ("speed", "planner coder speed gpu"),
     ("page", "page")) for name in names.split()}
 CONCLUSIONS = {                      # one sentence each, for a reader in a hurry

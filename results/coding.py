@@ -13,7 +13,7 @@ import data as datasets
 import nets
 import planner
 from ardm import bits_per_dim
-from results.common import CIFAR, RUNS, codec_of, round_trip, text8_prefix
+from results.common import CIFAR, REAL, RUNS, codec_of, round_trip, text8_prefix
 
 
 def bench_compress(args):
@@ -36,6 +36,23 @@ def bench_compress(args):
             done = subprocess.run(command.split(), input=path.read_bytes(), capture_output=True)
             others[command.removesuffix(" -c")] = 8 * len(done.stdout) / n
     yield from ({"": name, "archive": bits} for name, bits in others.items())
+
+
+def bench_kilobyte(args):
+    """What network calls buy in an archive: the model of English, the first 8 KB of its validation
+    text, D/32, D/16, D/8 and D/4 calls, each in the order `spaced` with an even plan, like those of
+    compress.py. Bits a byte, and seconds a kilobyte of this machine."""
+    model, checkpoint = nets.load(nets.ENGLISH)
+    D, path = model.D, RUNS / "kilobyte.txt"
+    text = datasets.load(str(REAL / "prose" / "english.zip"), D).splits["valid"][:8192]
+    RUNS.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(datasets.to_bytes(text, 256))
+    for calls in (D // 32, D // 16, D // 8, D // 4):
+        plan = planner.uniform_plan(1, D, calls)
+        codec = codec_of(model, checkpoint["settings"], f"spaced:{-(-D // calls)}", plan, 64)
+        n, bits, archive, encode, decode = round_trip(path, model, codec, checkpoint["settings"])
+        yield {"calls": calls, "exact nll": bits / n, "archive": 8 * len(archive) / n,
+               "encode with its proof, s/KB": 1024 * encode / n, "decode, s/KB": 1024 * decode / n}
 
 
 def bench_single(args):

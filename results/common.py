@@ -28,12 +28,13 @@ SOUND_PACKERS = {                    # used where they are installed
 
 
 def machine():
-    """The processor, and how many threads of it."""
+    """The processor, its instruction set, and how many threads of it."""
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.is_file() else []
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else (
         names or [platform.processor()])[0]
-    return (f"{name}, {torch.get_num_threads()} threads; Python {platform.python_version()}, torch "
+    simd, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+    return (f"{name}, {simd}, {threads} threads; Python {platform.python_version()}, torch "
             f"{torch.__version__}")
 
 
@@ -76,7 +77,7 @@ def round_trip(path, model, codec, settings):
     parts = [x.reshape(-1) for _, x in compress.decode_file(archive, at, codec, len(symbols))]
     times.append(time.perf_counter())
     assert np.array_equal(np.concatenate(parts), symbols)
-    return len(symbols), bits, archive, *np.diff(times).tolist()
+    return len(symbols), float(bits), archive, *np.diff(times).tolist()
 
 
 def codec_of(model, settings, order, plan, block):

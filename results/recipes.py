@@ -27,7 +27,7 @@ WITHOUT_TEXT = WITHOUT | {
     "neighbour convolutions": mock.patch.object(nets, "CONV", 1),
     "blocks without attention": mock.patch.object(nets, "EVERY", 1)}
 WITHOUT_IMAGES = WITHOUT | {
-    "zero initialisation": mock.patch.object(
+    "zeros at first: outputs, and the last convolution of each block": mock.patch.object(
         nets.nn.init, "zeros_", lambda x: x if x.ndim > 1 else x.detach().zero_()),    # biases stay
     "the logistic distribution": mock.patch.object(nets, "logistic", lambda place, width, K: 0),
     "means of neighbours": mock.patch.object(
