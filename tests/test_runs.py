@@ -126,6 +126,27 @@ def test_rates_rise_and_fall_and_every_weight_has_one_optimiser():
     assert {p.ndim for p in muon} == {2} and len(muon) == 2 * 4 + 2 * 2
 
 
+@pytest.mark.parametrize("chunks, noise", [(1.0, 0.0), (1.0, 3.0), (0.0, 3.0), (0.0, 0.0)])
+def test_the_error_of_the_bound_is_its_spread_over_chunks_not_over_steps(chunks, noise):
+    """A loss of a part of the chunk, a part of the step (which is spread evenly), and noise."""
+    N, D, passes, level = 400, 64, 8, torch.linspace(20, 0, 64)
+    model, found = mock.Mock(S=1, D=D, A=2), []
+    for seed in range(40):
+        own = chunks * torch.randn(N, generator=torch.Generator().manual_seed(seed))
+
+        def loss(x, t, s, generator):
+            return own[x[:, 0]] + level[t - 1] + noise * torch.randn(len(x))
+
+        model.loss = loss
+        torch.manual_seed(seed)
+        x = torch.arange(N)[:, None].expand(N, D)
+        found.append(train.bound(model, x, passes=passes))
+    spread = np.std([each["bits"] for each in found])
+    said = np.mean([each["stderr"] for each in found])
+    true = (chunks ** 2 / N + noise ** 2 / (N * passes)) ** 0.5 / (D * np.log(2))
+    assert abs(said - true) < 0.05 * true + 1e-4 and abs(spread - true) < 0.4 * true + 1e-4
+
+
 def test_a_batch_in_parts_has_the_same_gradient(monkeypatch):
     monkeypatch.setattr(nets, "has_bf16", lambda device: False)
     data, found = datasets.load("pydoc", 16), []
