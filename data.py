@@ -122,9 +122,8 @@ def audio(name, clips, rate, length, listed=None):
         lengths = [clips[file].shape[1] for file in names]
         parts = zip(*(np.split(clips[file], [n - 2 * -(-n // 10), n - -(-n // 10)], axis=1)
                       for file, n in zip(names, lengths)))
-    streams = [np.concatenate([np.empty(0, np.int16), *(clip.reshape(-1) for clip in part)])
-               for part in parts]
-    streams = [stream.astype(np.int32) + AUDIO_K // 2 for stream in streams]
+    streams = [np.concatenate([np.empty(0, np.int32), *(clip.reshape(-1) for clip in part)])
+               + AUDIO_K // 2 for part in parts]
     return Data("audio", name, AUDIO_K, (length,), dict(zip(SPLITS, streams)), rate)
 
 
@@ -202,6 +201,8 @@ def load_clips(name, place, length, wanted=r"(?i)(^|/)(?!\._)[^/]*\.wav$", pad=0
         if found.rate != rate:
             raise ValueError(f"{name}: {file} has {found.rate} samples a second, others {rate}")
         clips[file] = np.pad(found.array, ((0, 0), (0, max(0, pad - found.array.shape[1]))))
+    if listed.keys() - clips.keys() and not pad:
+        print(f"{name}: its lists name clips that are not there", file=sys.stderr)
     if not clips:
         raise ValueError(f"{name} is a folder or tar without a .wav file: name a file")
     return audio(name, clips, rate, length or WINDOW, listed)
@@ -322,7 +323,6 @@ BATCHES = r"(^|/)(data_batch_[1-5]|test_batch)(\.bin)?$"    # of CIFAR-10, both 
 DIGITS = r"^(\./)?(zero|one|two|three|four|five|six|seven|eight|nine)/.*\.wav$"
 TONES_RATE = 8000                    # samples a second of `tones`
 MAY_BE_0 = ("branch", "heads", "item", "seed", "temperature")            # flags
-PACKED = 100                         # times its size, or 64 MB, a file may unpack to
 MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 SOURCES = {                          # file -> where from, md5 or SHA-256 (of a zip: of its member)
     "speech_commands_v0.02.tar.gz": (
@@ -359,20 +359,19 @@ def file_array(content, name):
     """The FileArray in the bytes of a .npy, idx or .wav file; None for others."""
     if content[:4] == b"RIFF" and content[8:12] == b"WAVE":
         return wav_array(content, name)
-    if content[:4] == b"\0\0\x08\x03" and len(content) >= 16:
-        shape = struct.unpack(">3I", content[4:16])
-        if len(content) < 16 + math.prod(shape):
-            raise ValueError(f"{name} is cut off: its header promises more pixels")
-        array = np.frombuffer(content, np.uint8, math.prod(shape), 16).reshape(shape)
-        return image_array(content, array, 16, name)
-    if content[:6] != b"\x93NUMPY":
+    file, idx = io.BytesIO(content), content[:4] == b"\0\0\x08\x03"
+    if not idx and content[:6] != b"\x93NUMPY":
         return None
-    file = io.BytesIO(content)
     try:
-        array = np.lib.format.read_array(file, allow_pickle=False)
+        if idx:
+            shape, begin = struct.unpack(">3I", content[4:16]), 16
+            array = np.frombuffer(content, np.uint8, math.prod(shape), begin).reshape(shape)
+        else:
+            array = np.lib.format.read_array(file, allow_pickle=False)
+            begin = file.tell() - array.nbytes
     except Exception as error:                             # whatever a damaged header raises
-        raise ValueError(f"{name} cannot be read as .npy ({str(error)[:80]})")
-    return image_array(content, array, file.tell() - array.nbytes, name)
+        raise ValueError(f"{name} cannot be read as .npy or idx ({str(error)[:80]})")
+    return image_array(content, array, begin, name)
 
 
 def image_array(content, array, begin, name):
@@ -589,7 +588,7 @@ def unpack(content, name):
             packed = archive.open(names[0])
         else:
             return content
-        most = max(1 << 26, PACKED * len(content))
+        most = max(1 << 26, 100 * len(content))            # bytes, for a small file holds little
         content = packed.read(most)
     except Exception as error:                             # whatever a torn file raises
         raise ValueError(f"{name} is packed and cannot be read ({error}): unpack it yourself")
@@ -630,7 +629,8 @@ def files_below(folder):
             yield path
         elif path.stat()[1:3] not in seen:                 # inode and device
             seen.add(path.stat()[1:3])
-            todo += sorted(path.iterdir(), reverse=True)
+            for each in sorted(path.iterdir(), reverse=True):            # links last
+                todo.insert(0 if each.is_symlink() else len(todo), each)
 
 
 def fetch(name):

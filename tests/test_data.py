@@ -250,7 +250,7 @@ def clip(i, n=30):
     return np.full((n, 1), i)
 
 
-def test_clips_are_read_from_folders_and_tars(tmp_path, monkeypatch):
+def test_clips_are_read_from_folders_and_tars(tmp_path, monkeypatch, capsys):
     place = tmp_path / "clips"
     place.mkdir()
     for i in range(20):
@@ -272,9 +272,15 @@ def test_clips_are_read_from_folders_and_tars(tmp_path, monkeypatch):
     (place / "train_list.txt").write_text("06.wav\n")
     (place / "testing_list.txt").write_text("\ufeff03.wav\r\n", "utf-8")
     (place / "validation_list.txt").write_text("04.wav\n05.wav\né b.wav\n", "utf-8")
+    assert "lists name clips" not in capsys.readouterr().err
+    (tmp_path / "a link").symlink_to(place)                # files keep the names of lists
+    assert all("a link" not in path.parts for path in datasets.files_below(tmp_path))
     for where in (place, tmp_path):                        # and where it is a folder in a folder
         listed = datasets.load(str(where), 10).splits
         assert set(listed["test"].tolist()) == {32771} and len(listed["valid"]) == 62
+    (place / "validation_list.txt").write_text("04.wav\n05.wav\né b.wav\n77.wav\n", "utf-8")
+    assert torch.equal(datasets.load(str(place), 10).splits["valid"], listed["valid"])
+    assert "its lists name clips that are not there" in capsys.readouterr().err
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / "clips").symlink_to(place)
     (place / "circle").symlink_to(tmp_path / "linked")
