@@ -621,14 +621,14 @@ def members(place, wanted):
 
 
 def files_below(folder):
-    """Yields the paths of all files in a folder. Links are followed, each folder once."""
+    """Yields the files below a folder, through links, each folder once, but no run's (ckpt.pt)."""
     todo, seen = [folder], set()                           # a link may lead in a circle
     while todo:
         path = todo.pop()
         if not path.is_dir():
             yield path
-        elif path.stat()[1:3] not in seen:                 # inode and device
-            seen.add(path.stat()[1:3])
+        elif path.stat()[1:3] not in seen and (path == folder or not (path / "ckpt.pt").exists()):
+            seen.add(path.stat()[1:3])                     # inode and device
             for each in sorted(path.iterdir(), reverse=True):            # links last
                 todo.insert(0 if each.is_symlink() else len(todo), each)
 

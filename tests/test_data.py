@@ -281,6 +281,10 @@ def test_clips_are_read_from_folders_and_tars(tmp_path, monkeypatch, capsys):
     (place / "validation_list.txt").write_text("04.wav\n05.wav\né b.wav\n77.wav\n", "utf-8")
     assert torch.equal(datasets.load(str(place), 10).splits["valid"], listed["valid"])
     assert "its lists name clips that are not there" in capsys.readouterr().err
+    (tmp_path / "run").mkdir()                             # a run's own sounds are no data
+    (tmp_path / "run" / "ckpt.pt").touch()
+    (tmp_path / "run" / "test.wav").write_bytes(wav_bytes(clip(9)))
+    assert not [path for path in datasets.files_below(tmp_path) if path.name == "test.wav"]
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / "clips").symlink_to(place)
     (place / "circle").symlink_to(tmp_path / "linked")
