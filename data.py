@@ -185,8 +185,8 @@ def load_file(name, length, bits, chunk):
 
 
 def load_clips(name, place, length, wanted=r"(?i)(^|/)(?!\._)[^/]*\.wav$", pad=0):
-    """Data of the .wav files in a folder or a tar (its path or content), split by testing_list.txt
-    and validation_list.txt if they are there. pad: zeros make every clip that long."""
+    """Data of the .wav files (but a Mac's ._ files) in a folder or a tar (its path or content).
+    testing_list.txt and validation_list.txt split them, if there. pad: zeros fill up each clip."""
     clips, listed, rate = {}, {}, None
     for file, content in members(place, wanted + r"|(^|/)(testing|validation)_list\.txt$"):
         if file.endswith("_list.txt"):
@@ -347,7 +347,7 @@ FONT = """
 
 class FileArray:
     """The array in a file: images (N, C, H, W) or sound (channels, n); the bytes before and behind
-    it; and the form of the file, [axis of the colours, type] or [rate, channels]."""
+    it, which are not learnt; and its form, [axis of the colours, type] or [rate, channels]."""
 
     def __init__(self, form, array, content, begin):
         self.form, self.array = form, array

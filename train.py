@@ -512,7 +512,7 @@ def prepare_folder(folder, c, going_on):
     """Makes the folder of a run, and sets an earlier run aside. ValueError if the run would replace
     its own data. ValueError if the folder has files with a run's names, but no checkpoint."""
     ckpt, log, results = (folder / name for name in ("ckpt.pt", "log.csv", "results.json"))
-    mine = [results, folder / datasets.PIECES[c["kind"]], *folder.glob("samples.*")]
+    mine = [results, folder / datasets.PIECES[c["kind"]], *folder.glob("samples.???")]
     if os.path.realpath(c["data"]) in map(os.path.realpath, (ckpt, log, *mine)):
         raise ValueError(f"a run in {folder} would replace its data: choose another --out")
     if not any(folder.glob("ckpt.*pt")) and any(map(Path.exists, mine)):
@@ -520,10 +520,10 @@ def prepare_folder(folder, c, going_on):
     folder.mkdir(parents=True, exist_ok=True)
     if ckpt.exists() and (results.exists() or not going_on):
         number = next(n for n in itertools.count(1) if not (folder / f"ckpt.{n}.pt").exists())
-        for path in (ckpt, log, results):
+        for path in (ckpt, log, *mine):
             if path.exists():
                 os.replace(path, path.with_suffix(f".{number}{path.suffix}"))
-        print(f"the run that was in {folder} is kept as ckpt.{number}.pt")
+        print(f"the run that was in {folder} is kept, as ckpt.{number}.pt and so on")
     datasets.write(results, None)                          # before all work
 
 

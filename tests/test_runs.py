@@ -331,6 +331,12 @@ def test_nothing_of_the_users_is_written_over(folder, refused, tmp_path):
     refused(train, "--resume", "--out", folder, "--steps", 10, match="give it more --steps")
     (tmp_path / "mine" / "test.txt").rename(tmp_path / "mine" / "log.csv")
     train.prepare_folder(tmp_path / "mine", dict(kind="text", data="pydoc"), False)
+    for name in ("ckpt.pt", "samples.txt", "test.txt"):
+        (tmp_path / "mine" / name).write_text("another program's")
+    train.prepare_folder(tmp_path / "mine", dict(kind="text", data="pydoc"), False)
+    assert {path.name for path in (tmp_path / "mine").iterdir()} == {
+        "ckpt.1.pt", "log.1.csv", "samples.1.txt", "test.1.txt"}
+    (tmp_path / "mine" / "log.csv").touch()
     log = dict(kind="text", data=str(tmp_path / "mine" / "log.csv"))
     with pytest.raises(ValueError, match="would replace its data"):
         train.prepare_folder(tmp_path / "mine", log, False)
