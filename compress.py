@@ -283,7 +283,8 @@ def run_encode(args):
     datasets.write(args.output, archive, (args.input, args.ckpt))
     n, ckpt = len(symbols), shlex.quote(str(args.ckpt))
     print(f"{path}: {n:,} symbols -> {len(archive):,} bytes, "
-          f"{8 * len(archive) / (n or np.nan):.3f} bits each; order {codec.order}, {len(codec.plan)} network calls, proved by decoding\n"
+          f"{8 * len(archive) / (n or np.nan):.3f} bits each; order {codec.order}, "
+          f"{len(codec.plan)} network calls, proved by decoding\n"
           f"back again: python compress.py decode --ckpt {ckpt} {shlex.quote(args.output)} FILE")
 
 

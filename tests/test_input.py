@@ -229,7 +229,6 @@ sample --ckpt {run}/ckpt.pt --n 10000000000 -> --n 10000000000: choose a number 
 sample --ckpt {run}/ckpt.pt --prompt nothing -> no blank
 sample --ckpt {run}/ckpt.pt --prompt -5____ -> try --prompt=-5____
 sample --ckpt {run}/ckpt.pt --length 30 --frames -> one window
-sample --ckpt {run}/ckpt.pt --order sideways -> choose forward, backward
 sample --ckpt {run}/ckpt.pt --from x -> --inpaint and --from are for images
 sample --ckpt {run}/ckpt.pt --device meta -> choose cuda, mps or cpu
 sample --ckpt {pictures}/ckpt.pt --prompt a_ -> --prompt is for text

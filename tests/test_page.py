@@ -84,12 +84,12 @@ def test_every_figure_of_the_readme_follows_from_a_row(monkeypatch):
     kept = json.loads((page.HERE / "bench.json").read_text())
     words = " ".join(bench.CONCLUSIONS.values())
     check.check(kept, words)
+    monkeypatch.setattr(check, "OTHERS", {"1.35", "2.69", "2.64"})
+    with pytest.raises(ValueError, match="in no claim: 1.43"):
+        check.check(kept, words)
     kept["mnist"]["rows"][0]["bits"] += 0.001
     with pytest.raises(ValueError, match="0.916 ± 0.004"):
         check.check(kept, words)
-    monkeypatch.setattr(check, "OTHERS", {"1.35", "2.69", "2.64"})
-    with pytest.raises(ValueError, match="in no claim: 1.43"):
-        check.check(json.loads((page.HERE / "bench.json").read_text()), words)
 
 
 def test_a_run_is_drawn_in_one_picture(folder, tmp_path, monkeypatch):
