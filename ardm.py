@@ -171,7 +171,7 @@ class ARDM(nn.Module):
             sigma = sample_sigma(self.S * B, D, x.device, generator).view(self.S, B, D)
         if known is not None:
             sigma = known_first(sigma, known)
-        if not torch.equal(known_first(sigma, sigma == 0), sigma):       # valid: unchanged
+        if not torch.equal(known_first(sigma, sigma == 0), sigma):       # a valid one is unchanged
             raise ValueError("each row of sigma must hold n zeros, and the steps n + 1..D once")
         planner.check(plan, self.S, fewest_known(sigma) + 1, D)
         return plan, sigma

@@ -634,8 +634,8 @@ def load(path, device=None):
         c, weights, L = checkpoint["settings"], checkpoint["ema"], checkpoint.get("L")
         if c.get("edition") != EDITION:
             raise ValueError(f"not of edition {EDITION}")
-        words, numbers = {type(c[name]) for name in WORDS}, [c[name] or 0 for name in COUNTS]
-        if words != {str} or not all(type(n) is int and n >= 0 for n in numbers + c["shape"]):
+        types, numbers = {type(c[name]) for name in WORDS}, [c[name] or 0 for name in COUNTS]
+        if types != {str} or not all(type(n) is int and n >= 0 for n in numbers + c["shape"]):
             raise ValueError("a setting is no word, or no number, where one is wanted")
         there, size = sum(map(torch.numel, weights.values())), Path(path).stat().st_size
         positions = math.prod(c["shape"]) if c["kind"] == "text" else 0

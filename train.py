@@ -37,6 +37,10 @@ import nets
 import planner
 from ardm import bits_per_dim, sample_sigma, stratified_steps
 
+DEFAULTS = dict(data="pydoc", recipe="ours", size=None, branch=0, bits=8, length=None, parts=1,
+                lr=None, steps=None, minutes=None, passes=None, seed=0, edition=nets.EDITION)
+WAYS = {"ours": dict(text="data", image="direct", audio="mixture"),      # of upscale models
+        "paper": dict(text="data", image="data", audio="direct")}
 SIZES = {                            # of network, batch and run
     "text": {
         "tiny": dict(length=64, dim=128, depth=4, heads=2, batch=48, minutes=2.75),
@@ -63,6 +67,7 @@ OURS["paper"] = OURS["small"]
 EPOCHS = 150                         # passes over the data, at most, without --steps or --minutes
 REPORT = 100                         # steps between rows of log.csv
 SAVE = 120                           # seconds between checkpoints
+PLAIN = ("step", "seconds", "L", "counts", "log")          # of a Run: stored as it is
 
 
 # -- A run: model, optimiser, loop -----------------------------------------------------------------
@@ -204,15 +209,18 @@ def bound(model, chunks, passes=None):
     generator = torch.Generator(device).manual_seed(1)
     row = torch.rand(N, device=device, generator=generator).argsort().repeat(n)
     t, s = stratified_steps(N * n, S, D, device, generator)
-    begin, losses, rows = time.perf_counter(), [], nets.rows_per_call(device.type, D)
+    losses, begin = [], time.perf_counter()
+    rows = nets.rows_per_call(device.type, D)
     for i, *step in zip(*(each.split(rows) for each in (row, t, s))):
         losses.append(model.loss(chunks[i].long(), *step, generator=generator))
         if not passes and time.perf_counter() - begin > 25:
             break
     nats = torch.cat(losses).cpu().double()                # waits for a GPU
     row, step = row[:len(nats)].cpu(), (s * D + t)[:len(nats)].cpu()
-    bits, order = bits_per_dim(nats.mean().item(), D), step.argsort()
-    nats[order] -= nn.functional.avg_pool1d(nats[order][None], 33, 1, 16, False, False)[0]
+    bits = bits_per_dim(nats.mean().item(), D)
+    order = step.argsort()                                 # the mean of 33 neighbours in step:
+    nats[order] -= nn.functional.avg_pool1d(nats[order][None], 33, stride=1, padding=16,
+                                            count_include_pad=False)[0]
     own = (row.bincount(nats) / row.bincount())[row.unique()]            # each chunk's surplus
     return mean_and_error(own, D) | dict(bits=bits, passes=-(-len(nats) // N), chunks=len(own),
                                          speed=len(nats) * D / (time.perf_counter() - begin))
@@ -292,9 +300,6 @@ def price(model, test, plan, L, r):
 
 
 # -- Skip on a first reading: optimiser, checkpoints, several processes, the command ---------------
-
-PLAIN = ("step", "seconds", "L", "counts", "log")          # of a Run: stored as it is
-
 
 class Muon(torch.optim.Optimizer):
     """Not in the paper: momentum whose steps are made orthogonal, so that every direction of a
@@ -431,12 +436,6 @@ def parse():
     return vars(parser.parse_args())
 
 
-DEFAULTS = dict(data="pydoc", recipe="ours", size=None, branch=0, bits=8, length=None, parts=1,
-                lr=None, steps=None, minutes=None, passes=None, seed=0, edition=nets.EDITION)
-WAYS = {"ours": dict(text="data", image="direct", audio="mixture"),      # of upscale models
-        "paper": dict(text="data", image="data", audio="direct")}
-
-
 def complete(given, data=None):
     """(settings of a run, its data). The size's values replace DEFAULTS, `given` replaces both."""
     given = given | dict(device=str(nets.pick_device(given.get("device"))))
@@ -472,9 +471,9 @@ def load_data(c):
     return data
 
 
-def reopen(path, given, changeable):
+def reopen(path, given, changeable, others=False):
     """(model, checkpoint, settings updated by `given`, data) of a run. ValueError for a flag that
-    may not change. Only an evaluation may take data that the run was not trained on."""
+    may not change, and for data that the run was not trained on. others: such data will do."""
     foreign = given.keys() - changeable
     if foreign:
         raise ValueError(f"the settings come from the checkpoint: leave out --{foreign.pop()}")
@@ -487,7 +486,7 @@ def reopen(path, given, changeable):
     if data.digest != old["sha256"]:
         words = f"{data.name} is not the data that {path} was trained on ({old['data']!r})"
         fits = (data.kind, data.K, list(data.shape)) == (old["kind"], old["K"], old["shape"])
-        if not fits or "data" not in given or "steps" in changeable:     # or the run goes on
+        if not (others and fits and "data" in given):
             raise ValueError(f"{words}: name the old data, unchanged, by --data")
         print(words)
     return model, checkpoint, c, data
@@ -561,7 +560,8 @@ def main():
     if rank:                                               # one process talks
         sys.stdout = open(os.devnull, "w")
     if "evaluate" in given:                                # nothing is written
-        model, _, _, data = reopen(given.pop("evaluate"), given, {"data", "device", "passes"})
+        path, may_change = given.pop("evaluate"), {"data", "device", "passes"}
+        model, _, _, data = reopen(path, given, may_change, others=True)
         evaluate(model, data, given.get("passes"))
         return
     going_on = given.pop("resume", False)

@@ -2,7 +2,7 @@
 
 A claim is a piece of a sentence, with the figures that the rows give it. It must stand in README.md
 or in a conclusion of results/README.md. Then every figure of README.md with a decimal point must
-stand in a claim, or be one of the OTHERS. Blocks of code do not count: .ci/run runs them.
+stand in a claim, or be one of the OTHERS. Blocks of code and of output do not count.
 """
 import re
 
