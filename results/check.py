@@ -28,7 +28,7 @@ def claims(f):
     for section, run in (("mnist", "order-agnostic"), ("cifar10", "order-agnostic"),
                          ("cifar10", "upscale-4")):
         yield f"| {f(section, 'bits', run=run):.3f} ± {f(section, 'stderr', run=run):.3f} |"
-    for data in ("mnist", "cifar-10-binary"):
+    for data in ("mnist", "cifar10"):
         png, webp = (f("packers", name, data=data) for name in ("PNG", "WebP"))
         yield f"PNG {png:.2f}, WebP {webp:.2f}"
     margin = max(f("portable", "float64", model=name)

@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,8 +11,11 @@ import torch
 import data as datasets
 import nets
 import planner
+import train
 from ardm import bits_per_dim
-from results.common import CIFAR, REAL, RUNS, codec_of, round_trip, text8_prefix
+from results.audio import digits
+from results.common import (CIFAR, REAL, RUNS, codec_of, round_trip, sound_references,
+                            text8_prefix)
 
 
 def bench_compress(args):
@@ -81,26 +83,47 @@ def bench_single(args):
 
 
 def bench_packers(args):
-    """PNG and WebP (by Pillow) and JPEG XL (cjxl -e 9, where it is installed) of the first 1,000
-    test images, each by itself, bits/dim."""
+    """What other programs need, bits per dimension. PNG and WebP (by Pillow) and JPEG XL (cjxl -e
+    9): each image by itself. bz2, xz, FLAC and WavPack: the chunks or windows as one file. The
+    first two rows are for README.md, the others for the charts of index.html, on the same items as
+    the models in them."""
+    chunks = {"mnist": datasets.load("mnist"), "cifar10": datasets.load(str(CIFAR))}
+    for name, data in chunks.items():
+        images = data.chunks("test")[:1000]
+        yield dict(data=name, items="the first 1,000 test images") | packed_images(images, data)
+    for name, count in (("mnist", 100), ("cifar10", 16)):
+        images = train.some(chunks[name].chunks("test"), count)
+        yield dict(data=name, items=f"{count} test images, evenly spread") | packed_images(
+            images, chunks[name])
+    letters = train.some(text8_prefix().chunks("test"), 200).numpy().flatten()
+    others = datasets.references(letters, 27)
+    yield dict(data="text8", items="200 chunks of 250 letters, evenly spread",
+               bz2=others["bz2"], xz=others["xz"])
+    data = digits()
+    others = sound_references(train.some(data.chunks("test"), 32).numpy().flatten(), data.rate)
+    yield dict(data="fsdd", items="32 windows of 2,048 samples, evenly spread") | {
+        name: others[name] for name in ("FLAC -8", "WavPack -hhx6", "xz") if name in others}
+
+
+def packed_images(x, data):
+    """{program: bits/dim} of images x (N, D), each by itself."""
     from PIL import Image
-    for name in ("mnist", str(CIFAR)):
-        data = datasets.load(name)
-        images = datasets.to_pictures(data.chunks("test")[:1000], data.shape)
-        row = dict(data=Path(name).name.split(".")[0])
-        for kind, how in (("PNG", dict(optimize=True)), ("WebP", dict(lossless=True, method=6))):
-            file = io.BytesIO()
-            for image in images:
-                Image.fromarray(image.squeeze()).save(file, kind, **how)
-            row[kind] = 8 * file.tell() / images.size
-        if shutil.which("cjxl"):
-            total, paths = 0, [RUNS / "image.png", RUNS / "image.jxl"]
-            for image in images:
-                Image.fromarray(image.squeeze()).save(paths[0])
-                subprocess.run(["cjxl", *paths, "-d", "0", "-e", "9", "--quiet"], check=True)
-                total += paths[1].stat().st_size
-            row["JPEG XL"] = 8 * total / images.size
-        yield row
+    images, bits, file = datasets.to_pictures(x, data.shape), {}, RUNS / "image.png"
+    for kind, how in (("PNG", dict(optimize=True)), ("WebP", dict(lossless=True, method=6))):
+        content = io.BytesIO()
+        for image in images:
+            Image.fromarray(image.squeeze()).save(content, kind, **how)
+        bits[kind] = 8 * content.tell() / images.size
+    if shutil.which("cjxl"):
+        total, out = 0, RUNS / "image.jxl"
+        RUNS.mkdir(parents=True, exist_ok=True)
+        for image in images:
+            Image.fromarray(image.squeeze()).save(file)
+            subprocess.run(["cjxl", file, out, "-d", "0", "-e", "9", "--quiet"], check=True,
+                           capture_output=True)
+            total += out.stat().st_size
+        bits["JPEG XL"] = 8 * total / images.size
+    return bits
 
 
 def bench_portable(args):

@@ -1,9 +1,10 @@
 """One page beside the paper: python -m results.page writes results/index.html and text.svg.
 
 It is made of results/page.html, of the sources, from which the lines beside the boxes are cut, of
-results/bench.json, and of results/page.json, which `python -m results.bench page` records: what a
-few trained models did, call by call. So nothing on it is drawn by hand, and it needs no network.
-text.svg, for README.md, is a text that fills in.
+results/bench.json, of results/page.json, which `python -m results.bench page` records (what a few
+trained models did, call by call), and of the weights of results/english.pt in 8 bits each. So
+nothing on it is drawn by hand, and it needs no network. text.svg, for README.md, is a text that
+fills in. --without-solutions leaves out what solves exercises: the boxes' code, plans, the coder.
 """
 import ast
 import base64
@@ -18,14 +19,12 @@ import torch
 import data as datasets
 import nets
 import planner
-from ardm import draw, sample_sigma
-from results.common import RUNS, text8_prefix, trained
-from results.orders import generate_surest
+import train
+from ardm import UpscaleARDM, sample_sigma
+from results.common import REAL, RUNS
 
 HERE = Path(__file__).parent
-LETTERS = 64                         # of the sentence
-BUDGETS = (5, 10, 20, LETTERS)
-ORDERS = ("random", "left to right", "spaced", "confident")
+NUMERAL = 30                         # of the test images of MNIST
 NAMES = {                            # a symbol: how it is written, and its name in the code
     "t": ("t", "t"), "sigma": ("σ", "sigma"), "m": ("m", "m"), "s": ("s", "s"), "k": ("k", "k"),
     "D": ("D", "D"), "x": ("x", "x"), "L": ("L<sub>t</sub>", "L"),
@@ -50,9 +49,9 @@ def source_of(name):
     return [line[node.col_offset:] for line in lines if line]
 
 
-def box(functions, steps):
+def box(functions, more, steps):
     """A list of steps, each with a piece of its line, and the lines of these functions; what
-    belongs together gets one name."""
+    belongs together gets one name. more: a function that is folded away, or None."""
     lines = [line for name in functions.split() for line in source_of(name)]
     keys = [""] * len(lines)
 
@@ -75,8 +74,11 @@ def box(functions, steps):
         code = re.sub(r"\b[A-Za-z_]+\b", lambda one: mark(known[one[0]], one[0])
                       if one[0] in known else one[0], html.escape(line, quote=False))
         right.append(f'<span class="line"{key and f" data-k={key}"}>{code}</span>')
-    return (f'<ol>{left}</ol><div><p class="where"><code>{functions}</code></p>'
-            f'<pre>{"".join(right)}</pre></div>')
+    fold = "" if more is None else (
+        f"<details><summary>the same, faster: <code>{more}</code></summary><pre tabindex=0>"
+        f'{html.escape(chr(10).join(source_of(more)))}</pre></details>')
+    return (f'<ol>{left}</ol><div><p class="where"><code>{functions}</code></p><pre tabindex="0" '
+            f'role="region" aria-label="its code">{"".join(right)}</pre>{fold}</div>')
 
 
 def balanced(lines):
@@ -97,39 +99,13 @@ def packed(array, kind):
     return base64.b64encode(np.ascontiguousarray(array, dtype=kind)).decode()
 
 
-@torch.no_grad()
-def sentence(model, L, way, calls, D=LETTERS, seed=1):
-    """How the model writes D bytes: at every call of the plan the five likeliest symbols of
-    each unknown place with their probabilities in percent, that of the symbol which each place got,
-    and what the text has cost so far."""
-    generator = torch.Generator().manual_seed(seed)
-    even = planner.uniform_plan(1, D, calls)
-    plan = planner.plan(L[:D], calls) if way == "random" else even
-    x, sigma = torch.zeros(1, D, dtype=torch.long), sample_sigma(1, D, generator=generator)[None]
-    rules = {"left to right": "forward", "spaced": f"spaced:{-(-D // calls)}"}
-    if way in rules:
-        sigma = torch.from_numpy(planner.order(rules[way], D)).expand(1, 1, -1)
-    def choose(log_p, where, s):
-        return draw(log_p, generator=generator)
-
-    if way == "confident":
-        x, sigma = generate_surest(model, x, plan, choose)
-    else:
-        x = model.generate(x, plan, sigma, choose)
-    bits, top, percent, sigma, drawn = [0.0], [], [], sigma[0], torch.zeros(D)
-    for s, t, k in plan:
-        m, one = sigma < t, torch.ones(1, dtype=torch.long)
-        log_p = model.log_probs(x, m, t * one, s * one)[0]
-        now = (~m & (sigma < t + k))[0]
-        spent = -log_p[now].gather(1, x[0, now][:, None])[:, 0]
-        bits.append(round(bits[-1] + spent.sum().item() / np.log(2), 2))
-        drawn[now] = 100 * torch.exp(-spent)
-        p, symbols = log_p[~m[0]].exp().topk(5)
-        top.append(visible(symbols.flatten()))
-        percent.append(packed((100 * p.flatten()).round(), np.uint8))
-    return dict(order=way, calls=calls, x=visible(x[0]), sigma=sigma[0].tolist(), bits=bits,
-                plan=[[t, k] for _, t, k in plan], top=top, percent=percent,
-                drawn=packed(drawn.round(), np.uint8))
+def written(model, L, calls, D):
+    """A text of D bytes that the model writes in a random order by the cheapest plan: x, as it is
+    shown, the step of each byte, and the plan [(t, k)]."""
+    generator = torch.Generator().manual_seed(1)
+    plan, sigma = planner.plan(L[:D], calls), sample_sigma(1, D, generator=generator)
+    x = model.sample(1, plan, sigma, generator=generator)[0]
+    return dict(x=visible(x), sigma=sigma[0].tolist(), plan=[[t, k] for _, t, k in plan])
 
 
 def visible(symbols):
@@ -138,50 +114,78 @@ def visible(symbols):
                    for i in symbols.tolist())
 
 
-def record(english, letters, digits, speech, others):
-    """All that the page shows of models, for page.json. english (of bytes), letters (of
-    text8), digits, speech: (model, checkpoint); others: what other programs need, by data set."""
-    (model, checkpoint), (_, of_letters) = english, letters
-    (L,) = planner.smooth(checkpoint["L"], checkpoint["counts"])
-    found = dict(sentences=[sentence(model, L, way, calls) for way in ORDERS for calls in BUDGETS],
-                 others=others)
-    whole = sentence(model, L, "random", 64, model.D)
-    (L,) = planner.smooth(of_letters["L"], of_letters["counts"])
-    found["L"] = L.round(5).tolist()
-    found["film"] = {name: whole[name] for name in ("x", "sigma", "plan")}
-    for name, (model, checkpoint) in (("digit", digits), ("speech", speech)):
-        generator, rate = torch.Generator().manual_seed(3), checkpoint["settings"]["rate"]
-        D = rate // 2 if rate else model.D                 # half a second of sound
-        sigma = sample_sigma(model.S, D, generator=generator)
-        plan = planner.uniform_plan(model.S, D, 160)
+def process(model, checkpoint, x=None):
+    """How a datapoint of an upscale model is generated in 160 calls: x (1, D), or a sample, half a
+    second of sound."""
+    generator, rate = torch.Generator().manual_seed(3), checkpoint["settings"]["rate"]
+    D = rate // 2 if rate else model.D
+    sigma = sample_sigma(model.S, D, generator=generator)
+    plan = planner.uniform_plan(model.S, D, 160)
+    if x is None:
         x = model.sample(1, plan, sigma[:, None], torch.zeros(1, D).long(), generator=generator)
-        found[name] = dict(x=packed(x, np.uint16), sigma=packed(sigma, np.uint16), plan=plan,
-                           shape=checkpoint["settings"]["shape"], rate=rate, K=model.K, b=model.A,
-                           S=model.S)
-    return found
+    return dict(x=packed(x, np.uint16), sigma=packed(sigma, np.uint16), plan=plan, rate=rate,
+                shape=checkpoint["settings"]["shape"], K=model.K, b=model.A, S=model.S)
+
+
+def record(models, numeral):
+    """All that the page shows of models, for page.json. models: name -> (model, checkpoint) of
+    english (bytes), text8, mnist, fsdd; numeral (1, D): an image of MNIST."""
+    found = {"L": {}}
+    for name in ("english", "text8", "mnist"):
+        (L,) = planner.smooth(models[name][1]["L"], models[name][1]["counts"])
+        found["L"][name] = L.round(5).tolist()
+        if name == "english":
+            found["film"] = written(models[name][0], L, 64, models[name][0].D)
+    digits = UpscaleARDM(None, numeral.shape[1], 256, 4), {"settings": dict(rate=None,
+                                                                          shape=[1, 28, 28])}
+    return found | dict(digit=process(*digits, numeral), speech=process(*models["fsdd"]))
 
 
 def bench_page(args):
     """What results/index.html shows of models (`python -m results.page` makes it): the model in
-    results/english.pt, those of sections text8 and fsdd, and an upscale-4 model of MNIST (trained
-    here, five minutes). Below, what the first one wrote, and what that cost it in bits."""
-    if not (RUNS / "mnist-upscale-4" / "ckpt.pt").exists():
-        trained("mnist-upscale-4", data=datasets.load("mnist"), branch=4, minutes=args.minutes or 5)
-    models = [nets.load(path) for path in (nets.ENGLISH, *(RUNS / name / "ckpt.pt" for name in (
-        "text8-ours", "mnist-upscale-4", "fsdd")))]
-    letters = datasets.references(text8_prefix().splits["test"].numpy(), 27)
-    kept = json.loads((HERE / "bench.json").read_text())
-    pictures = {row["data"]: row for row in kept["packers"]["rows"]}
-    sounds = {row["run"]: row["bits"] for row in kept["fsdd"]["rows"]}
-    others = dict(text8={name: letters[name] for name in ("bz2", "xz")},
-                  fsdd={name: sounds[name] for name in ("FLAC -8", "WavPack -hhx6", "xz")})
-    for name, row in (("mnist", "mnist"), ("cifar10", "cifar-10-binary")):
-        others[name] = {coder: pictures[row][coder] for coder in ("PNG", "WebP")}
-    found = record(*models, others)
-    if not args.quick:
+    results/english.pt, those of sections text8, mnist and fsdd, and an image of MNIST. Below, what
+    the model of English costs with 8 bits a weight, as the page has it, and with 16, in bits a byte
+    of the same 64 windows of its test text, in the same steps and orders."""
+    paths = dict(english=nets.ENGLISH, text8=RUNS / "text8-ours" / "ckpt.pt",
+                 mnist=RUNS / "mnist" / "ckpt.pt", fsdd=RUNS / "fsdd" / "ckpt.pt")
+    if all(path.exists() for path in paths.values()) and not args.quick:
+        numeral = datasets.load("mnist").chunks("test")[NUMERAL:][:1]
+        found = record({name: nets.load(path) for name, path in paths.items()}, numeral)
         datasets.write(HERE / "page.json", json.dumps(found, separators=(",", ":")).encode())
-    return [{"order": run["order"], "calls": run["calls"], "bits": run["bits"][-1],
-             "text": f"`{run['x']}`"} for run in found["sentences"]]
+    model, _ = nets.load(nets.ENGLISH)
+    text = datasets.load(str(REAL / "prose" / "english.zip"), model.D).chunks("test")
+    for bits in (16, 8):
+        if bits == 8:
+            in_eight_bits(model)
+        found = train.bound(model, train.some(text, 64), passes=4)
+        yield {"bits of a weight": bits, "bits a byte": found["bits"], "stderr": found["stderr"]}
+
+
+# -- The weights -----------------------------------------------------------------------------------
+
+def in_eight_bits(model):
+    """Rounds the matrices of a model of text to 255 values for each row, in place. -> [(name,
+    shape)], the scales and what is no matrix (float32), and the values (int8), as the page has
+    them."""
+    shapes, floats, integers = [], [], []
+    for name, p in model.net.named_parameters():
+        w = p.detach().numpy()                             # shares its memory
+        shapes.append([name, *(w.shape if w.ndim == 2 else [w.size])])
+        if w.ndim == 2:
+            scale = np.maximum(abs(w).max(axis=1), np.float32(1e-9)) / np.float32(127)
+            integers.append(np.rint(w / scale[:, None]).astype(np.int8))
+            w[:] = integers[-1] * scale[:, None]
+        floats.append((scale if w.ndim == 2 else w).flatten())
+    return shapes, np.concatenate(floats), np.concatenate([each.flatten() for each in integers])
+
+
+def weights():
+    """The model of English for the page."""
+    model, checkpoint = nets.load(nets.ENGLISH, "cpu")
+    shapes, floats, integers = in_eight_bits(model)
+    sizes = {name: checkpoint["settings"][name] for name in ("dim", "heads", "depth")}
+    return sizes | dict(shapes=shapes, floats=packed(floats, "<f4"),
+                        integers=packed(integers, np.int8))
 
 
 # -- The page and the film -------------------------------------------------------------------------
@@ -208,28 +212,59 @@ def film(x, sigma, plan, width=64, seconds=0.15):
             f'{"".join(parts)}</svg>\n')
 
 
-def build():
+def build(solutions=True):
     """The page, one str."""
     recording = json.loads((HERE / "page.json").read_text("utf-8"))
     bench = json.loads((HERE / "bench.json").read_text("utf-8"))
+    rows = {name: bench[name]["rows"] for name in ("plans", "absorbing", "calls", "packers")}
     kept = ("model", "calls", "plan", "exact")
-    recording["plans"] = [{name: row[name] for name in kept} for row in bench["plans"]["rows"]]
+    recording["plans"] = [{name: row[name] for name in kept} for row in rows["plans"]]
     recording["absorbing"] = [{"name": row[""], "steps": row["steps"], "bits": row["bits"]}
-                              for row in bench["absorbing"]["rows"]]
+                              for row in rows["absorbing"]]
     recording["audio"] = [{"calls": row["calls"], "exact": row["exact, planned"]}
-                          for row in bench["calls"]["rows"] if "exact, planned" in row]
-    content = json.dumps(recording, separators=(",", ":")).replace("</", "<\\/")
+                          for row in rows["calls"] if "exact, planned" in row]
+    recording["others"] = {row["data"]: row for row in rows["packers"]}
     page = (HERE / "page.html").read_text("utf-8")
-    page = re.sub(r'<ol data-of="(.*?)">(.*?)</ol>', lambda found: box(found[1], found[2]), page,
+    if not solutions:
+        L = np.array(recording["L"]["text8"])
+        recording["planned"] = {n: [[t, k] for _, t, k in planner.plan(L, n)]
+                                for n in range(1, len(L) + 1)}
+        recording["coded"] = coded("abacabab")
+    page = re.sub(r"( *)/\* solution \*/\n(.*?) */\* (?:end|instead:\n(.*?)) *\*/\n",
+                  lambda found: found[2] if solutions else found[3] or "", page, flags=re.DOTALL)
+    page = re.sub(r"<!-- solution -->\n(.*?)<!-- end -->\n", r"\1" if solutions else "", page,
                   flags=re.DOTALL)
-    return page.replace("{{recording}}", content)
+    page = re.sub(r'<ol data-of="(.*?)"(?: data-more="(.*?)")?>(.*?)</ol>',
+                  lambda found: box(found[1], found[2], found[3]) if solutions else plain(found[3]),
+                  page, flags=re.DOTALL)
+    for name, content in (("recording", recording), ("weights", weights())):
+        text = json.dumps(content, separators=(",", ":")).replace("</", "<\\/")
+        page = page.replace("{{%s}}" % name, text)
+    return page
+
+
+def plain(steps):
+    """The steps of a box without the lines of the code."""
+    steps = re.sub(r' data-line=".*?"', "", steps)
+    steps = re.sub(r"{(\w+)}", lambda one: mark(one[1], NAMES[one[1]][0]), steps)
+    return f"<ol>{steps}</ol>"
+
+
+def coded(message):
+    """What part 6 computes of its message: the states, and the symbols that are popped."""
+    own, states = dict(a=(0, 4), b=(4, 3), c=(7, 1)), [77]
+    for start, f in (own[symbol] for symbol in reversed(message)):
+        states.append(states[-1] // f * 8 + start + states[-1] % f)
+    return dict(states=states + states[-2::-1], popped=[*message])
 
 
 def main():
     """Writes index.html and text.svg."""
-    datasets.Parser(description=__doc__.split("\n")[0]).parse_args()
+    parser = datasets.Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("--without-solutions", action="store_true", help="for an assignment")
+    solutions = not parser.parse_args().without_solutions
     recording = json.loads((HERE / "page.json").read_text("utf-8"))
-    for name, content in (("index.html", build()), ("text.svg", film(**recording["film"]))):
+    for name, content in (("index.html", build(solutions)), ("text.svg", film(**recording["film"]))):
         datasets.write(HERE / name, content.encode())
     print(f"{HERE / 'index.html'} written: open it in a browser")
 

@@ -195,17 +195,6 @@ def test_the_page_is_made_of_the_sources_and_the_recording():
     assert not re.search(rb"https?://(?!www.w3.org)|src=|@import", found)
 
 
-@pytest.mark.parametrize("way", page.ORDERS)
-def test_what_is_recorded_of_a_sentence_is_what_the_model_says_of_it(way):
-    model, checkpoint = nets.load(nets.ENGLISH)
-    run = page.sentence(model, planner.smooth(checkpoint["L"], checkpoint["counts"])[0], way, 6, 24)
-    x = torch.tensor([[10 if letter == "\u21b5" else ord(letter) for letter in run["x"]]])
-    sigma, plan = torch.tensor([run["sigma"]]), [(1, t, k) for t, k in run["plan"]]
-    assert run["bits"][-1] == pytest.approx(model.nll(x, plan, sigma).item() / math.log(2), abs=0.1)
-    best = model.log_probs(x, sigma < 1, ONE, ONE)[0].argmax(dim=1)
-    assert run["top"][0][::5] == page.visible(best)
-
-
 def test_the_page_plans_as_the_planner_does(browser):
     L = np.array(browser.run("L"))
     D, wanted = len(L), planner.costs(L)
