@@ -1,8 +1,11 @@
-"""What test_ardm.py and tests/ share: tiny trained runs, and how scripts are called."""
+"""What test_ardm.py and tests/ share: tiny trained runs, how scripts are called, and a browser."""
+import json
 import os
+import select
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 os.environ["TORCHDYNAMO_DISABLE"] = "1"               # on a GPU each run would compile for long
@@ -68,6 +71,59 @@ def wav_bytes(samples, rate=8000, before=b"", after=b"", size=None, code=1, bits
     rest = b"WAVEfmt " + struct.pack("<I", len(form)) + form + before
     rest += b"data" + struct.pack("<I", size) + body + after
     return b"RIFF" + struct.pack("<I", len(rest) if riff is None else riff) + rest
+
+
+class Browser:
+    """Headless Chromium, driven through two pipes (its DevTools protocol)."""
+
+    def __init__(self, program, folder):
+        read, self.commands = os.pipe()
+        self.answers, write = os.pipe()
+        flags = ("--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe")
+        self.process = subprocess.Popen(
+            ["bash", "-c", f'exec "$0" "$@" 3<&{read} 4>&{write}', program, *flags,
+             f"--user-data-dir={folder}"], pass_fds=(read, write), stderr=subprocess.DEVNULL)
+        self.number, self.rest, self.events, self.session = 0, b"", [], {}
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        found = self.call("Target.attachToTarget", targetId=target, flatten=True)
+        self.session = dict(sessionId=found["sessionId"])
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(f"{domain}.enable")
+
+    def read(self):
+        while b"\0" not in self.rest:
+            assert select.select([self.answers], [], [], 30)[0], "Chromium does not answer"
+            self.rest += os.read(self.answers, 1 << 20)
+        first, _, self.rest = self.rest.partition(b"\0")
+        return json.loads(first)
+
+    def call(self, method, **params):
+        self.number += 1
+        message = dict(id=self.number, method=method, params=params, **self.session)
+        os.write(self.commands, json.dumps(message).encode() + b"\0")
+        answer = self.read()
+        while answer.get("id") != self.number:
+            self.events.append(answer)
+            answer = self.read()
+        return answer["result"]
+
+    def open(self, path, width=1280, address=""):
+        size = dict(width=width, height=2000, deviceScaleFactor=1, mobile=width < 600)
+        self.call("Emulation.setDeviceMetricsOverride", **size)
+        self.call("Page.navigate", url=path.as_uri() + address)
+        while self.run("document.readyState") != "complete":
+            time.sleep(0.05)
+
+    def run(self, code):
+        found = self.call("Runtime.evaluate", expression=code, returnByValue=True,
+                          awaitPromise=True)
+        assert "exceptionDetails" not in found, found
+        return found["result"].get("value")
+
+    def press(self, key):
+        for kind in ("keyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key,
+                      windowsVirtualKeyCode=dict(Tab=9, ArrowRight=39)[key])
 
 
 @pytest.fixture(scope="session")

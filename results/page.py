@@ -114,31 +114,30 @@ def visible(symbols):
                    for i in symbols.tolist())
 
 
-def process(model, checkpoint, x=None):
-    """How a datapoint of an upscale model is generated in 160 calls: x (1, D), or a sample, half a
-    second of sound."""
-    generator, rate = torch.Generator().manual_seed(3), checkpoint["settings"]["rate"]
+def process(model, settings, x=None):
+    """How a datapoint of an upscale model is generated in 160 calls: x (1, D), or half a second of
+    sound that the model draws."""
+    generator, rate = torch.Generator().manual_seed(3), settings["rate"]
     D = rate // 2 if rate else model.D
     sigma = sample_sigma(model.S, D, generator=generator)
     plan = planner.uniform_plan(model.S, D, 160)
     if x is None:
         x = model.sample(1, plan, sigma[:, None], torch.zeros(1, D).long(), generator=generator)
     return dict(x=packed(x, np.uint16), sigma=packed(sigma, np.uint16), plan=plan, rate=rate,
-                shape=checkpoint["settings"]["shape"], K=model.K, b=model.A, S=model.S)
+                shape=settings["shape"], K=model.K, b=model.A, S=model.S)
 
 
 def record(models, numeral):
     """All that the page shows of models, for page.json. models: name -> (model, checkpoint) of
     english (bytes), text8, mnist, fsdd; numeral (1, D): an image of MNIST."""
-    found = {"L": {}}
-    for name in ("english", "text8", "mnist"):
-        (L,) = planner.smooth(models[name][1]["L"], models[name][1]["counts"])
-        found["L"][name] = L.round(5).tolist()
-        if name == "english":
-            found["film"] = written(models[name][0], L, 64, models[name][0].D)
-    digits = UpscaleARDM(None, numeral.shape[1], 256, 4), {"settings": dict(rate=None,
-                                                                          shape=[1, 28, 28])}
-    return found | dict(digit=process(*digits, numeral), speech=process(*models["fsdd"]))
+    L = {name: planner.smooth(checkpoint["L"], checkpoint["counts"])[0]
+         for name, (_, checkpoint) in models.items() if name != "fsdd"}
+    (english, _), (speech, checkpoint) = models["english"], models["fsdd"]
+    digits = UpscaleARDM(None, numeral.shape[1], 256, 4)
+    return dict(L={name: values.round(5).tolist() for name, values in L.items()},
+                film=written(english, L["english"], 64, english.D),
+                digit=process(digits, dict(rate=None, shape=[1, 28, 28]), numeral),
+                speech=process(speech, checkpoint["settings"]))
 
 
 def bench_page(args):
@@ -217,8 +216,7 @@ def build(solutions=True):
     recording = json.loads((HERE / "page.json").read_text("utf-8"))
     bench = json.loads((HERE / "bench.json").read_text("utf-8"))
     rows = {name: bench[name]["rows"] for name in ("plans", "absorbing", "calls", "packers")}
-    kept = ("model", "calls", "plan", "exact")
-    recording["plans"] = [{name: row[name] for name in kept} for row in rows["plans"]]
+    recording["plans"] = rows["plans"]
     recording["absorbing"] = [{"name": row[""], "steps": row["steps"], "bits": row["bits"]}
                               for row in rows["absorbing"]]
     recording["audio"] = [{"calls": row["calls"], "exact": row["exact, planned"]}
@@ -228,7 +226,7 @@ def build(solutions=True):
     if not solutions:
         L = np.array(recording["L"]["text8"])
         recording["planned"] = {n: [[t, k] for _, t, k in planner.plan(L, n)]
-                                for n in range(1, len(L) + 1)}
+                                for n in {round(250 ** (i / 80)) for i in range(81)}}
         recording["coded"] = coded("abacabab")
     page = re.sub(r"( *)/\* solution \*/\n(.*?) */\* (?:end|instead:\n(.*?)) *\*/\n",
                   lambda found: found[2] if solutions else found[3] or "", page, flags=re.DOTALL)
@@ -264,8 +262,8 @@ def main():
     parser.add_argument("--without-solutions", action="store_true", help="for an assignment")
     solutions = not parser.parse_args().without_solutions
     recording = json.loads((HERE / "page.json").read_text("utf-8"))
-    for name, content in (("index.html", build(solutions)), ("text.svg", film(**recording["film"]))):
-        datasets.write(HERE / name, content.encode())
+    datasets.write(HERE / "index.html", build(solutions).encode())
+    datasets.write(HERE / "text.svg", film(**recording["film"]).encode())
     print(f"{HERE / 'index.html'} written: open it in a browser")
 
 
