@@ -182,9 +182,8 @@ def weights():
     """The model of English for the page."""
     model, checkpoint = nets.load(nets.ENGLISH, "cpu")
     shapes, floats, integers = in_eight_bits(model)
-    sizes = {name: checkpoint["settings"][name] for name in ("dim", "heads", "depth")}
-    return sizes | dict(shapes=shapes, floats=packed(floats, "<f4"),
-                        integers=packed(integers, np.int8))
+    return {name: checkpoint["settings"][name] for name in ("dim", "heads", "depth")} | dict(
+        shapes=shapes, floats=packed(floats, "<f4"), integers=packed(integers, np.int8))
 
 
 # -- The page and the film -------------------------------------------------------------------------
