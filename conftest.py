@@ -1,4 +1,4 @@
-"""What test_ardm.py and tests/ share: tiny trained runs, how scripts are called, and a browser."""
+"""What test_ardm.py and tests/ share: tiny runs, how scripts are called, archives, a browser."""
 import json
 import os
 import select
@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 import torch
 
+import compress
 import data as datasets
 import nets
+import planner
 import train
 
 HERE = Path(__file__).parent
@@ -71,6 +73,40 @@ def wav_bytes(samples, rate=8000, before=b"", after=b"", size=None, code=1, bits
     rest = b"WAVEfmt " + struct.pack("<I", len(form)) + form + before
     rest += b"data" + struct.pack("<I", size) + body + after
     return b"RIFF" + struct.pack("<I", len(rest) if riff is None else riff) + rest
+
+
+def pack(place, model, content, order="spaced:4", calls=6, block=10, K=27):
+    """An archive of a text, and its ideal length in bits."""
+    plan, path = [[k for _, _, k in planner.uniform_plan(1, 24, calls)]], place / "packed"
+    codec = compress.Codec(model, dict(shape=[24]), order, plan, block)
+    path.write_bytes(content)
+    archive, _, bits = compress.encode_file(path, model, codec, dict(
+        kind="text", K=K, shape=[24]))
+    return archive, bits
+
+
+def unpack(model, archive, K=27, damaged=None):
+    """The text in an archive. damaged: a list, which gets the numbers of blocks that are."""
+    header, _, at = compress.read_header(archive, "archive")
+    codec = compress.open_codec(header, model, dict(kind="text", K=K, shape=[24]), "archive")
+    content = b""
+    for i, x in compress.decode_file(archive, at, codec, header["length"]):
+        if x is not None:
+            content += datasets.to_bytes(x.reshape(-1), K)
+        elif damaged is None:
+            raise ValueError(f"block {i} is damaged")
+        else:
+            damaged.append(i)
+    return content
+
+
+def blocks_of(archive):
+    """[(place, length)] of the blocks of an archive."""
+    at, found = 9 + int.from_bytes(archive[5:9], "big"), []
+    while at < len(archive):
+        found.append((at, 5 + int.from_bytes(archive[at:at + 4], "big") % (1 << 31)))
+        at += found[-1][1]
+    return found
 
 
 class Browser:

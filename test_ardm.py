@@ -10,8 +10,9 @@ import itertools
 import json
 import math
 import re
+import zlib
 
-from conftest import DEVICES, HERE, call, seeded, settings
+from conftest import DEVICES, HERE, call, pack, seeded, settings, unpack
 
 import numpy as np
 import pytest
@@ -81,6 +82,13 @@ def same(words, got, expected, rel=1e-9):
             f"{words}: expected {other:.10g}, got {one:.10g}")
 
 
+def example(number, words, got, wanted):
+    """The worked example of an exercise, from exercises/README.md."""
+    got, wanted = (np.asarray(part).tolist() for part in (got, wanted))
+    assert np.shape(got) == np.shape(wanted) and np.allclose(got, wanted, atol=1e-3), (
+        f"the example of exercise {number}: {words} should be {wanted}, is {got}")
+
+
 def by_hand(net, x, sigma, plan):
     """-log p(x | sigma) in nats, one datapoint, with plain loops: the chain rule over a plan."""
     nats = 0.0
@@ -101,12 +109,25 @@ def assert_drawn_with(model, plan, p):
 
 # -- ardm.py: the order-agnostic model -------------------------------------------------------------
 
+QUARTER = torch.tensor([0.75, 0.25]).log()                 # of the examples: p(1) = 1/4
+X, SIGMA, PLAN = torch.tensor([[1, 0, 1]]), torch.tensor([[2, 3, 1]]), [(1, 1, 1), (1, 2, 2)]
+
+
+def test_exercise_01_example():
+    known = torch.tensor([[False, True, False]])
+    example(1, "sigma = (2, 3, 1) with variable 2 known", known_first(SIGMA, known), [[3, 0, 2]])
+    rows = sample_sigma(4, 3).sort(dim=1).values
+    example(1, "the sorted rows of sample_sigma(4, 3)", rows, [[1, 2, 3]] * 4)
+
+
 def test_exercise_01_sigma_is_a_uniform_permutation():
     sigma = sample_sigma(6000, 3, generator=seeded())
     same("each row of sigma holds every step 1..D once", sigma.sort(dim=1).values,
          torch.arange(1, 4))
     orders, counts = sigma.unique(dim=0, return_counts=True)
     assert len(orders) == 6, f"sigma ~ U(S_3) takes 6 values, not {len(orders)}"
+    one, two, again = (sample_sigma(9, 9, generator=seeded(i)) for i in (0, 1, 0))
+    assert torch.equal(one, again) and not torch.equal(one, two), "the generator is not used"
     same("each of the 6 orders comes 1 time in 6", counts / 6000, 1 / 6, rel=0.15)
 
 
@@ -131,6 +152,11 @@ def test_t_reaches_1_and_D_and_every_batch_covers_all_steps():
     first = torch.stack([stratified_steps(3, 1, 5)[0] for _ in range(2000)])
     for column in first.T:                                 # each row alone is uniform
         assert (column.bincount(minlength=6)[1:] - 400).abs().max() < 100
+
+
+def test_exercise_02_example():
+    loss = ARDM(Fixed(QUARTER), 3, 2).loss(X, 2 * ONE, ONE, SIGMA).detach()
+    example(2, "the loss of x = (1, 0, 1) with sigma = (2, 3, 1) at t = 2", loss, [2.511])
 
 
 def test_exercise_02_the_loss_at_t_is_D_times_the_mean_over_the_unknown():
@@ -181,6 +207,14 @@ def test_exercise_02_mean_loss_over_orders_and_steps_is_the_bound_of_eq_2():
              np.mean(losses), np.mean(chain))
     draws = model.loss(x.expand(40000, 3), generator=seeded())
     assert abs(draws.mean().item() - np.mean(chain)) < 5 * draws.std().item() / 200
+
+
+def test_exercise_03_example():
+    model, seen = ARDM(Fixed(QUARTER), 3, 2), []
+    model.generate(X, PLAN, SIGMA, lambda log_p, where, s: seen.append(where) or X[where])
+    example(3, "the variables that the two calls generate", torch.cat(seen),
+            [[False, False, True], [True, True, False]])
+    example(3, "-log p(x | sigma)", model.nll(X, PLAN, SIGMA), [3.060])
 
 
 @pytest.mark.parametrize("plan", [
@@ -309,21 +343,34 @@ def falling(rng, S, D, ties=False):
 def assert_plan(plan, S, D, budget):
     assert len(plan) == budget, f"a plan of {budget} calls has {len(plan)} entries"
     assert all(k >= 1 for _, _, k in plan), f"a call with no variable: {plan}"
-    assert [s for s, _, _ in plan] == sorted(s for s, _, _ in plan)
+    assert [s for s, _, _ in plan] == sorted(s for s, _, _ in plan), "stages come in order"
     for stage in range(1, S + 1):
-        calls = [(t, k) for s, t, k in plan if s == stage]
-        ends = list(itertools.accumulate(k for _, k in calls))
-        assert [t for t, _ in calls] == [1] + [end + 1 for end in ends[:-1]] and ends[-1] == D
+        calls, end = [(t, k) for s, t, k in plan if s == stage], 0
+        for t, k in calls:
+            assert calls[0][0] == 1, f"steps count from 1: {calls} begins at {calls[0][0]}"
+            assert t == end + 1, f"calls must join: behind step {end} comes {end + 1}, not {t}"
+            end += k
+        assert end == D, f"{calls} generates {end} variables of {D}"
+
+
+def test_exercise_04_example():
+    example(4, "the cost of [(1, 1, 1), (1, 2, 2)]", planner.plan_cost([1.0, 0.6, 0.2], PLAN), 2.2)
+    example(4, "isotonic of (1.0, 0.2, 0.6)", planner.isotonic(np.array([1.0, 0.2, 0.6]),
+                                                               np.ones(3)), [1.0, 0.4, 0.4])
+    example(4, "smooth of (1, 2), met once and three times", planner.smooth([1.0, 2.0], [1, 3]),
+            [1.75, 1.75])
 
 
 def test_exercise_04_expected_nll_under_a_plan_is_its_cost_by_L():
     """Eq. 3: over random orders, k variables generated together at step t cost k L_t."""
-    model, x, sigma = ARDM(Table(4, 2), 4, 2), torch.tensor([[1, 0, 0, 1]]), all_sigma(4)
-    L = [np.mean([model.loss(x, t=torch.tensor([t]), sigma=order[None]).item() / 4
-                  for order in sigma]) for t in range(1, 5)]
+    net, x = Table(4, 2), [1, 0, 0, 1]
+    orders = all_sigma(4).tolist()
+    L = [np.mean([by_hand(net, x, order, [(1, t, 1)]) for order in orders]) for t in range(1, 5)]
     for plan in ([(1, 1, 1), (1, 2, 3)], [(1, 1, 2), (1, 3, 2)], planner.full_plan(1, 4)):
-        nll = model.nll(x.expand(len(sigma), 4), plan, sigma).mean()
+        nll = np.mean([by_hand(net, x, order, plan) for order in orders])
         same(f"Eq. 3: the plan {plan} costs the sum of k L_t", planner.plan_cost(L, plan), nll)
+    same("each stage has its own L", planner.plan_cost([[4, 3], [2, 1]], [
+        (1, 1, 2), (2, 1, 1), (2, 2, 1)]), 11)
 
 
 def test_exercise_04_isotonic_fit_is_the_nearest_one():
@@ -340,18 +387,25 @@ def test_exercise_04_smooth_fits_lines_and_never_rises():
     same("a straight line is smooth as it is", planner.smooth(7 - 0.05 * t), 7 - 0.05 * t)
     noisy = 5 / np.sqrt(t) + np.random.default_rng(0).normal(0, 0.2, 100)
     counts = np.random.default_rng(1).integers(0, 3, 100)
-    fit = planner.smooth(np.where(counts, noisy, np.nan), counts)
     same("NaN is a step that was not met", planner.smooth(np.where(counts, noisy, np.nan)),
          planner.smooth(noisy, counts > 0))
-    assert (np.diff(fit) <= 0).all(), "Eq. 4: a smooth L_t does not increase"
-    assert np.abs(fit - 5 / np.sqrt(t))[5:].mean() < 0.1
+    for L in (noisy, 1.0 * (t < 50)):                      # a line overshoots behind a step
+        rises = np.diff(planner.smooth(L)).max()
+        assert rises <= 0, f"Eq. 4: a smooth L_t does not increase, this one by {rises:.3g}"
+    line = 30 - 0.05 * np.arange(400)
+    noisy = line + np.random.default_rng(0).normal(0, 0.3, 400)
+    fits = planner.smooth(noisy), planner.isotonic(noisy, np.ones(400))
+    errors = [np.abs(fit - line).mean() for fit in fits]
+    assert errors[0] < 0.6 * errors[1], "isotonic alone is as near to the line: where is local_fit?"
+    often = np.where(t == 50, 1, 10 ** 6)
+    fit = planner.smooth(7 - 0.05 * t + (t == 50), often)
+    assert np.abs(fit - 7 + 0.05 * t).max() < 1e-3, "what was met once weighs as much as the others"
+    fit = planner.smooth([3, np.nan, np.nan, np.nan, 1, np.nan, np.nan, np.nan, 0.9])
+    same("L_5, met alone: what is filled in weighs nothing", fit[4], 1, rel=1e-6)
     assert planner.smooth([[3.0, 2.0], [1.0, 1.0]]).shape == (2, 2)
     for bad in ([np.nan, np.nan], [np.inf, 1.0], [], np.zeros((2, 2, 2))):
         with pytest.raises(ValueError):
             planner.smooth(bad)
-    for function in (lambda L: planner.plan(L, 2), planner.costs):
-        with pytest.raises(ValueError, match="smooth"):
-            function([1.0, 2.0])
 
 
 def test_plans_from_a_smoothed_L_lose_little():
@@ -368,14 +422,27 @@ def test_plans_from_a_smoothed_L_lose_little():
     assert excess[1] - best < (excess[0] - best) / 2
 
 
+def test_a_plan_of_an_L_that_rises_is_refused():
+    for function in (lambda L: planner.plan(L, 2), planner.costs):
+        with pytest.raises(ValueError, match="smooth"):
+            function([1.0, 2.0])
+
+
 def test_smooth_of_200000_steps_is_done_in_seconds():
     curve = 4 / np.sqrt(np.arange(1, 200_001)) + 0.5
     assert np.abs(planner.smooth(curve) / curve - 1)[100:].max() < 3e-3
 
 
+def test_exercise_05_example():
+    L = np.array([1.0, 0.5, 0.2])
+    for programme in (planner.one_more_call, planner.one_more_call_fast):
+        E, start = programme(np.array([np.inf, 1, 2, 3]), L)
+        example(5, "E_2[3]", E[3], 2.0)
+        example(5, "start[3]", start[3], 1)
+    example(5, "the best path of two calls", planner.best_path(L, 2), [(1, 1), (2, 2)])
+
+
 def test_exercise_05_the_fast_programme_is_the_plain_one():
-    E, start = planner.one_more_call(np.array([np.inf, 1, 2, 3]), np.array([1.0, 0.5, 0.2]))
-    assert (E[3], start[3]) == (2.0, 1), "the example of the docstring"
     D, L, j = 60, falling(np.random.default_rng(1), 1, 60)[0], np.arange(61)
     E = fast = np.r_[0.0, np.full(D, np.inf)]
     for n in range(1, D + 1):
@@ -497,6 +564,14 @@ def test_125_classes_in_digits_of_5_are_3_stages_not_4(K, b, S):
             num_stages(K, bad)
 
 
+def test_exercise_06_example():
+    model, x = UpscaleARDM(None, 1, 8, 2), 5 * ONE[None]
+    coarse = [model.coarsen(x, s).item() for s in range(4)]
+    example(6, "x^(0), .., x^(3) of 5", coarse, [0, 4, 4, 5])
+    example(6, "the digits of 5", [model.symbol(x, s).item() for s in (1, 2, 3)], [1, 0, 1])
+    example(6, "refine(4, 1, 3)", model.refine(4 * ONE[None], ONE[None], 3), [[5]])
+
+
 @pytest.mark.parametrize("K, b", BASES)
 def test_exercise_06_stages_lead_from_nothing_to_x_by_its_digits(K, b):
     model, x = UpscaleARDM(None, 4, K, b), torch.arange(K).view(1, -1)
@@ -513,6 +588,37 @@ def test_exercise_06_stages_lead_from_nothing_to_x_by_its_digits(K, b):
              model.refine(model.coarsen(x, s - 1), a, s), model.coarsen(x, s))
     s = torch.tensor([0, model.S])
     assert torch.equal(model.coarsen(x.expand(2, -1), s)[1:], x)
+
+
+def summed(model, logits, x, s):
+    """p of the digits by `sum_values`, which gives log p up to a constant."""
+    return model.sum_values(logits, x, s).softmax(dim=-1)
+
+
+def test_exercise_07_example():
+    model, logits = UpscaleARDM(None, 1, 4, 2), torch.tensor([[[0.1, 0.2, 0.3, 0.4]]]).log()
+    for s, wanted in ((1, [[[0.3, 0.7]]]), (2, [[[0.429, 0.571]]])):
+        example(7, f"p of the digits of stage {s}, x^(1) = 2", summed(
+            model, logits, 2 * ONE[None], s * ONE), wanted)
+
+
+@pytest.mark.parametrize("K, b", [(8, 2), (27, 3), (5, 3)])
+def test_exercise_07_every_row_has_its_stage_and_every_variable_its_digits(K, b):
+    model, p = UpscaleARDM(None, 2, K, b), torch.rand(40, 2, K, generator=seeded())
+    x, s = torch.randint(K, (40, 2), generator=seeded(1)), torch.arange(40) % model.S + 1
+    logits = p.log().requires_grad_()
+    got = summed(model, logits, x, s)
+    for i, d in itertools.product(range(40), range(2)):
+        unit = b ** (model.S - s[i].item())
+        mine = [v for v in range(K) if v // unit // b == x[i, d].item() // unit // b]
+        sums = torch.stack([p[i, d, [v for v in mine if v // unit % b == a]].sum()
+                            for a in range(b)])
+        same(f"row {i} at stage {s[i]}, variable {d}", got[i, d], sums / sums.sum(), rel=1e-4)
+    got[..., 0].sum().backward()
+    assert (logits.grad != 0).any(), "no gradient reaches the network"
+    for shift in (-400, 400):                              # p up to a constant, in float32
+        moved = summed(model, p.log() + shift, x, s)
+        assert torch.allclose(moved, got, atol=1e-4), "the largest logit must be taken out of exp"
 
 
 @pytest.mark.parametrize("K, b", BASES)
@@ -626,6 +732,16 @@ def coded(cdf, symbols, state=0):
     return coder.encode(*coder.intervals(cdf, symbols), state)
 
 
+def test_exercise_08_example(monkeypatch):
+    cdf = coder.quantize(np.log([[0.25, 0.75]]))
+    assert cdf.tolist() == [[0, 1040135, 1 << 22]], f"the example of exercise 8: cdf is {cdf}"
+    monkeypatch.setattr(coder, "P", 2)
+    example(8, "pushing symbol 1 onto x = 5", [*coder.encode([1], [3], 5)], [7])
+    decoder = coder.Decoder(b"\x07")
+    example(8, "the symbol popped from x = 7", decoder.pop(np.array([[0, 1, 4]])), [1])
+    example(8, "x after the pop", decoder.end, 5)
+
+
 @pytest.mark.parametrize("K, n, peaked", [
     (2, 5000, 3), (27, 5000, 1), (27, 5000, 6), (256, 3000, 2), (1, 10, 1), (27, 0, 1), (27, 1, 1)])
 def test_exercise_08_coder_gives_back_every_symbol_at_the_ideal_length(K, n, peaked):
@@ -716,128 +832,80 @@ def test_exercise_08_what_is_no_distribution_or_interval_is_refused():
 
 # -- compress.py: from the loop to bytes -----------------------------------------------------------
 
-def pack(place, model, content, order="spaced:4", calls=6, block=10, K=27):
-    """An archive of a text, and its ideal length in bits."""
-    plan, path = [[k for _, _, k in planner.uniform_plan(1, 24, calls)]], place / "packed"
-    codec = compress.Codec(model, dict(shape=[24]), order, plan, block)
-    path.write_bytes(content)
-    archive, _, bits = compress.encode_file(path, model, codec, dict(
-        kind="text", K=K, shape=[24]))
-    return archive, bits
-
-
-def unpack(model, archive, K=27, damaged=None):
-    """The text in an archive. damaged: a list, which gets the numbers of blocks that are."""
-    header, _, at = compress.read_header(archive, "archive")
-    codec = compress.open_codec(header, model, dict(kind="text", K=K, shape=[24]), "archive")
-    content = b""
-    for i, x in compress.decode_file(archive, at, codec, header["length"]):
-        if x is not None:
-            content += datasets.to_bytes(x.reshape(-1), K)
-        elif damaged is None:
-            raise ValueError(f"block {i} is damaged")
-        else:
-            damaged.append(i)
-    return content
-
-
-def blocks_of(archive):
-    """[(place, length)] of the blocks of an archive."""
-    at, found = 9 + int.from_bytes(archive[5:9], "big"), []
-    while at < len(archive):
-        found.append((at, 5 + int.from_bytes(archive[at:at + 4], "big") % (1 << 31)))
-        at += found[-1][1]
+def codec(model, order="backward", ks=((1, 2),), block=30):
+    """A codec that notes how many symbols it was told of."""
+    found = compress.Codec(model, dict(shape=[model.D]), order, [[*k] for k in ks], block)
+    found.done = []
+    found.tick = found.done.append
     return found
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_exercise_09_texts_of_any_length_come_back_at_their_ideal_length(folder, tmp_path, device):
-    model = nets.load(folder / "ckpt.pt", device)[0]
-    text = (folder / "test.txt").read_bytes()
-    for n, block, calls in ((0, 10, 6), (1, 10, 24), (23, 1, 6), (24, 1, 5), (25, 7, 24),
-                            (1001, 10, 6), (700, 1, 6), (4000, 1000, 6)):
-        archive, bits = pack(tmp_path, model, text[:n], block=block, calls=calls)
-        assert unpack(model, archive) == text[:n], "the file does not come back"
-        assert unpack(nets.load(folder / "ckpt.pt", "cpu")[0], archive) == text[:n]
-        blocks = blocks_of(archive)
-        assert len(blocks) == -(-(n // 24) // block) + (n % 24 > 0)
-        payload = sum(length for _, length in blocks)
-        assert payload <= bits / 8 * 1.001 + 10 * len(blocks)
-    whole = torch.from_numpy(datasets.to_symbols(text[:960], 27)).long().view(-1, 24).to(device)
-    sigma = torch.from_numpy(planner.order("spaced:4", 24)).to(device).expand(whole.shape)
-    nll = model.double().nll(whole, planner.uniform_plan(1, 24, 6), sigma).sum().item()
-    assert math.isclose(pack(tmp_path, model, text[:960])[1], bits_per_dim(nll, 1), rel_tol=1e-9)
+def test_exercise_09_example():
+    found = codec(ARDM(Fixed(QUARTER), 3, 2))
+    block, bits = found.encode(X.numpy().astype(np.uint8), 0)
+    example(9, "-log2 p of x = (1, 0, 1)", bits, 3.060 / math.log(2))
+    example(9, "the symbols of the two calls", found.done, [1, 2])
+    example(9, "what comes back", found.decode(block, 1, 3, 0), [[1, 0, 1]])
 
 
-def test_exercise_09_damage_is_noticed_and_intact_blocks_are_delivered(model, folder, tmp_path):
-    """All truncations, and one changed bit at every position. A changed shift may lead to the same
-    integers, and deflate fills up its last byte: then the text is the right one."""
-    text = (folder / "test.txt").read_bytes()[:80]
-    archive, _ = pack(tmp_path, model, text, calls=3, block=1)
-    blocks = blocks_of(archive)
-    harmless = {blocks[0][0] - 5, *(at + 4 for at, _ in blocks)}
-    for i in range(len(archive)):
-        flipped = archive[:i] + bytes([archive[i] ^ 1 << i % 8]) + archive[i + 1:]
-        with pytest.raises(ValueError):
-            unpack(model, archive[:i])
-        if i in harmless and unpack(model, flipped, damaged=[]) == text:
-            continue
-        with pytest.raises(ValueError):
-            unpack(model, flipped)
-        if i >= blocks[0][0]:
-            damaged, hit = [], max(n for n, (at, _) in enumerate(blocks) if at <= i)
-            back = unpack(model, flipped, damaged=damaged)
-            assert back.startswith(text[:24 * hit]) and damaged
-            if i - blocks[hit][0] >= 4:                    # not in the length of a block
-                assert back == text[:24 * hit] + text[24 * (hit + 1):]
-                assert damaged == [hit]
-    moved = archive[:blocks[0][0]] + b"".join(archive[at:at + n] for at, n in (
-        blocks[1], blocks[0], *blocks[2:]))
-    with pytest.raises(ValueError, match="block 0"):       # right bytes, in a wrong place
-        unpack(model, moved)
-    with pytest.raises(ValueError, match="block 4"):       # something follows the last one
-        unpack(model, archive + b"x")
+def test_exercise_09_all_x_come_back_at_their_ideal_length(monkeypatch):
+    for model, ks in ((ARDM(Table(3, 3), 3, 3), ((1, 2),)),
+                      (UpscaleARDM(Table(3, 3, 4, 2), 3, 3, 2, "direct"), ((1, 2), (3,)))):
+        x = all_x(3, 3).numpy().astype(np.uint8)
+        sigma = torch.tensor([[3, 2, 1]]).expand(27, 3)
+        plan = [(s, t, k) for s, stage in enumerate(ks, 1)
+                for t, k in zip(itertools.accumulate((1, *stage)), stage)]
+        nats = model.nll(all_x(3, 3), plan, sigma).sum()
+        for margin in (coder.MARGIN, 5e-4):
+            monkeypatch.setattr(coder, "MARGIN", margin)
+            found = codec(model, ks=ks)
+            block, bits = found.encode(x, 7)
+            same("-log2 p", bits, nats / math.log(2), rel=1e-6)
+            assert 8 * len(block) < bits + 8 * (5 + 8) + 0.01 * bits, "the stream is too long"
+            assert sum(found.done) == 81 * model.S, "tick is told of every symbol in encode"
+            got = found.decode(block, 27, 3, 7)
+            assert got is not None and np.array_equal(got, x), "the block does not come back"
+            assert sum(found.done) == 2 * 81 * model.S, "tick is told of every symbol in decode"
+        if model.S == 1:
+            assert block[4] > 0 and found.decode(block[:4] + b"\0" + block[5:], 27, 3, 7) is None, (
+                "decode does not read the shift")
+        assert found.decode(block, 27, 3, 8) is None, "a block at another place is noticed"
+        assert found.decode(block + bytes(4), 27, 3, 7) is None, "words that are left are noticed"
 
 
-def test_exercise_09_blocks_near_a_boundary_have_a_shifted_grid(model, folder, tmp_path,
-                                                                 monkeypatch):
-    text = (folder / "test.txt").read_bytes()[:1000]
-    plain, _ = pack(tmp_path, model, text, block=2)
-    monkeypatch.setattr(coder, "MARGIN", 1e-5)             # many values are too near a boundary now
-    archive, _ = pack(tmp_path, model, text, block=2)
-    shifts = [archive[at + 4] for at, _ in blocks_of(archive)]
-    assert len(set(shifts)) > 2 and {plain[at + 4] for at, _ in blocks_of(plain)} == {0}
-    assert unpack(model, archive) == text
-    at = blocks_of(archive)[int(np.argmax(shifts))][0] + 4
-    with pytest.raises(ValueError, match="is damaged"):
-        unpack(model, archive[:at] + b"\0" + archive[at + 1:])
+def test_exercise_09_what_cannot_be_packed_is_stored_raw_with_a_checksum():
+    model = ARDM(Fixed(6 * torch.randn(256, generator=seeded())), 24, 256)
+    found = codec(model, "forward", ((24,),))
+    x = np.frombuffer(np.random.default_rng(0).bytes(48), np.uint8).reshape(2, 24)
+    block, _ = found.encode(x, 0)
+    assert len(block) == 5 + 4 + 48 and block[0] & 128, "longer than its symbols: store it raw"
+    found.done.clear()
+    got = found.decode(block, 2, 24, 0)
+    assert got is not None and np.array_equal(got, x), "a raw block does not come back"
+    assert sum(found.done) == 48, "tick is told of the symbols of a raw block"
+    for i in range(5, len(block)):
+        flipped = block[:i] + bytes([block[i] ^ 1]) + block[i + 1:]
+        assert found.decode(flipped, 2, 24, 0) is None, f"byte {i} of a raw block is checked"
+    for other in (block + b"x", block[:-1]):
+        assert found.decode(other, 2, 24, 0) is None, "a raw block of another length is noticed"
 
 
-def test_exercise_09_incompressible_blocks_are_stored_raw_with_a_checksum(tmp_path):
-    logits = 6 * torch.randn(256, generator=seeded())
-    model = ARDM(Fixed(logits), 24, 256)
-    noise = np.random.default_rng(0).bytes(24 * 50 + 7)
-    archive, _ = pack(tmp_path, model, noise, calls=24, block=50, K=256)
-    assert len(archive) < len(noise) + 200 and archive[blocks_of(archive)[0][0]] >= 128
-    assert unpack(model, archive, K=256) == noise
-    with pytest.raises(ValueError, match="block 1"):
-        unpack(model, archive[:-9] + b"x" + archive[-8:], K=256)
-    codec = compress.Codec(model, dict(shape=[24]), "forward", [[24]], 2)
-    x = np.frombuffer(noise[:48], np.uint8).reshape(2, 24)
-    packed, _ = codec.encode(x, 0)
-    assert np.array_equal(codec.decode(packed, 2, 24, 0), x)
-    assert codec.decode(packed + b"x", 2, 24, 0) is codec.decode(packed[:-1], 2, 24, 0) is None
+def test_exercise_09_a_digit_that_leads_nowhere_is_damage():
+    """K = 5, b = 4: the digits 1, 2 would be the value 6. The stream and its checksum are right."""
+    model = UpscaleARDM(Table(1, 5, 8, 2), 1, 5, 4, "direct")
+    found, notes = codec(model, "forward", ((1,), (1,))), []
 
+    def choose(log_p, where, s):
+        a = torch.tensor([s])                              # the digits 1, 2
+        notes.append(coder.intervals(coder.quantize(log_p.double().numpy()), a.numpy()))
+        return a
 
-def test_exercise_09_damaged_bytes_are_no_impossible_digit():
-    model = UpscaleARDM(Table(2, 5, 5, 2), 2, 5, 4)
-    codec = compress.Codec(model, dict(shape=[2]), "forward", [[1, 1], [1, 1]], 3)
-    x = np.array([[0, 4], [3, 1], [2, 2]], dtype=np.uint8)
-    packed, _ = codec.encode(x, 0)
-    assert np.array_equal(codec.decode(packed, 3, 2, 0), x)
+    found.generate(torch.zeros(1, 1, dtype=torch.long), choose)
+    stream = coder.encode(*map(np.concatenate, zip(*notes)), zlib.crc32(b"\x06"))
+    block = len(stream).to_bytes(4, "big") + b"\0" + stream
+    assert found.decode(block, 1, 1, 0) is None, "a symbol of probability 0 came out of the stream"
     for seed in range(60):
-        noise = np.random.default_rng(seed).bytes(7)
-        assert codec.decode(bytes(5) + noise, 3, 2, 0) is None
+        assert found.decode(bytes(5) + np.random.default_rng(seed).bytes(7), 1, 1, 0) is None
 
 
 def test_archives_decode_where_other_numbers_come_out(folder, tmp_path, monkeypatch):

@@ -1,98 +1,149 @@
 """Which exercises are solved: python -m exercises.check, in an assignment or in the project.
 
     python -m exercises.check              in an assignment: a line for each exercise
-    python -m exercises.check FOLDER       in the project: grades FOLDER by the project's own tests
+    python -m exercises.check FOLDER       in the project: grades FOLDER, by the project's own tests
+        --json FILE                        the points as Gradescope reads them
+        --junit FILE                       the same as JUnit XML
     python -m exercises.check [--quick]    in the project: the proof that the tests tell right from
-                                           wrong; --quick: with fewer of the other tests
+                                           wrong; --quick: by fewer tests and mistakes
+
+What is submitted runs in processes of their own with a time limit, but it can do all that you can:
+grade in a container.
 """
 import argparse
-import ast
+import json
 import re
-import shutil
-import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as xml
 from pathlib import Path
 
-from exercises.make import EXERCISES, MARK, ROOT, make
+from exercises.make import EXERCISES, MARK, ROOT, functions, make
+from exercises.run import first_wrong, names_of, run_tests
 
-SECONDS = 120                        # for the tests of one exercise
-
-def failures(folder, expression=None):
-    """{test: its message and text} of the tests of a folder that fail; of one named * if pytest
-    itself does not come to an end."""
-    with tempfile.TemporaryDirectory() as place:
-        report = Path(place, "report.xml")
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short",
-                   f"--junitxml={report}", *(["-k", expression] if expression else [])]
-        try:
-            done = subprocess.run(command, cwd=folder, capture_output=True, text=True,
-                                  encoding="utf-8", errors="replace", stdin=subprocess.DEVNULL,
-                                  timeout=SECONDS if expression else 10 * SECONDS)
-        except subprocess.TimeoutExpired:
-            return {"*": (f"not done after {SECONDS} seconds: does a loop never end?", "")}
-        if done.returncode not in (0, 1) or not report.exists():
-            lines = [line[1:].strip() for line in done.stdout.split("\n") if line[:1] == "E"]
-            return {"*": ((lines or ["no tests were found"])[-1], done.stdout)}
-        found = {}
-        for case in xml.parse(report).iter("testcase"):
-            for wrong in [*case.findall("failure"), *case.findall("error")]:
-                words = wrong.get("message", "").removeprefix("AssertionError: ").split("\n")[0]
-                text = wrong.get("message", "") + (wrong.text or "")
-                blank = re.search(r"(exercise \d\d): (\S+) is yours to write", text)
-                if blank:
-                    words = f"waits for {blank[1]}, {blank[2]}"
-                found[case.get("name")] = (words, text)
-        return found
+REPORT = re.compile(r"\|\s*(10|50|200)\s*\|\s*(\d+\.\d+)\s*\|\s*(\d+\.\d+)")     # of exercise 10
 
 
-def grade(folder, broken=()):
-    """Prints a line for each exercise, by the tests in the folder. True if all are passed. broken:
-    {file: what is wrong with it as a whole}."""
-    passed = True
-    for number, (name, *_) in EXERCISES.items():
-        wrong = {name: (broken[name], "")} if name in broken else failures(
-            folder, f"exercise_{number:02}")
-        words = next(iter(wrong.values()))[0] if wrong else "passed"
-        passed = passed and not wrong
-        print(f"exercise {number:02}: {words}", flush=True)
-    return passed
+def merged(student, solution, part):
+    """The student's file, in which all other blank functions are the solution's: a fault in one
+    part does not hide the others. ValueError if a function is missing, or the file is no Python."""
+    wanted = [name for _, parts in EXERCISES.values() for name in parts]
+    right, lines = functions(solution), student.split("\n")
+    found = functions(student)
+    mine = [name for name in wanted if name in right]
+    for name in mine:
+        if name not in found:
+            raise ValueError(f"{name} is missing")
+    for name in sorted(mine, key=lambda name: -found[name].lineno):
+        if name != part:
+            old, new = found[name], right[name]
+            begin = min([old.lineno, *(each.lineno for each in old.decorator_list)])
+            first = min([new.lineno, *(each.lineno for each in new.decorator_list)])
+            lines[begin - 1:old.end_lineno] = solution.split("\n")[first - 1:new.end_lineno]
+    return "\n".join(lines)
 
 
-def grade_by_own_tests(folder):
-    """The same by the project's tests and files, with the student's functions."""
-    broken = {}
+def grade_part(copy, folder, number, part, names):
+    """None if a part is right, or what is wrong. copy: a whole project."""
+    file = EXERCISES[number][0]
+    solution = (copy / file).read_text("utf-8")
+    try:
+        student = (folder / file).read_text("utf-8-sig")
+        (copy / file).write_text(merged(student, solution, part), "utf-8")
+    except (SyntaxError, ValueError, OSError) as error:
+        return f"{file} cannot be read: {error}"
+    try:
+        return first_wrong(run_tests(copy, "test_ardm.py", "-k", f"exercise_{number:02}"), names)
+    finally:
+        (copy / file).write_text(solution, "utf-8")
+
+
+def grade_tenth(folder):
+    """Nothing if the run and the three numbers are there, or what is missing."""
+    try:
+        results = json.loads((folder / "exercise_10" / "results.json").read_text("utf-8"))
+        report = (folder / "exercise_10" / "report.md").read_text("utf-8-sig")
+    except (OSError, ValueError) as error:
+        return f"exercise_10 needs results.json and report.md: {error}"
+    calls = {found[1] for found in REPORT.finditer(report)}
+    if not isinstance(results, dict) or "bits_per_dim" not in results:
+        return "exercise_10/results.json is not what train.py writes"
+    missing = ", ".join(sorted({"10", "50", "200"} - calls, key=int))
+    return missing and f"report.md has no row | calls | predicted | measured | for {missing} calls"
+
+
+def grade(folder, numbers=EXERCISES):
+    """[(exercise, part, points, most, words)] of a folder, printed line by line."""
+    rows = []
     with tempfile.TemporaryDirectory() as place:
         copy = Path(place, "copy")
         make(copy, [])
-        for name in {name for name, *_ in EXERCISES.values()}:
-            try:
-                ast.parse((folder / name).read_text("utf-8"))
-                shutil.copy(folder / name, copy / name)
-            except (SyntaxError, ValueError, OSError) as error:
-                broken[name] = f"{name} cannot be read: {error}"
-        return grade(copy, broken)
+        for number in numbers:
+            names = names_of(copy, number)
+            for part, most in EXERCISES[number][1].items():
+                wrong = grade_part(copy, folder, number, part, names)
+                rows.append((number, part, 0 if wrong else most, most, wrong or "right"))
+                print("exercise {:02}, {}: {} of {}: {}".format(*rows[-1]), flush=True)
+    wrong = grade_tenth(folder)
+    rows.append((10, "the run and three numbers", 0 if wrong else 10, 10, wrong or "there"))
+    print("exercise {:02}, {}: {} of {}: {}".format(*rows[-1]))
+    print(f"total: {sum(row[2] for row in rows)} of {sum(row[3] for row in rows)}")
+    return rows
+
+
+def as_json(rows):
+    """What Gradescope reads."""
+    return json.dumps({"tests": [
+        dict(name=f"exercise {number:02}: {part}", score=points, max_score=most, output=words)
+        for number, part, points, most, words in rows]}, indent=1)
+
+
+def as_junit(rows):
+    """JUnit XML."""
+    suite = xml.Element("testsuite", name="exercises", tests=str(len(rows)),
+                        failures=str(sum(points < most for _, _, points, most, _ in rows)))
+    for number, part, points, most, words in rows:
+        case = xml.SubElement(suite, "testcase", classname=f"exercise_{number:02}", name=part)
+        if points < most:
+            xml.SubElement(case, "failure", message=words)
+    return xml.tostring(suite, "unicode")
+
+
+def look(folder):
+    """In an assignment: a line for each exercise. True if all tests pass."""
+    solved = True
+    for number in EXERCISES:
+        names = names_of(folder, number)
+        found = run_tests(folder, "test_ardm.py", "-k", f"exercise_{number:02}")
+        wrong = first_wrong(found, names)
+        passed = sum(found.get(name, "") is None for name in names)
+        solved = solved and not wrong
+        print(f"exercise {number:02}: {passed} of {len(names)} tests pass"
+              + (f"; {wrong}" if wrong else ""), flush=True)
+    return solved
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", nargs="?", type=Path, help="an assignment to be graded")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="the points for Gradescope")
+    parser.add_argument("--junit", type=Path, metavar="FILE", help="the points as JUnit XML")
     parser.add_argument("--quick", action="store_true", help="a shorter proof")
     args = parser.parse_args()
-    if args.folder:
-        if not (args.folder / "ardm.py").is_file():
-            print(f"exercises.check: {args.folder} is no assignment: it has no ardm.py",
-                  file=sys.stderr)
-            sys.exit(2)
-        good = grade_by_own_tests(args.folder)
-    else:
+    if not args.folder:
         if (ROOT / MARK).exists():
-            good = grade(ROOT)
-        else:
-            from exercises.prove import prove              # not in an assignment: it has solutions
-            good = prove(args.quick)
-    sys.exit(not good)
+            sys.exit(not look(ROOT))
+        from exercises.prove import prove                  # not in an assignment: it has solutions
+        sys.exit(not prove(args.quick))
+    if not (args.folder / "ardm.py").is_file() or (ROOT / MARK).exists():
+        print(f"exercises.check: {args.folder} is no assignment with an ardm.py, or this is one: "
+              "grade in the project", file=sys.stderr)
+        sys.exit(2)
+    rows = grade(args.folder)
+    for path, form in ((args.json, as_json), (args.junit, as_junit)):
+        if path:
+            path.write_text(form(rows), "utf-8")
+    sys.exit(any(points < most for _, _, points, most, _ in rows))
 
 
 if __name__ == "__main__":

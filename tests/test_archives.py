@@ -1,6 +1,7 @@
 """Archives: what comes back byte for byte, what decodes elsewhere, what is refused."""
 import io
 import json
+import math
 import os
 import signal
 import struct
@@ -9,18 +10,22 @@ import sys
 import zlib
 from pathlib import Path
 
-from conftest import HERE, LIST, call, child, pictures, wav_bytes
+from conftest import (DEVICES, HERE, LIST, blocks_of, call, child, pack, pictures, unpack,
+                      wav_bytes)
 
 import numpy as np
 import pytest
 import torch
 
+import coder
 import compress
 import data as datasets
 import nets
+import planner
 import sample
 import train
-from test_ardm import blocks_of, pack, unpack
+from ardm import ARDM, bits_per_dim
+from test_ardm import Fixed
 
 PROVERB = b"Whatever is worth doing at all, is worth doing well.\r\n\xff\x00"
 
@@ -260,3 +265,65 @@ def test_what_does_not_decode_is_not_written(model, folder, tmp_path, monkeypatc
     broken.net.head.bias.data[3] = torch.nan
     with pytest.raises(ValueError, match="weights damaged"):
         pack(tmp_path, broken, b"some text")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_texts_of_any_length_come_back_at_their_ideal_length(folder, tmp_path, device):
+    model = nets.load(folder / "ckpt.pt", device)[0]
+    text = (folder / "test.txt").read_bytes()
+    for n, block, calls in ((0, 10, 6), (1, 10, 24), (23, 1, 6), (24, 1, 5), (25, 7, 24),
+                            (1001, 10, 6), (700, 1, 6), (4000, 1000, 6)):
+        archive, bits = pack(tmp_path, model, text[:n], block=block, calls=calls)
+        assert unpack(model, archive) == text[:n], "the file does not come back"
+        assert unpack(nets.load(folder / "ckpt.pt", "cpu")[0], archive) == text[:n]
+        blocks = blocks_of(archive)
+        assert len(blocks) == -(-(n // 24) // block) + (n % 24 > 0)
+        payload = sum(length for _, length in blocks)
+        assert payload <= bits / 8 * 1.001 + 10 * len(blocks)
+    whole = torch.from_numpy(datasets.to_symbols(text[:960], 27)).long().view(-1, 24).to(device)
+    sigma = torch.from_numpy(planner.order("spaced:4", 24)).to(device).expand(whole.shape)
+    nll = model.double().nll(whole, planner.uniform_plan(1, 24, 6), sigma).sum().item()
+    assert math.isclose(pack(tmp_path, model, text[:960])[1], bits_per_dim(nll, 1), rel_tol=1e-9)
+
+
+def test_damage_is_noticed_and_intact_blocks_are_delivered(model, folder, tmp_path):
+    """All truncations, and one changed bit at every position. A changed shift may lead to the same
+    integers, and deflate fills up its last byte: then the text is the right one."""
+    text = (folder / "test.txt").read_bytes()[:80]
+    archive, _ = pack(tmp_path, model, text, calls=3, block=1)
+    blocks = blocks_of(archive)
+    harmless = {blocks[0][0] - 5, *(at + 4 for at, _ in blocks)}
+    for i in range(len(archive)):
+        flipped = archive[:i] + bytes([archive[i] ^ 1 << i % 8]) + archive[i + 1:]
+        with pytest.raises(ValueError):
+            unpack(model, archive[:i])
+        if i in harmless and unpack(model, flipped, damaged=[]) == text:
+            continue
+        with pytest.raises(ValueError):
+            unpack(model, flipped)
+        if i >= blocks[0][0]:
+            damaged, hit = [], max(n for n, (at, _) in enumerate(blocks) if at <= i)
+            back = unpack(model, flipped, damaged=damaged)
+            assert back.startswith(text[:24 * hit]) and damaged
+            if i - blocks[hit][0] >= 4:                    # not in the length of a block
+                assert back == text[:24 * hit] + text[24 * (hit + 1):]
+                assert damaged == [hit]
+    moved = archive[:blocks[0][0]] + b"".join(archive[at:at + n] for at, n in (
+        blocks[1], blocks[0], *blocks[2:]))
+    with pytest.raises(ValueError, match="block 0"):       # right bytes, in a wrong place
+        unpack(model, moved)
+    with pytest.raises(ValueError, match="block 4"):       # something follows the last one
+        unpack(model, archive + b"x")
+
+
+def test_blocks_near_a_boundary_have_a_shifted_grid(model, folder, tmp_path, monkeypatch):
+    text = (folder / "test.txt").read_bytes()[:1000]
+    plain, _ = pack(tmp_path, model, text, block=2)
+    monkeypatch.setattr(coder, "MARGIN", 1e-5)             # many values are too near a boundary now
+    archive, _ = pack(tmp_path, model, text, block=2)
+    shifts = [archive[at + 4] for at, _ in blocks_of(archive)]
+    assert len(set(shifts)) > 2 and {plain[at + 4] for at, _ in blocks_of(plain)} == {0}
+    assert unpack(model, archive) == text
+    noise = np.random.default_rng(0).bytes(24 * 50 + 7)
+    archive, _ = pack(tmp_path, ARDM(Fixed(6 * torch.randn(256)), 24, 256), noise, block=50, K=256)
+    assert len(archive) < len(noise) + 200                 # stored raw

@@ -10,7 +10,7 @@ import signal
 import wave
 from pathlib import Path
 
-from conftest import call, pictures, wav_bytes
+from conftest import call, pack, pictures, wav_bytes
 
 import numpy as np
 import pytest
@@ -23,7 +23,6 @@ import planner
 import sample
 import train
 from ardm import ARDM
-from test_ardm import pack
 
 
 def test_sample_takes_the_newest_run(folder, tmp_path, monkeypatch, capsys):
