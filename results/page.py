@@ -234,6 +234,8 @@ def build(solutions=True):
     page = re.sub(r'<ol data-of="(.*?)"(?: data-more="(.*?)")?>(.*?)</ol>',
                   lambda found: box(found[1], found[2], found[3]) if solutions else plain(found[3]),
                   page, flags=re.DOTALL)
+    for key, (letter, _) in NAMES.items():                 # those in formulas light up, too
+        page = page.replace(f"<mi>{letter}</mi>", f'<mi data-k="{key}">{letter}</mi>')
     for name, content in (("recording", recording), ("weights", weights())):
         text = json.dumps(content, separators=(",", ":")).replace("</", "<\\/")
         page = page.replace("{{%s}}" % name, text)
@@ -242,9 +244,8 @@ def build(solutions=True):
 
 def plain(steps):
     """The steps of a box without the lines of the code."""
-    steps = re.sub(r' data-line=".*?"', "", steps)
     steps = re.sub(r"{(\w+)}", lambda one: mark(one[1], NAMES[one[1]][0]), steps)
-    return f"<ol>{steps}</ol>"
+    return f"<ol>{re.sub(' data-line=.*?>', '>', steps)}</ol>"
 
 
 def coded(message):
@@ -259,9 +260,8 @@ def main():
     """Writes index.html and text.svg."""
     parser = datasets.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--without-solutions", action="store_true", help="for an assignment")
-    solutions = not parser.parse_args().without_solutions
+    datasets.write(HERE / "index.html", build(not parser.parse_args().without_solutions).encode())
     recording = json.loads((HERE / "page.json").read_text("utf-8"))
-    datasets.write(HERE / "index.html", build(solutions).encode())
     datasets.write(HERE / "text.svg", film(**recording["film"]).encode())
     print(f"{HERE / 'index.html'} written: open it in a browser")
 

@@ -91,7 +91,7 @@ def test_the_network_of_the_page_is_the_one_of_pytorch(browser, rounded, text):
 @pytest.mark.parametrize("way", ("random", "left to right", "spaced", "surest"))
 def test_what_the_page_writes_costs_what_the_model_says(browser, rounded, way):
     browser.run(f"""$("#sentence").value = "She ___ to the ____ed"; choose($("#way"), "{way}");
-                    start().then(() => ($("#budget").value = 3)).then(() => writeOn(64))""")
+                    start(3).then(() => writeOn(64))""")
     frames = browser.run("frames.map(({x, bits, wrote}) => ({x, bits, wrote}))")
     assert [len(frame["wrote"]) for frame in frames] == [0, 2, 3, 2]
     nats = 0
@@ -190,7 +190,7 @@ def test_the_objective_of_the_page_is_the_example_of_exercise_2(browser):
 
 def test_every_symbol_and_step_of_the_boxes_lights_up_on_both_sides(browser):
     for name in browser.run("boxes.map(box => box.dataset.name)"):
-        browser.run(f"document.querySelector('input[value={name}]').click()")
+        browser.run(f"document.querySelector('input[value=\"{name}\"]').click()")
         places = browser.run("""[...document.querySelectorAll(".box:not(.away) ol [data-k]")].map(
             one => {
                 const r = one.getClientRects()[0], y = r.y + 6;          // no symbol on top of it
@@ -212,7 +212,7 @@ def test_every_symbol_and_step_of_the_boxes_lights_up_on_both_sides(browser):
 def test_the_page_is_moved_by_the_keyboard(browser):
     reached = set()
     browser.run("$('#sentence').value = 'a ____ b'; start().then(() => writeOn(2))")
-    browser.run("document.querySelector('input[value=training]').click()")
+    browser.run("document.querySelector('#which input').click()")
     browser.run("document.body.tabIndex = -1; document.body.focus()")
     controls = "[...document.querySelectorAll('input, button, select')]"
     for _ in range(250):
@@ -228,7 +228,8 @@ def test_the_page_is_moved_by_the_keyboard(browser):
         now = "(one => [one.value, one.closest('section').textContent])(document.activeElement)"
         before = browser.run(now)
         browser.press("ArrowRight")
-        assert all(a != b for a, b in zip(before, browser.run(now)))
+        one = browser.run("document.activeElement.id")
+        assert all(a != b for a, b in zip(before, browser.run(now))), one
     wanted = browser.run(f"{controls}.flatMap((one, i) => one.disabled || one.hidden || "
                          "one.type === 'radio' && !one.checked ? [] : [i])")
     assert reached >= {*wanted} and len(wanted) > 50
