@@ -245,7 +245,7 @@ def build(solutions=True):
 def plain(steps):
     """The steps of a box without the lines of the code."""
     steps = re.sub(r"{(\w+)}", lambda one: mark(one[1], NAMES[one[1]][0]), steps)
-    return f"<ol>{re.sub(' data-line=.*?>', '>', steps)}</ol>"
+    return "<ol>" + re.sub(' data-line=".*?"', "", steps) + "</ol>"
 
 
 def coded(message):

@@ -327,3 +327,18 @@ def test_blocks_near_a_boundary_have_a_shifted_grid(model, folder, tmp_path, mon
     noise = np.random.default_rng(0).bytes(24 * 50 + 7)
     archive, _ = pack(tmp_path, ARDM(Fixed(6 * torch.randn(256)), 24, 256), noise, block=50, K=256)
     assert len(archive) < len(noise) + 200                 # stored raw
+
+
+def test_archives_decode_where_other_numbers_come_out(folder, tmp_path, monkeypatch):
+    """On another machine numbers differ, here by up to `size`."""
+    model = nets.load(folder / "ckpt.pt", "cpu")[0]
+    text = (folder / "test.txt").read_bytes()[:2000]
+    archive, _ = pack(tmp_path, model, text)
+    monkeypatch.setattr(nets, "rows_per_call", lambda device, D: 17)     # and other batches
+    model.net.register_forward_hook(
+        lambda net, inputs, logits: logits + size * (2 * torch.rand_like(logits) - 1))
+    for size in (0, 4e-11):
+        assert unpack(model, archive) == text
+    size = 1e-4
+    with pytest.raises(ValueError, match="block 0 is damaged"):
+        unpack(model, archive)
