@@ -26,6 +26,7 @@ for function in (torch.exp, torch.log, torch.log1p, torch.sin, torch.cos, torch.
     function(torch.ones(1))
     function(torch.ones(1).double())
 
+torch.backends.cudnn.allow_tf32 = False      # else float32 is cut in convolutions on CUDA
 MAX_WAVELENGTH = 10000.0             # of the sines of positions and steps, over 2 pi
 
 
@@ -688,6 +689,5 @@ def rows_per_call(device, D):
 def keep_freed_memory():
     """Lets glibc keep freed memory for the next call: to fetch it anew takes 10 to 30% longer."""
     if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)                                # M_MMAP_MAX
-        libc.mallopt(-1, 2 ** 31 - 1)                      # M_TRIM_THRESHOLD
+        for option, value in ((-4, 0), (-1, 2 ** 31 - 1)):               # M_MMAP_MAX, M_TRIM_..
+            ctypes.CDLL(None).mallopt(option, value)

@@ -585,7 +585,7 @@ def test_exercise_06_stages_lead_from_nothing_to_x_by_its_digits(K, b):
         same(f"x^({s}) has the {s} most significant digits, that of stage 1 first",
              model.coarsen(x, s), digits * b ** (model.S - s))
         same(f"refine gives x^({s}) from x^({s - 1})",
-             model.refine(model.coarsen(x, s - 1), a, s), model.coarsen(x, s))
+             model.refine(x, a, s), model.coarsen(x, s))   # and reads no finer digit of x
     s = torch.tensor([0, model.S])
     assert torch.equal(model.coarsen(x.expand(2, -1), s)[1:], x)
 

@@ -78,10 +78,10 @@ def grade(folder, numbers=EXERCISES):
     with tempfile.TemporaryDirectory() as place:
         copy = Path(place, "copy")
         make(copy, [])
+        names = names_of(copy)
         for number in numbers:
-            names = names_of(copy, number)
             for part, most in EXERCISES[number][1].items():
-                wrong = grade_part(copy, folder, number, part, names)
+                wrong = grade_part(copy, folder, number, part, names[number])
                 rows.append((number, part, 0 if wrong else most, most, wrong or "right"))
                 print("exercise {:02}, {}: {} of {}: {}".format(*rows[-1]), flush=True)
     wrong = grade_tenth(folder)
@@ -111,14 +111,13 @@ def as_junit(rows):
 
 def look(folder):
     """In an assignment: a line for each exercise. True if all tests pass."""
-    solved = True
+    solved, names = True, names_of(folder)
     for number in EXERCISES:
-        names = names_of(folder, number)
         found = run_tests(folder, "test_ardm.py", "-k", f"exercise_{number:02}")
-        wrong = first_wrong(found, names)
-        passed = sum(found.get(name, "") is None for name in names)
+        wrong = first_wrong(found, names[number])
+        passed = sum(found.get(name, "") is None for name in names[number])
         solved = solved and not wrong
-        print(f"exercise {number:02}: {passed} of {len(names)} tests pass"
+        print(f"exercise {number:02}: {passed} of {len(names[number])} tests pass"
               + (f"; {wrong}" if wrong else ""), flush=True)
     return solved
 

@@ -86,9 +86,8 @@ def make(folder, numbers=EXERCISES, root=ROOT, page=False):
 
 def graph(numbers):
     """Which of these exercises want which others first."""
-    lines = [f"  {number:02} <- {', '.join(f'{n:02}' for n in NEEDS[number])}"
-             for number in numbers if NEEDS.get(number)]
-    return "\n".join(["what the tests of an exercise need:", *lines] if lines else [])
+    return "".join(f"  {number:02} needs {', '.join(f'{n:02}' for n in NEEDS[number])}\n"
+                   for number in numbers if number in NEEDS)
 
 
 def main():
@@ -103,7 +102,7 @@ def main():
     except (ValueError, OSError) as error:
         print(f"exercises.make: {error}", file=sys.stderr)
         sys.exit(2)
-    print(f"blank in {args.folder}: {', '.join(f'{n:02}' for n in numbers)}\n{graph(numbers)}\n"
+    print(f"blank in {args.folder}: {', '.join(f'{n:02}' for n in numbers)}\n{graph(numbers)}"
           "there:\n  exercises/README.md\n  python -m exercises.check")
 
 

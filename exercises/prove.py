@@ -29,7 +29,7 @@ def prove_blank(number, quick):
         copy = Path(place, "copy")
         make(copy, [number])
         found = run_tests(copy, "test_ardm.py", "-k", own(number) if quick else "exercise")
-        names = names_of(copy, number)
+        names = names_of(copy)[number]
     passed = [name for name in names if found.get(name, "") is None]
     strangers = [name for name, wrong in found.items() if wrong and own(number) not in name
                  and f"exercise {number:02}" not in "".join(wrong)]
@@ -46,7 +46,7 @@ def prove_needs(number):
         copy = Path(place, "copy")
         make(copy, sorted({*EXERCISES} - needed(number)))
         wrong = first_wrong(run_tests(copy, "test_ardm.py", "-k", own(number)),
-                            names_of(copy, number))
+                            names_of(copy)[number])
     print(f"exercise {number:02} needs {sorted(needed(number) - {number})} "
           f"{f'and more: {wrong}' if wrong else 'alone'}", flush=True)
     return not wrong
@@ -62,7 +62,7 @@ def prove_mistake(exercise, what, right, wrong):
         assert source.count(right) == 1, f"{what}: {right!r} is not in the source once"
         path.write_text(source.replace(right, wrong), "utf-8")
         found = run_tests(copy, "test_ardm.py", "-k", own(exercise))
-        words = first_wrong(found, names_of(copy, exercise))
+        words = first_wrong(found, found)
     print(f"exercise {exercise:02}, {what}: {words or 'NOT NOTICED'}", flush=True)
     return bool(words) and "*" not in found
 
