@@ -158,20 +158,21 @@ def test_the_curve_is_drawn_by_hand_and_never_rises(browser):
         browser.call("Input.dispatchMouseEvent", type=kind, x=at[0], y=at[1], button="left",
                      buttons=buttons)
     found = browser.run("[curve(), L, $('#price').textContent]")
-    assert found[0] == "yours" and (np.diff(found[1]) <= 0).all() and "NaN" not in found[2]
+    assert found[0] == "drawn" and (np.diff(found[1]) <= 0).all() and "NaN" not in found[2]
 
 
 def test_the_objective_of_the_page_is_the_example_of_exercise_2(browser):
     assert "2.511 nats" in browser.run("$('#loss').textContent")
     for name, exact in zip(browser.run("Object.keys(TOYS)"), (3.060, math.log(12))):
         browser.run(f"choose($('#toy'), {json.dumps(name)}); toT()")
-        assert f"bound of Eq. 2: {exact:.3f}" in browser.run("$('#loss').textContent")
+        assert f"on -log p(x): {exact:.3f}." in browser.run("$('#loss').textContent")
     browser.run("$('#cards').children[0].focus()")
     browser.press("ArrowRight")
     assert browser.run("generated") == [1, 3, 2]
 
 
 def test_every_symbol_and_step_of_the_boxes_lights_up_on_both_sides(browser):
+    browser.run("$('#boxes').scrollIntoView()")
     for name in browser.run("boxes.map(box => box.dataset.name)"):
         browser.run(f"document.querySelector('input[value=\"{name}\"]').click()")
         places = browser.run("""[...document.querySelectorAll(".box:not(.away) ol [data-k]")].map(
