@@ -28,19 +28,29 @@ def merged(student, solution, part):
     """The student's file, in which all other blank functions are the solution's: a fault in one
     part does not hide the others. ValueError if a function is missing, or the file is no Python."""
     wanted = [name for _, parts in EXERCISES.values() for name in parts]
-    right, lines = functions(solution), student.split("\n")
-    found = functions(student)
-    mine = [name for name in wanted if name in right]
-    for name in mine:
-        if name not in found:
+    right, found, lines = functions(solution), functions(student), student.split("\n")
+    others = [name for name in wanted if name in right and name != part]
+    for name in sorted(others, key=lambda name: -found[name].lineno if name in found else 0):
+        new = span(right[name], solution)
+        if name in found:
+            begin = first_line(found[name])
+            lines[begin - 1:found[name].end_lineno] = new
+        elif "." not in name:
+            lines += new
+    for name in (part, *others):
+        if name not in found and (name == part or "." in name):
             raise ValueError(f"{name} is missing")
-    for name in sorted(mine, key=lambda name: -found[name].lineno):
-        if name != part:
-            old, new = found[name], right[name]
-            begin = min([old.lineno, *(each.lineno for each in old.decorator_list)])
-            first = min([new.lineno, *(each.lineno for each in new.decorator_list)])
-            lines[begin - 1:old.end_lineno] = solution.split("\n")[first - 1:new.end_lineno]
     return "\n".join(lines)
+
+
+def first_line(node):
+    """The number of the first line of a function, decorators included."""
+    return min([node.lineno, *(each.lineno for each in node.decorator_list)])
+
+
+def span(node, source):
+    """The lines of a function."""
+    return source.split("\n")[first_line(node) - 1:node.end_lineno]
 
 
 def grade_part(copy, folder, number, part, names):
@@ -63,8 +73,10 @@ def grade_tenth(folder):
     try:
         results = json.loads((folder / "exercise_10" / "results.json").read_text("utf-8"))
         report = (folder / "exercise_10" / "report.md").read_text("utf-8-sig")
-    except (OSError, ValueError) as error:
-        return f"exercise_10 needs results.json and report.md: {error}"
+    except OSError:
+        return "exercise_10/results.json or exercise_10/report.md is not there"
+    except ValueError as error:
+        return f"exercise_10 cannot be read: {error}"
     calls = {found[1] for found in REPORT.finditer(report)}
     if not isinstance(results, dict) or "bits_per_dim" not in results:
         return "exercise_10/results.json is not what train.py writes"
