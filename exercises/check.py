@@ -61,7 +61,7 @@ def grade_part(copy, folder, number, part, names):
         student = (folder / file).read_text("utf-8-sig")
         (copy / file).write_text(merged(student, solution, part), "utf-8")
     except (SyntaxError, ValueError, OSError) as error:
-        return f"{file} cannot be read: {error}"
+        return f"{file}: {error}"
     try:
         return first_wrong(run_tests(copy, "test_ardm.py", "-k", f"exercise_{number:02}"), names)
     finally:
