@@ -150,10 +150,16 @@ def main():
         print(f"exercises.check: {args.folder} is no assignment with an ardm.py, or this is one: "
               "grade in the project", file=sys.stderr)
         sys.exit(2)
+    wanted = [(path, form) for path, form in ((args.json, as_json), (args.junit, as_junit)) if path]
+    try:
+        for path, _ in wanted:
+            path.touch()                                   # before minutes of work
+    except OSError as error:
+        print(f"exercises.check: {error}", file=sys.stderr)
+        sys.exit(2)
     rows = grade(args.folder)
-    for path, form in ((args.json, as_json), (args.junit, as_junit)):
-        if path:
-            path.write_text(form(rows), "utf-8")
+    for path, form in wanted:
+        path.write_text(form(rows), "utf-8")
     sys.exit(any(points < most for _, _, points, most, _ in rows))
 
 

@@ -257,11 +257,11 @@ def other(browser, tmp_path):
 
 
 def test_a_view_can_be_sent_and_fits_on_a_phone(other):
-    address = "#toy=x&step=3&order=random&kind=cosine&calls=5&zoom=3&sentence=to+be+_&at=plan"
+    address = "#step=3&cards=911&message=z&luck=x&kind=cosine&calls=5&zoom=3&sentence=to+be+_&at=)"
     other.open(page.HERE / "index.html", 360, address)
     assert other.run("[$('#step').value, kind(), $('#calls').value, $('#zoom').value, $('#sentence'"
                      ").value, document.documentElement.scrollWidth]") == [
-        "3", "cosine", "5", "3", "to be _", 360]
+        "3", "cosine", "5", "3", "to be _", 360]           # what makes no sense is left out
     other.run("document.querySelectorAll('li[data-k]')[3].click()")
     assert other.run("$('pre.under').textContent").strip() == "m = sigma < t[:, None]"
     other.call("Emulation.setScriptExecutionDisabled", value=True)
