@@ -49,6 +49,7 @@ MAGIC, VERSION = b"ARDM", 9
 BLOCK = 1 << 14                      # symbols in a block, about (at most twice, or one datapoint)
 RAW = 1 << 31                        # the bit of a length that says: stored raw
 LONGEST = 1 << 26                    # bytes of a header
+SHORT = 1 << 15                      # bytes of a file for which a planned plan is too long to store
 CALLS = {"image": 100, "audio": 64}  # by default; of text an eighth of the variables
 FIELDS = ("kind", "length", "form", "order", "block", "plan", "weights", "head")
 
@@ -61,7 +62,7 @@ class Codec:
 
     def __init__(self, model, settings, order, ks, block):
         if isinstance(model, nets.MixtureARDM):
-            raise ValueError("an order-agnostic model of audio cannot code: train with --branch 16")
+            raise ValueError("an order-agnostic model of audio cannot code: use --branch 256")
         device = next(model.parameters()).device
         self.device = "cpu" if device.type == "mps" else device          # MPS has no float64
         self.model = copy.deepcopy(model).to(self.device).double()
@@ -259,13 +260,12 @@ def settle(args):
     if args.input is None and Path(args.ckpt).name == nets.ENGLISH.name:
         raise ValueError("name a file, or a checkpoint beside which a piece of test data lies")
     path = Path(args.ckpt).parent / datasets.PIECES[kind] if args.input is None else args.input
-    usual = min(S * D, CALLS.get(kind, -(-S * D // 8)))
-    calls = usual if args.calls is None else args.calls
+    calls = min(S * D, CALLS.get(kind, -(-S * D // 8))) if args.calls is None else args.calls
     plan = planner.uniform_plan(S, D, calls)
-    # A random order takes the cheapest plan by L_t. The other orders take an even plan.
-    order = args.order or {"image": "random:1", "audio": "halves"}.get(
-        kind, f"spaced:{-(-S * D // calls)}")
-    if order.startswith("random") and checkpoint.get("L") is not None:
+    # A random order takes the cheapest plan by L_t. Other orders and short files take an even plan.
+    order = args.order or (f"spaced:{-(-S * D // calls)}" if kind == "text" else "random:1")
+    known = order.startswith("random") and checkpoint.get("L") is not None
+    if known and len(datasets.read(path)) > SHORT:
         plan = planner.plan(planner.smooth(checkpoint["L"], checkpoint.get("counts")), calls)
     ks = [[k for stage, _, k in plan if stage == s] for s in range(1, S + 1)]
     block = max(1, BLOCK // D) if args.block is None else args.block

@@ -3,9 +3,8 @@
 x (B, D) int64 holds x^(s) where m (B, D) bool is True, and x^(s-1) elsewhere. t and s are (B,)
 int64. Nothing is causal: an output may depend on every known variable.
 
-Transformer, UNet and WaveNet are the paper's. Our own networks learn more in minutes. They leave
-out the time (images, audio), attention in half of the blocks (text), and the embedding of values
-(audio). What they add stands in their docstrings.
+Transformer, UNet and WaveNet are the paper's. Our own networks learn more in minutes. What they add
+and leave out stands in their docstrings.
 """
 import ctypes
 import hashlib
@@ -450,9 +449,8 @@ class Embedding(nn.Embedding):
     adds row after row, and that took a fifth of a training step of images."""
 
     def forward(self, x):
-        return self.product(x) if self.training and x.is_cuda else super().forward(x)
-
-    def product(self, x):
+        if not (self.training and x.is_cuda):
+            return super().forward(x)
         one_hot = x[..., None] == torch.arange(self.num_embeddings, device=x.device)
         return (one_hot.to(self.weight.dtype) @ self.weight).to(self.weight.dtype)
 
@@ -538,45 +536,48 @@ STEEPEST = 6.0                       # limit of log(scale / reach), both ways
 
 class OurWaveNet(WaveNet):
     """Not in the paper: inputs and outputs are relative to the local amplitude, so that loud and
-    soft sound look alike. Means of known values are inputs, time and embedded values are not."""
+    soft sound look alike. Means of known values are inputs, time and embedded values are not. One
+    logistic is a point: the value whose further digits are 0, as in sound recorded with 8 bits."""
 
     def make_inputs(self, dim):
-        planes = 4 + 2 * len(WINDOWS) + 2 * len(LOUDNESS) + (self.stages if self.stages > 1 else 0)
+        planes = 5 + 2 * len(WINDOWS) + 2 * len(LOUDNESS) + (self.stages if self.stages > 1 else 0)
         self.first = nn.Conv1d(planes, dim, 3, padding=1)
         self.time = lambda t, s: None
         return 0
 
     def inputs(self, x, m, s):
-        """(B, 1, D) values and mask -> (B, dim, D), and for `spread`: anchor, centre, reach.
+        """(B, 1, D) values and mask -> (B, dim, D), and for `spread`: anchor, low, centre, reach.
         The known digits leave an interval of values. The network is shown the one nearest to zero:
         the middle would make a quiet place look loud. Without any digit this value v is 0."""
         dtype = self.head.weight.dtype
         left = self.stages - s[:, None, None] + 1 - m.long()
         unit = self.b ** left                              # how many values the known digits leave
-        v = nearest_to_zero(x - self.K // 2, unit).to(dtype)
+        low = x - self.K // 2                              # of these values the first one
+        v = nearest_to_zero(low, unit).to(dtype)
         weight = torch.where(m, 1.0, COARSE * (s > 1)[:, None, None]).to(dtype)
-        seen = (weight > 0).to(dtype)
         power = v ** 2 + (unit.to(dtype) / 64) ** 2        # and what unknown digits may add
         powers, amounts = local_means(power, weight, LOUDNESS, first=(self.K / 64) ** 2)
         loud = (powers + FLOOR ** 2).sqrt()                # (windows, B, 1, D)
         means, counts = local_means(v, weight)
         amplitude, near = loud[-1], means[-1]
-        planes = [(v - near) / amplitude * seen, v / amplitude, near / amplitude,
-                  m.to(dtype), (unit / amplitude).log() / 5, amplitude.log() / 5,
-                  *(means[:-1] - near) / amplitude, *(loud[:-1] / amplitude).log(), *counts,
-                  *amounts]
+        zero = (x % (unit * self.b) == 0).to(dtype)        # a known value's latest digit is 0
+        zeros, _ = local_means(zero, m.to(dtype), LOUDNESS[1:2])
+        planes = [(v - near) / amplitude * (weight > 0), v / amplitude, near / amplitude, *amounts,
+                  m.to(dtype), (unit / amplitude).log() / 5, amplitude.log() / 5, *zeros,
+                  *(means[:-1] - near) / amplitude, *(loud[:-1] / amplitude).log(), *counts]
         return (self.first(with_stage(planes, s, self.stages)), self.K // 2 + v,
-                torch.where(seen > 0, 0.0, near), torch.minimum(amplitude, unit))
+                low - v, near * (weight == 0), torch.minimum(amplitude, unit))
 
-    def spread(self, out, anchor, centre, reach):
-        """Logistics around what is known. reach: the smaller one of the local amplitude and the
-        number of values that the known digits leave. In units of `reach` all numbers stay small, so
-        machines agree. The clamp keeps extreme scales finite in float32."""
+    def spread(self, out, anchor, low, centre, reach):
+        """Logistics around what is known, but the first at `low`. reach: the smaller one of the
+        local amplitude and the number of values that the known digits leave. In units of `reach`
+        all numbers stay small, so machines agree. The clamp keeps extreme scales finite."""
         weight, place, width = out.to(torch.promote_types(out.dtype, torch.float32)).chunk(3, dim=1)
-        start = torch.linspace(-2, 0, self.num_outputs // 3, device=out.device, dtype=weight.dtype)
-        log_scale = reach.log() + (start[:, None] + width).clamp(-STEEPEST, STEEPEST)
-        log_scale = log_scale.clamp(min=NARROWEST)
-        return torch.cat((anchor, weight, centre + reach * place, log_scale), dim=1)
+        start = torch.arange(1 - weight.shape[1], 1, device=out.device)[:, None]
+        log_scale = reach.log() + (start + width).clamp(-STEEPEST, STEEPEST)
+        log_scale = torch.where(start == start[0], NARROWEST, log_scale.clamp(min=NARROWEST))
+        centre = torch.where(start == start[0], low, centre + reach * place)
+        return torch.cat((anchor, weight, centre, log_scale), dim=1)
 
 
 def nearest_to_zero(low, unit):
@@ -588,7 +589,6 @@ ENGLISH = Path(__file__).parent / "results" / "english.pt"  # used where no chec
 EDITION = 3                          # of the settings in a checkpoint
 MOST_D = 1 << 18                     # variables in a datapoint
 LOG_PROBS = 1 << 26                  # log-probabilities of one call, at most; callers obey it
-LOGISTICS = {"ours": 3, "paper": 30}
 WORDS = "data size recipe kind parametrization".split()     # of the settings
 COUNTS = "K length rate bits batch parts branch dim depth heads seed".split()
 
@@ -617,7 +617,7 @@ def build(c):
         sizes |= dict(b=b or None, heads=heads)
         net = OurUNet(K, shape, values=values, **sizes) if ours else UNet(K, shape, **sizes)
     else:
-        sizes["num_outputs"] = 1 + 3 * LOGISTICS[c["recipe"]] if values else S * b
+        sizes["num_outputs"] = 1 + 3 * (3 if ours else 30) if values else S * b
         net = (OurWaveNet if ours else WaveNet)(K, D, b=b or None, mixture=values, **sizes)
     if kind == "audio" and values:
         return UpscaleMixture(net, D, K, b) if b else MixtureARDM(net, D, K)

@@ -51,8 +51,8 @@ SIZES = {                            # of network, batch and run
         "small": dict(dim=128, depth=4, heads=4, batch=128, minutes=2.5),
         "paper": dict(dim=256, depth=32, heads=1, batch=128, steps=1_170_000)},
     "audio": {
-        "tiny": dict(dim=48, depth=9, heads=1, batch=8, minutes=2.75, branch=16),
-        "small": dict(dim=128, depth=20, heads=1, batch=128, minutes=2.5, branch=16),
+        "tiny": dict(dim=48, depth=9, heads=1, batch=8, minutes=2.75, branch=256),
+        "small": dict(dim=128, depth=20, heads=1, batch=128, minutes=2.5, branch=256),
         "paper": dict(dim=256, depth=36, heads=1, batch=256, steps=1_000_000, branch=16)}}
 PAPER = {                            # App. D; where the paper is silent, the released code's values
     "text": dict(lr=5e-4, betas=(0.9, 0.99), weight_decay=1e-3, warmup=5000, clip=0.25, ema=0.995),
@@ -416,7 +416,7 @@ def parse():
     add("--data", help=f"{', '.join(datasets.NAMES)}, a file or a folder (default pydoc)")
     add("--size", choices=SIZES["text"], help="network and run (default small on CUDA, else tiny)")
     add("--recipe", choices=["paper", "ours"], help="ours learns more in minutes (default ours)")
-    add("--branch", type=int, help="b of an upscale model, 0 for none (default: audio 16, else 0)")
+    add("--branch", type=int, help="b of an upscale model, 0 for none (default: audio 256, else 0)")
     add("--parametrization", choices=["data", "direct", "mixture"], help="of an upscale model")
     add("--bits", type=int, choices=range(1, 9), help="bits kept of 8 in a pixel (default 8)")
     add("--length", type=int, help="D of text or audio: characters or samples in a datapoint")

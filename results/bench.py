@@ -1,18 +1,9 @@
 """The measurements: python -m results.bench SECTION [SECTION ...]
 
-Sections, by the file they stand in:
-
-    recipes    text images weights: our recipe without each of its ingredients
-    runs       text8 mnist cifar10 glyphs tones english: as a reader would run them
-    orders     plans orders absorbing samples prices upscaling: what an order and a plan cost
-    audio      fsdd clips branches calls: spoken digits, beside FLAC and WavPack
-    coding     compress kilobyte single packers portable: archives, beside others; other machines
-    speed      planner coder speed gpu: seconds
-
-and `page`, which records what index.html shows. Each keeps its rows in results/bench.json, with the
-machine and the day, and results/README.md is written anew. Real data is looked for in the folder
-ARDM_DATA. Run it alone on the machine. `readme` only writes results/README.md, and `check` compares
-the figures of README.md with the rows.
+SECTIONS says in which file the function bench_SECTION stands. Each keeps its rows in
+results/bench.json, with the machine and the day, and results/README.md is written anew. Real data
+is looked for in the folder ARDM_DATA. Run it alone on the machine. `readme` only writes
+results/README.md, and `check` compares the figures of README.md with the rows.
 """
 import datetime
 import importlib
@@ -26,7 +17,7 @@ from results.common import HERE, machine
 # In the order of results/README.md: first what a reader wants.
 SECTIONS = {name: module for module, names in (
     ("orders", "plans orders"), ("audio", "calls"), ("orders", "absorbing prices samples"),
-    ("runs", "text8 mnist cifar10 glyphs tones english"), ("audio", "fsdd clips branches"),
+    ("runs", "text8 mnist cifar10 glyphs english"), ("audio", "tones fsdd sc09 clips branches"),
     ("orders", "upscaling"), ("coding", "compress kilobyte single packers portable"),
     ("recipes", "text images weights"), ("speed", "planner coder speed gpu"),
     ("page", "page")) for name in names.split()}
@@ -34,7 +25,7 @@ CONCLUSIONS = {                      # one sentence each, for a reader in a hurr
     "plans": "Orders save more than plans: at 20 calls of text8 the planned and the even split cost"
              " the same bits, and `spaced` costs 2.7% less.",
     "orders": "Of the orders that were tried for images, random ones cost least at 100 calls.",
-    "calls": "Sound needs few network calls: by L_t, 64 cost 0.6% more bits than all 8,192.",
+    "calls": "Sound needs few network calls: by L_t, 64 cost 0.5% more bits than all 4,096.",
     "absorbing": "A thousand steps of absorbing diffusion come within 0.1% of the bits of an ARDM "
                  "in 250 calls, with the same network.",
     "prices": "A model of any order costs 0.64 bits a character more than one of the same size that"

@@ -31,11 +31,14 @@ def claims(f):
     for data in ("mnist", "cifar10"):
         png, webp = (f("packers", name, data=data) for name in ("PNG", "WebP"))
         yield f"PNG {png:.2f}, WebP {webp:.2f}"
+    bits, error = (f("fsdd", column, run="upscale-256") for column in ("bits", "stderr"))
+    flac, wavpack = (f("fsdd", "bits", run=name) for name in ("FLAC -8", "WavPack -hhx6"))
+    yield f"{bits:.3f} ± {error:.3f} | | FLAC {flac:.2f}, WavPack {wavpack:.2f} |"
     margin = max(f("portable", "float64", model=name)
                  for name in ("text8-ours", "mnist", "cifar10-order-agnostic", "fsdd"))
     yield f"differed by up to {margin * 1e13:.1f} · 10⁻¹³"
-    full, few = (f("calls", "planned", calls=n) for n in (8192, 64))
-    yield f"by L_t, 64 cost {few / full - 1:.1%} more bits than all 8,192"
+    full, few = (f("calls", "planned", calls=n) for n in (4096, 64))
+    yield f"by L_t, 64 cost {few / full - 1:.1%} more bits than all 4,096"
     ardm = f("absorbing", "bits", at="ARDM, planned", steps=250)
     diffusion = f("absorbing", "bits", at="absorbing diffusion, linear", steps=1000)
     yield f"within {diffusion / ardm - 1:.1%} of the bits of an ARDM in 250 calls"

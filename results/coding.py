@@ -14,47 +14,43 @@ import planner
 import train
 from ardm import bits_per_dim
 from results.audio import digits
-from results.common import (CIFAR, REAL, RUNS, codec_of, round_trip, sound_references,
-                            text8_prefix)
+from results.common import (CIFAR, REAL, RUNS, codec_of, round_trip, sound_references, text8_prefix)
+
+
+def coded(text, model, checkpoint, budgets, block):
+    """Rows of a text, coded in so many network calls: `spaced`, an even plan, like compress.py."""
+    path, D = RUNS / "text.txt", model.D
+    RUNS.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(datasets.to_bytes(text, model.K))
+    for calls in budgets:
+        order = f"spaced:{-(-D // calls)}"
+        plan = planner.uniform_plan(1, D, calls)
+        codec = codec_of(model, checkpoint["settings"], order, plan, block)
+        n, bits, archive, encode, decode = round_trip(path, model, codec, checkpoint["settings"])
+        yield {"": f"{calls} calls, {order}", "exact nll": bits / n,
+               "archive": 8 * len(archive) / n, "encode with its proof, s/KB": 1024 * encode / n,
+               "decode, s/KB": 1024 * decode / n}
 
 
 def bench_compress(args):
     """The first 20,000 characters of the test text of text8 against network calls: bits/char of the
-    archive, beside the exact nll and general packers, and seconds."""
-    path = RUNS / "text8-ours" / "test.txt"
-    path.write_bytes(datasets.to_bytes(text8_prefix().splits["test"][:20000], 27))
-    model, checkpoint = nets.load(path.with_name("ckpt.pt"))
-    for calls in (16, 32, 63, 125):
-        order = f"spaced:{-(-250 // calls)}"
-        settings = checkpoint["settings"]
-        codec = codec_of(model, settings, order, planner.uniform_plan(1, 250, calls), 65)
-        n, bits, archive, encode, decode = round_trip(path, model, codec, settings)
-        yield {"": f"{calls} calls, {order}", "exact nll": bits / n,
-               "archive": 8 * len(archive) / n, "encode with its proof, s": encode,
-               "decode, s": decode}
-    others = datasets.references(datasets.to_symbols(path.read_bytes(), 27), 27)
+    archive, beside the exact nll and general packers, and seconds a kilobyte of this machine."""
+    text = text8_prefix().splits["test"][:20000]
+    yield from coded(text, *nets.load(RUNS / "text8-ours" / "ckpt.pt"), (16, 32, 63, 125), 65)
+    others, content = datasets.references(text.numpy(), 27), datasets.to_bytes(text, 27)
     for command in ("zstd -19 -c", "brotli -c"):           # where they are installed
         if shutil.which(command.split()[0]):
-            done = subprocess.run(command.split(), input=path.read_bytes(), capture_output=True)
-            others[command.removesuffix(" -c")] = 8 * len(done.stdout) / n
+            done = subprocess.run(command.split(), input=content, capture_output=True)
+            others[command.removesuffix(" -c")] = 8 * len(done.stdout) / len(text)
     yield from ({"": name, "archive": bits} for name, bits in others.items())
 
 
 def bench_kilobyte(args):
     """What network calls buy in an archive: the model of English, the first 8 KB of its validation
-    text, D/32, D/16, D/8 and D/4 calls, each in the order `spaced` with an even plan, like those of
-    compress.py. Bits a byte, and seconds a kilobyte of this machine."""
+    text, D/32, D/16, D/8 and D/4 calls. Bits a byte, and seconds a kilobyte of this machine."""
     model, checkpoint = nets.load(nets.ENGLISH)
-    D, path = model.D, RUNS / "kilobyte.txt"
-    text = datasets.load(str(REAL / "prose" / "english.zip"), D).splits["valid"][:8192]
-    RUNS.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(datasets.to_bytes(text, 256))
-    for calls in (D // 32, D // 16, D // 8, D // 4):
-        plan = planner.uniform_plan(1, D, calls)
-        codec = codec_of(model, checkpoint["settings"], f"spaced:{-(-D // calls)}", plan, 64)
-        n, bits, archive, encode, decode = round_trip(path, model, codec, checkpoint["settings"])
-        yield {"calls": calls, "exact nll": bits / n, "archive": 8 * len(archive) / n,
-               "encode with its proof, s/KB": 1024 * encode / n, "decode, s/KB": 1024 * decode / n}
+    text = datasets.load(str(REAL / "prose" / "english.zip"), model.D).splits["valid"][:8192]
+    return coded(text, model, checkpoint, [model.D // n for n in (32, 16, 8, 4)], 64)
 
 
 def bench_single(args):
@@ -87,21 +83,20 @@ def bench_packers(args):
     9): each image by itself. bz2, xz, FLAC and WavPack: the chunks or windows as one file. The
     first two rows are for README.md, the others for the charts of index.html, on the same items as
     the models in them."""
-    chunks = {"mnist": datasets.load("mnist"), "cifar10": datasets.load(str(CIFAR))}
-    for name, data in chunks.items():
-        images = data.chunks("test")[:1000]
-        yield dict(data=name, items="the first 1,000 test images") | packed_images(images, data)
-    for name, count in (("mnist", 100), ("cifar10", 16)):
-        images = train.some(chunks[name].chunks("test"), count)
+    for name, path, count in (("mnist", "mnist", 100), ("cifar10", str(CIFAR), 16)):
+        data = datasets.load(path)
+        images = data.chunks("test")
+        yield dict(data=name, items="the first 1,000 test images") | packed_images(
+            images[:1000], data)
         yield dict(data=name, items=f"{count} test images, evenly spread") | packed_images(
-            images, chunks[name])
+            train.some(images, count), data)
     letters = train.some(text8_prefix().chunks("test"), 200).numpy().flatten()
     others = datasets.references(letters, 27)
     yield dict(data="text8", items="200 chunks of 250 letters, evenly spread",
                bz2=others["bz2"], xz=others["xz"])
     data = digits()
-    others = sound_references(train.some(data.chunks("test"), 32).numpy().flatten(), data.rate)
-    yield dict(data="fsdd", items="32 windows of 2,048 samples, evenly spread") | {
+    others = sound_references(train.some(data.chunks("valid"), 32).numpy().flatten(), data.rate)
+    yield dict(data="fsdd", items="32 validation windows of 2,048 samples, evenly spread") | {
         name: others[name] for name in ("FLAC -8", "WavPack -hhx6", "xz") if name in others}
 
 

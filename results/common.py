@@ -56,6 +56,11 @@ def trained(name=None, patches=(), data=None, **given):
     return run, data
 
 
+def duration(args, steps):
+    """Of a training: these steps, or --minutes."""
+    return dict(minutes=args.minutes) if args.minutes else dict(steps=steps)
+
+
 def median_seconds(*functions, repeats=15):
     """Of each function, timed in turns, so that a slow spell of the machine is everybody's."""
     seconds = [[] for _ in functions]
@@ -82,13 +87,17 @@ def round_trip(path, model, codec, settings):
 
 def codec_of(model, settings, order, plan, block):
     """The codec of this plan [(s, t, k)]."""
-    ks = [[k for stage, _, k in plan if stage == s] for s in range(1, model.S + 1)]
-    return compress.Codec(model, settings, order, ks, block)
+    return compress.Codec(model, settings, order, by_stage(plan, model.S), block)
 
 
-def result(name, run, data, **more):
-    found = train.bound(run.ema, data.chunks("test"))
-    return dict(run=name, **more, bits=found["bits"], stderr=found["stderr"], steps=run.step,
+def by_stage(plan, S):
+    """The k of each call of a plan, a list for every stage."""
+    return [[k for stage, _, k in plan if stage == s] for s in range(1, S + 1)]
+
+
+def result(name, run, chunks, passes=None):
+    found = train.bound(run.ema, chunks, passes)
+    return dict(run=name, bits=found["bits"], stderr=found["stderr"], steps=run.step,
                 weights=sum(p.numel() for p in run.model.parameters()), minutes=run.seconds / 60)
 
 

@@ -56,8 +56,7 @@ def bench_orders(args):
         data = datasets.load("mnist" if name == "mnist" else str(CIFAR))
         x = train.some(data.chunks("valid"), count).long()
         plan = planner.uniform_plan(model.S, model.D, 100)
-        for rule in ("random:1", "random:2", "random:3", "forward",
-                     f"spaced:{-(-model.D // 100)}"):
+        for rule in ("random:1", "random:2", "random:3", "forward", f"spaced:{-(-model.D // 100)}"):
             sigma = torch.from_numpy(planner.order(rule, shape)).expand(x.shape)
             nats = model.nll(x, plan, sigma)
             yield dict(model=name, order=rule) | train.mean_and_error(nats, model.D)

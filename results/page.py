@@ -218,8 +218,8 @@ def build(solutions=True):
     recording["plans"] = rows["plans"]
     recording["absorbing"] = [{"name": row[""], "steps": row["steps"], "bits": row["bits"]}
                               for row in rows["absorbing"]]
-    recording["audio"] = [{"calls": row["calls"], "exact": row["exact, planned"]}
-                          for row in rows["calls"] if "exact, planned" in row]
+    recording["audio"] = [{"calls": row["calls"], "exact": row["random, planned"]}
+                          for row in rows["calls"] if "random, planned" in row]
     recording["others"] = {row["data"]: row for row in rows["packers"]}
     page = (HERE / "page.html").read_text("utf-8")
     if not solutions:

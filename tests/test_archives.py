@@ -108,12 +108,17 @@ def test_no_archive_of_sound_claims_a_file_that_cannot_be(form, studio, refused,
             match="its header makes no sense")
 
 
-def test_texts_come_back_whatever_the_order_and_the_blocks(folder, tmp_path, capsys):
+def test_texts_come_back_whatever_the_order_and_the_blocks(folder, tmp_path, capsys, monkeypatch):
     (tmp_path / "in").write_bytes((folder / "test.txt").read_bytes()[:2000])
     (tmp_path / "none").touch()
     for flags in (["--calls", 8], ["--order", "halves", "--block", 3], ["--order", "random:2"]):
         for name in ("in", "none"):
             there_and_back(folder, tmp_path / name, *flags)
+    for most, even in ((0, False), (2000, True)):
+        monkeypatch.setattr(compress, "SHORT", most)
+        archive = there_and_back(folder, tmp_path / "in", "--order", "random:2").read_bytes()
+        (ks,) = compress.read_header(archive, "in.ardm")[0]["plan"]
+        assert (max(ks) - min(ks) < 2) == even             # a planned plan needs more bytes
     unfinished = torch.load(folder / "ckpt.pt", weights_only=True) | dict(L=None, counts=None)
     torch.save(unfinished, tmp_path / "u")
     assert call(compress, "encode", "--ckpt", tmp_path / "u", tmp_path / "in", tmp_path / "b") == 0
@@ -211,8 +216,7 @@ def test_archives_decode_on_a_simulated_other_machine(folder, gallery, studio, t
         places += [(folder, "test.txt"), (studio, "test.wav")]
     for place, name in places:
         ckpt = ("--ckpt", place / "ckpt.pt", "--device", "cpu")
-        assert call(compress, "encode", *ckpt, "--calls", 20, place / name,
-                    tmp_path / "a") == 0
+        assert call(compress, "encode", *ckpt, "--calls", 20, place / name, tmp_path / "a") == 0
         done = child("compress.py", "decode", *ckpt, tmp_path / "a", tmp_path / "b",
                      env={**os.environ, **ELSEWHERE})
         assert done.returncode == 0, done.stderr

@@ -13,7 +13,7 @@ import data as datasets
 import nets
 import train
 from ardm import UpscaleARDM, draw
-from results import bench, check, common, orders, page, plot, recipes
+from results import bench, check, orders, page, plot, recipes
 from test_ardm import ONE, Table, all_x
 
 
@@ -40,12 +40,6 @@ def test_an_ingredient_taken_away_is_away_in_the_evaluation_too(monkeypatch):
     list(recipes.without({"it": mock.patch.object(nets, "CONV", 1)}, mock.Mock(seeds=1),
                        mock.Mock(), None, steps=1))
     assert found == [5, 1]
-
-
-def test_a_training_that_was_told_to_stop_is_no_measurement(monkeypatch):
-    monkeypatch.setattr(train, "train", lambda *how: False)
-    with pytest.raises(KeyboardInterrupt):
-        common.trained(data=datasets.load("pydoc", 16), steps=1)
 
 
 def test_a_network_that_sees_the_past_alone_gives_all_texts_a_sum_of_1():
