@@ -82,7 +82,7 @@ def test_longer_text_and_sound_go_on_by_windows(folder, studio, tmp_path):
         assert all(line.startswith(prompt) for line in lines)
     for length in (150, 3):
         assert call(sample, "--ckpt", studio / "ckpt.pt", "--out", tmp_path, "--length", length,
-                    "--calls", 8, "--n", 2) == 0
+                    "--calls", 6, "--n", 2) == 0
         with wave.open(str(tmp_path / "samples.wav")) as file:
             assert file.getnframes() == 2 * (length + 800)
 
