@@ -49,7 +49,7 @@ MAGIC, VERSION = b"ARDM", 9
 BLOCK = 1 << 14                      # symbols in a block, about (at most twice, or one datapoint)
 RAW = 1 << 31                        # the bit of a length that says: stored raw
 LONGEST = 1 << 26                    # bytes of a header
-SHORT = 1 << 15                      # bytes of a file for which a planned plan is too long to store
+SHORT = 1 << 15                      # bytes; for a smaller file the cheapest plan does not pay
 CALLS = {"image": 100, "audio": 64}  # by default; of text an eighth of the variables
 FIELDS = ("kind", "length", "form", "order", "block", "plan", "weights", "head")
 

@@ -43,9 +43,9 @@ def bench_tones(args):
 
 
 def bench_fsdd(args):
-    """Spoken digits (FSDD, 8 kHz): 128 windows; others take these windows as one file. The speakers
-    of the test clips are also heard in the training clips. One of the six recorded with 8 bits: his
-    samples are multiples of 256."""
+    """Spoken digits (FSDD, 8 kHz), bits a sample: the bound on 128 windows of the test clips;
+    others take these windows as one file. The speakers of the test clips are also heard in the
+    training clips. One of the six recorded with 8 bits: his samples are multiples of 256."""
     return beside_packers(*trained("fsdd", data=digits(), **duration(args, 6000)))
 
 
@@ -61,13 +61,13 @@ def bench_clips(args):
     which needs few bytes, and decoded, byte for byte; the same files by FLAC and WavPack. Seconds
     of this machine for a second of sound."""
     clips = datasets.tenths(sorted(datasets.members(FSDD, r"\.wav$")))[2]
-    yield coded("fsdd", [content for _, content in clips[:100]])
+    yield as_files("fsdd", [content for _, content in clips[:100]])
     found = dict(datasets.members(SC09, r"\.wav$|testing_list\.txt$"))
     names = found["testing_list.txt"].decode().split()
-    yield coded("sc09", [found[name] for name in sorted(names)[:2]])
+    yield as_files("sc09", [found[name] for name in sorted(names)[:2]])
 
 
-def coded(name, clips):
+def as_files(name, clips):
     """A row of section clips."""
     model, checkpoint = nets.load(RUNS / name / "ckpt.pt")
     settings, clip, total = checkpoint["settings"], RUNS / name / "clip.wav", collections.Counter()
@@ -106,8 +106,9 @@ def branch(data, b, steps, seed, kept):
         if named.items() <= row.items():
             return row
     run, _ = trained(data=data, steps=steps, branch=b, seed=seed)
-    found = train.bound(run.ema, train.some(data.chunks("valid"), 256), passes=4)
-    x, plan = train.some(data.chunks("valid"), 64).long(), planner.uniform_plan(run.ema.S, 2048, 64)
+    windows = data.chunks("valid")
+    found = train.bound(run.ema, train.some(windows, 256), passes=4)
+    x, plan = train.some(windows, 64).long(), planner.uniform_plan(run.ema.S, data.D, 64)
     sigma = torch.from_numpy(planner.order("halves", data.D)).expand(x.shape)
     exact = bits_per_dim(run.ema.nll(x, plan, sigma), data.D).mean().item()
     return named | dict(stages=run.model.S, bits=found["bits"], stderr=found["stderr"], exact=exact)

@@ -17,7 +17,7 @@ from results.audio import digits
 from results.common import (CIFAR, REAL, RUNS, codec_of, round_trip, sound_references, text8_prefix)
 
 
-def coded(text, model, checkpoint, budgets, block):
+def archives(text, model, checkpoint, budgets, block):
     """Rows of a text, coded in so many network calls: `spaced`, an even plan, like compress.py."""
     path, D = RUNS / "text.txt", model.D
     RUNS.mkdir(parents=True, exist_ok=True)
@@ -36,7 +36,7 @@ def bench_compress(args):
     """The first 20,000 characters of the test text of text8 against network calls: bits/char of the
     archive, beside the exact nll and general packers, and seconds a kilobyte of this machine."""
     text = text8_prefix().splits["test"][:20000]
-    yield from coded(text, *nets.load(RUNS / "text8-ours" / "ckpt.pt"), (16, 32, 63, 125), 65)
+    yield from archives(text, *nets.load(RUNS / "text8-ours" / "ckpt.pt"), (16, 32, 63, 125), 65)
     others, content = datasets.references(text.numpy(), 27), datasets.to_bytes(text, 27)
     for command in ("zstd -19 -c", "brotli -c"):           # where they are installed
         if shutil.which(command.split()[0]):
@@ -50,7 +50,7 @@ def bench_kilobyte(args):
     text, D/32, D/16, D/8 and D/4 calls. Bits a byte, and seconds a kilobyte of this machine."""
     model, checkpoint = nets.load(nets.ENGLISH)
     text = datasets.load(str(REAL / "prose" / "english.zip"), model.D).splits["valid"][:8192]
-    return coded(text, model, checkpoint, [model.D // n for n in (32, 16, 8, 4)], 64)
+    return archives(text, model, checkpoint, [model.D // n for n in (32, 16, 8, 4)], 64)
 
 
 def bench_single(args):
