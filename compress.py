@@ -11,7 +11,7 @@ IN is text, images (.npy, idx) or sound (.wav). An archive, with big-endian numb
 
     4, 1    "ARDM", and the format version, 9
     4       length of the header
-    header  a zlib stream: JSON, then the bytes before and behind an array if they are unusual
+    header  a zlib stream, dictionary COMMON: JSON, then the unusual bytes around an array, if any
     then for every block of datapoints, in the order of the file:
     4       length of the stream. If its top bit is set, the stream is the CRC, then the symbols as
             they are, 16-bit ones little-endian
@@ -49,9 +49,10 @@ MAGIC, VERSION = b"ARDM", 9
 BLOCK = 1 << 14                      # symbols in a block, about (at most twice, or one datapoint)
 RAW = 1 << 31                        # the bit of a length that says: stored raw
 LONGEST = 1 << 26                    # bytes of a header
-SHORT = 1 << 15                      # bytes; for a smaller file the cheapest plan does not pay
+SHORT = 1 << 15                      # bytes; longer files in a random order take the cheapest plan
 CALLS = {"image": 100, "audio": 64}  # by default; of text an eighth of the variables
 FIELDS = ("kind", "length", "form", "order", "block", "plan", "weights", "head")
+COMMON = b'["image",["audio",[16000,1],"random:1",8,[[64,64,["text",null,"spaced:8",64,[[8],"",null]'
 
 
 class Codec:
@@ -162,7 +163,8 @@ def encode_file(path, model, codec, settings):
     header = json.dumps(fields, separators=(",", ":")).encode() + b"\n" + head + tail
     if len(header) > LONGEST:
         raise ValueError(f"{path}: {len(head + tail):,} bytes beside its data are too many")
-    header = zlib.compress(header, 9)
+    deflate = zlib.compressobj(9, zdict=COMMON)
+    header = deflate.compress(header) + deflate.flush()
     parts = [struct.pack(">4sBI", MAGIC, VERSION, len(header)) + header]
     with tqdm(desc="encoding", unit="symbol", unit_scale=True, leave=False, disable=None,
               total=2 * n * model.S) as bar:
@@ -197,7 +199,7 @@ def read_header(archive, name):
                          "it by the edition of this program that wrote it")
     try:
         end = 9 + struct.unpack(">I", archive[5:9])[0]
-        inflate = zlib.decompressobj()
+        inflate = zlib.decompressobj(zdict=COMMON)
         text, _, beside = inflate.decompress(archive[9:end], LONGEST).partition(b"\n")
         if not inflate.eof or inflate.unused_data or len(text) > LONGEST >> 3:
             raise ValueError
@@ -262,7 +264,6 @@ def settle(args):
     path = Path(args.ckpt).parent / datasets.PIECES[kind] if args.input is None else args.input
     calls = min(S * D, CALLS.get(kind, -(-S * D // 8))) if args.calls is None else args.calls
     plan = planner.uniform_plan(S, D, calls)
-    # A random order takes the cheapest plan by L_t. Other orders and short files take an even plan.
     order = args.order or (f"spaced:{-(-S * D // calls)}" if kind == "text" else "random:1")
     known = order.startswith("random") and checkpoint.get("L") is not None
     if known and len(datasets.read(path)) > SHORT:
