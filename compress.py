@@ -52,7 +52,7 @@ LONGEST = 1 << 26                    # bytes of a header
 SHORT = 1 << 15                      # bytes; longer files in a random order take the cheapest plan
 CALLS = {"image": 100, "audio": 64}  # by default; of text an eighth of the variables
 FIELDS = ("kind", "length", "form", "order", "block", "plan", "weights", "head")
-COMMON = b'["image",["audio",[16000,1],"random:1",8,[[64,64,["text",null,"spaced:8",64,[[8],"",null'
+COMMON = b'"image",["audio",[16000,1],"random:1",8,[[64,64,["text",null,"spaced:8",64,[[8],"",null]'
 
 
 class Codec:
