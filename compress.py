@@ -20,7 +20,7 @@ IN is text, images (.npy, idx) or sound (.wav). An archive, with big-endian numb
 
 A block has about 2^14 symbols, in whole datapoints; a last, shorter datapoint is its own block. A
 stream starts from the CRC-32 of the block's number and symbols. The decoder must end at this
-CRC. If it does not, the block is damaged, or in a wrong place.
+CRC. If it does not, the block is damaged, or in a wrong place. COMMON must never change.
 
 If a log-probability lies within coder.MARGIN of a rounding boundary, the block uses the next shift.
 A machine whose log-probabilities differ by less than MARGIN gets the same integers: CPU or CUDA,
